@@ -1,0 +1,63 @@
+"""Which implementation of an op runs on which device.
+
+Every op has a torch implementation, which is its specification. Faster ones register beside it under their own name and are
+preferred in the order of ``PREFERENCE``. ``use("torch")`` forces one, for debugging and for measuring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "torch"),
+    "xpu": ("triton", "torch"),
+    "cpu": ("cpu", "torch"),
+}
+_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
+_forced: str | None = None
+
+
+def implementation(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: register a function as implementation ``name`` ("torch", "triton", "cpu") of ``op``."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _implementations.setdefault(op, {})[name] = function
+        return function
+
+    return register
+
+
+def chosen(op: str, device_type: str) -> str:
+    """Name of the implementation of ``op`` that runs on ``device_type``."""
+    available = _implementations[op]
+    if _forced is not None:
+        if _forced not in available:
+            raise ValueError(f"{op} has no implementation {_forced!r}; it has {', '.join(sorted(available))}")
+        return _forced
+    for name in PREFERENCE.get(device_type, ("torch",)):
+        if name in available:
+            return name
+    return "torch"
+
+
+def select(op: str, device_type: str) -> Callable[..., Any]:
+    """The function that runs ``op`` on ``device_type``."""
+    return _implementations[op][chosen(op, device_type)]
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """``{op: {device type: implementation}}`` for every op and every device type with a preference."""
+    return {op: {device: chosen(op, device) for device in PREFERENCE} for op in sorted(_implementations)}
+
+
+@contextmanager
+def use(name: str | None) -> Iterator[None]:
+    """Force one implementation ("torch", "triton", "cpu") while the context lasts; ``None`` restores the choice by device."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,74 @@
+"""Block Hadamard rotation with fixed pseudo-random signs.
+
+``rotate(v) = (v * signs) H`` on consecutive blocks of the last dimension, with ``H`` the Sylvester Hadamard matrix over the
+square root of its size. It is orthonormal, so ``rotate(x) . rotate(w) = x . w``: a weight quantized after rotation is used
+with rotated inputs. Mixing many weights makes each rotated one nearly Gaussian, outliers included (QuIP#, QuaRot).
+
+The signs follow from the index alone (splitmix64), so a checkpoint stores none.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_BLOCK = 256
+
+
+def largest_block(size: int, limit: int = MAX_BLOCK) -> int:
+    """Largest power of two that divides ``size``, at most ``limit``."""
+    return min(size & -size, limit) if size else 1
+
+
+@lru_cache(maxsize=256)
+def _signs(size: int) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        z = (np.arange(1, size + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return np.where(z >> np.uint64(63), -1.0, 1.0)
+
+
+@lru_cache(maxsize=256)
+def rotation_signs(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Signs ``[size]`` of +1 and -1: the top bit of splitmix64 of the index, the same on every machine."""
+    with torch.inference_mode(False):  # a cached inference tensor could not take part in autograd later
+        return torch.from_numpy(_signs(size)).to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def hadamard_matrix(block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sylvester Hadamard matrix ``[block, block]`` with entries +1 and -1; ``block`` is a power of two."""
+    if block < 1 or block & (block - 1):
+        raise ValueError(f"a Hadamard block must be a power of two, got {block}")
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        while matrix.shape[0] < block:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return matrix.to(device=device, dtype=dtype)
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """Rotate blocks of the last dimension. x: floating ``[..., n]`` with ``block`` dividing n; returns the same shape and dtype."""
+    return _transform(x * rotation_signs(x.shape[-1], x.device, x.dtype), block)
+
+
+def unrotate(x: Tensor, block: int) -> Tensor:
+    """Inverse of :func:`rotate`."""
+    return _transform(x, block) * rotation_signs(x.shape[-1], x.device, x.dtype)
+
+
+def _transform(x: Tensor, block: int) -> Tensor:
+    if x.shape[-1] % block:
+        raise ValueError(f"a rotation block of {block} does not divide {x.shape[-1]} channels")
+    # A Hadamard matrix of size a*b is the Kronecker product of those of sizes a and b: two small products instead of a large one.
+    outer = 1 << ((block.bit_length() - 1) // 2)
+    inner = block // outer
+    blocks = x.unflatten(-1, (-1, outer, inner))
+    blocks = blocks @ hadamard_matrix(inner, x.device, x.dtype)
+    blocks = (blocks.transpose(-1, -2) @ hadamard_matrix(outer, x.device, x.dtype)).transpose(-1, -2)
+    return blocks.flatten(-3) * block**-0.5

@@ -1,0 +1,28 @@
+"""qdiff: diffusion models at 2 to 8 bits. Importing it registers the backend with diffusers."""
+
+from __future__ import annotations
+
+from .checkpoint import CheckpointInfo, LayerInfo, inspect_checkpoint
+from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from .errors import CheckpointError, ConfigError, QDiffError
+from .registration import register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AQConfig",
+    "CheckpointError",
+    "CheckpointInfo",
+    "ConfigError",
+    "FPConfig",
+    "LayerInfo",
+    "QDiffConfig",
+    "QDiffError",
+    "RTNConfig",
+    "SVDQuantConfig",
+    "VQConfig",
+    "inspect_checkpoint",
+    "register",
+]
+
+register()

@@ -1,0 +1,306 @@
+"""Quantization configs: what a user asks for, and the ``quantization_config`` that config.json carries.
+
+One class per method, all with good data-free defaults. After quantizing, a config also holds the exact spec of every packed
+layer, so that a reader of the checkpoint needs no rule, only the table.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from .errors import CheckpointError, ConfigError
+from .formats import GroupSize, LayerSpec
+
+FORMAT_VERSION = 1
+
+
+class QDiffMethod(str, Enum):
+    """diffusers asks a config for ``quant_method.value``. All of qdiff's methods share one stored format and one name."""
+
+    QDIFF = "qdiff"
+
+
+class StoredLayer(NamedTuple):
+    """One packed layer of a checkpoint: its spec, the logical weight shape and the relative squared weight error."""
+
+    spec: LayerSpec
+    shape: tuple[int, ...]
+    error: float | None
+
+
+METHODS: dict[str, type[QDiffConfig]] = {}
+
+
+@dataclass(repr=False)
+class QDiffConfig(QuantizationConfigMixin):
+    """Settings that all methods share. Use :class:`AQConfig`, :class:`VQConfig`, :class:`FPConfig`,
+    :class:`SVDQuantConfig` or :class:`RTNConfig`; ``QDiffConfig(method="aq", ...)`` makes one by name.
+
+    Args:
+        bits: nominal bits per weight; each method says which it offers.
+        rotation: rotate input channels by a block Hadamard matrix before quantizing (``None``: the method's default).
+        activations: ``None`` (16-bit), "int8" or "fp8" (dynamic, per token), or for SVDQuant "int4" (groups of 64).
+        modules_to_not_convert: substrings of module names to leave in 16 bits, besides the default ones.
+        overrides: substring of a module name -> another config (or ``None`` for 16 bits) for those layers; the first match counts.
+        keep_outer_layers: leave the layers outside the repeated blocks (embedders, final norm and projection) in 16 bits.
+        compute_dtype: dtype of the model's other parameters, "bfloat16" and the like; set by loading.
+        seed: of everything random.
+    """
+
+    method: str | None = None
+    bits: float | None = None
+    rotation: bool | None = None
+    activations: str | None = None
+    modules_to_not_convert: list[str] | None = None
+    overrides: dict[str, Any] | None = None
+    keep_outer_layers: bool = True
+    compute_dtype: str | None = None
+    seed: int = 0
+
+    quant_method: ClassVar[QDiffMethod] = QDiffMethod.QDIFF
+    method_name: ClassVar[str] = ""
+    bit_choices: ClassVar[tuple[float, ...]] = ()
+    activation_choices: ClassVar[tuple[str, ...]] = ("int8", "fp8")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> QDiffConfig:
+        if cls is QDiffConfig:
+            method = args[0] if args else kwargs.get("method")
+            if method not in METHODS:
+                raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+            cls = METHODS[method]
+        return object.__new__(cls)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        METHODS[cls.method_name] = cls
+
+    def __post_init__(self) -> None:
+        self.layers: dict[str, StoredLayer] = {}
+        self.skipped: dict[str, str] = {}
+        self.provenance: dict[str, Any] = {}
+        if self.method not in (None, self.method_name):
+            raise ConfigError(f"{type(self).__name__} is for method {self.method_name!r}, got {self.method!r}")
+        self.method = self.method_name
+        if isinstance(self.compute_dtype, torch.dtype):
+            self.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
+        self._check()
+
+    def _check(self) -> None:
+        name = type(self).__name__
+        if self.activations == "none":
+            self.activations = None
+        if self.activations is not None and self.activations not in self.activation_choices:
+            choices = ", ".join(map(repr, self.activation_choices))
+            raise ConfigError(f"{name}: activations must be None, {choices}, got {self.activations!r}")
+        if self.bits is not None and self.bits not in self.bit_choices:
+            raise ConfigError(f"{name}: bits must be one of {_join(self.bit_choices)}, got {self.bits!r}")
+        if self.compute_dtype is not None and not isinstance(getattr(torch, self.compute_dtype, None), torch.dtype):
+            raise ConfigError(f"{name}: compute_dtype {self.compute_dtype!r} is not a torch dtype")
+        if isinstance(self.modules_to_not_convert, str):
+            self.modules_to_not_convert = [self.modules_to_not_convert]
+        self.overrides = {k: _as_config(k, v) for k, v in (self.overrides or {}).items()} or None
+
+    def config_for(self, module_name: str) -> QDiffConfig | None:
+        """The config that applies to a module: itself, an override, or ``None`` if the module stays in 16 bits."""
+        if any(pattern in module_name for pattern in self.modules_to_not_convert or ()):
+            return None
+        for pattern, config in (self.overrides or {}).items():
+            if pattern in module_name:
+                return config
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, JSON-able, ``method`` always among them."""
+        out: dict[str, Any] = {"method": self.method}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value != f.default and f.name != "method":
+                out[f.name] = copy.deepcopy(value)
+        if self.overrides:
+            out["overrides"] = {k: v and v.settings() for k, v in self.overrides.items()}
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored ``quantization_config``; see docs/format.md."""
+        out = {"quant_method": self.quant_method.value, "format_version": FORMAT_VERSION} | self.settings()
+        if self.layers:
+            specs = list(dict.fromkeys(layer.spec for layer in self.layers.values()))
+            index = {spec: i for i, spec in enumerate(specs)}
+            out["specs"] = [spec.to_dict() for spec in specs]
+            out["layers"] = {
+                name: [index[layer.spec], list(layer.shape), layer.error] for name, layer in self.layers.items()
+            }
+        if self.skipped:
+            out["skipped"] = dict(self.skipped)
+        if self.provenance:
+            out["provenance"] = dict(self.provenance)
+        return out
+
+    to_diff_dict = to_dict  # the base class prints itself with it but does not define it
+
+    def __iter__(self) -> Any:
+        return iter(self.to_dict().items())
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: the version, the method or a layer's spec is unknown or malformed.
+        """
+        data = dict(config_dict) | kwargs
+        version = data.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"this checkpoint has qdiff format version {version!r}, this package reads version {FORMAT_VERSION}; "
+                "install the qdiff-diffusers release that wrote it, or a newer one"
+            )
+        data.pop("quant_method", None)
+        stored = {key: data.pop(key, None) for key in ("specs", "layers", "skipped", "provenance")}
+        method = data.get("method")
+        if method not in METHODS:
+            raise CheckpointError(f"unknown method {method!r} in quantization_config; known: {', '.join(METHODS)}")
+        known = {f.name for f in fields(METHODS[method])}
+        if unknown := sorted(set(data) - known):
+            raise CheckpointError(f"quantization_config has unknown keys {', '.join(unknown)}")
+        config = METHODS[method](**data)
+        config.layers = _read_layers(stored["specs"], stored["layers"])
+        config.skipped = dict(stored["skipped"] or {})
+        config.provenance = dict(stored["provenance"] or {})
+        return (config, {}) if return_unused_kwargs else config
+
+
+def _read_layers(specs: Any, layers: Any) -> dict[str, StoredLayer]:
+    """The stored tables of specs and layers, validated."""
+    if not specs and not layers:
+        return {}
+    if not isinstance(specs, list) or not isinstance(layers, dict):
+        raise CheckpointError("quantization_config needs a list of specs and an object of layers")
+    read = []
+    for i, data in enumerate(specs):
+        try:
+            read.append(LayerSpec.from_dict(data))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"spec {i} of quantization_config: {error}") from error
+    out = {}
+    for name, entry in layers.items():
+        try:
+            index, shape, error = entry
+            layer = StoredLayer(read[index], tuple(int(n) for n in shape), error)
+            layer.spec.tensors(layer.shape)
+        except (ValueError, TypeError, IndexError) as error:
+            raise CheckpointError(f"layer {name} of quantization_config, {entry!r}: {error}") from error
+        out[name] = layer
+    return out
+
+
+def _as_config(pattern: str, value: Any) -> QDiffConfig | None:
+    if isinstance(value, dict):
+        value = QDiffConfig(**value)
+    if value is not None and not isinstance(value, QDiffConfig):
+        raise ConfigError(f"overrides[{pattern!r}] must be a qdiff config or None, got {value!r}")
+    return value
+
+
+def _join(choices: tuple[float, ...]) -> str:
+    return ", ".join(f"{c:g}" for c in choices)
+
+
+@dataclass(repr=False)
+class AQConfig(QDiffConfig):
+    """Additive codebooks (AQLM, AQUATIC-Diff): a vector of weights is a sum of one entry from each of several codebooks.
+
+    Args:
+        bits: 1.5, 2, 3 or 4 choose a preset; ignored for what the next three set.
+        num_codebooks, codebook_bits, vector_size: the format, codes cost ``num_codebooks * codebook_bits / vector_size`` bits.
+        codebook: "shared" (a universal table that costs nothing to store; wants rotation) or "layer" (fitted to each layer).
+        effort: 0 (one pass) to 3 (wide beams, many alternations): quantization time against error.
+    """
+
+    num_codebooks: int | None = None
+    codebook_bits: int | None = None
+    vector_size: int | None = None
+    codebook: str | None = None
+    group_size: GroupSize | None = None
+    effort: int = 1
+
+    method_name: ClassVar[str] = "aq"
+    bit_choices: ClassVar[tuple[float, ...]] = (1.5, 2, 3, 4)
+
+
+@dataclass(repr=False)
+class VQConfig(QDiffConfig):
+    """One k-means codebook per layer (VQ4DiT): 8 bits x 4 weights = 2 bits, 6 bits x 2 = 3 bits.
+
+    Args:
+        bits: 2, 3, 4 or 8 choose a preset.
+        codebook_bits, vector_size: the format, codes cost ``codebook_bits / vector_size`` bits.
+        codebook: "layer" (fitted to each layer) or "shared" (a universal table; wants rotation).
+        row_scales: one scale per output row besides the codebook.
+        restarts: k-means restarts, the best is kept.
+    """
+
+    codebook_bits: int | None = None
+    vector_size: int | None = None
+    codebook: str | None = None
+    row_scales: bool = True
+    restarts: int = 2
+
+    method_name: ClassVar[str] = "vq"
+    bit_choices: ClassVar[tuple[float, ...]] = (2, 3, 4, 8)
+
+
+@dataclass(repr=False)
+class FPConfig(QDiffConfig):
+    """Low-bitwidth floating point: encoding and scale chosen by squared error.
+
+    Args:
+        bits: 3 to 8; the encoding is searched among those of that width.
+        weight_format: an encoding ("e2m1", "e4m3", ...) or "nvfp4", "mxfp4", "mxfp8"; instead of ``bits``.
+        group_size: columns that share a scale, "row" or "tensor".
+        scale_dtype: "float16", "float32", "e4m3" or "e8m0".
+    """
+
+    weight_format: str | None = None
+    group_size: GroupSize | None = None
+    scale_dtype: str | None = None
+
+    method_name: ClassVar[str] = "fp"
+    bit_choices: ClassVar[tuple[float, ...]] = (3, 4, 5, 6, 8)
+
+
+@dataclass(repr=False)
+class SVDQuantConfig(QDiffConfig):
+    """A 16-bit low-rank branch beside a low-bit residual (SVDQuant).
+
+    Args:
+        bits: of the residual, 2, 3, 4 or 8; the format follows unless ``weight_format`` is given.
+        weight_format: of the residual: "int4", "nvfp4", an encoding such as "e2m1", ...
+        rank: of the branch; ``None`` scales it with the layer (32 at 3072 x 3072).
+        rounds: of alternating SVD and residual quantization.
+    """
+
+    weight_format: str | None = None
+    group_size: GroupSize | None = None
+    rank: int | None = None
+    rounds: int = 3
+
+    method_name: ClassVar[str] = "svdquant"
+    bit_choices: ClassVar[tuple[float, ...]] = (2, 3, 4, 8)
+    activation_choices: ClassVar[tuple[str, ...]] = ("int8", "fp8", "int4")
+
+
+@dataclass(repr=False)
+class RTNConfig(QDiffConfig):
+    """Plain asymmetric round-to-nearest in groups: the baseline, and a cheap 8-bit choice for ``overrides``."""
+
+    group_size: GroupSize = 64
+
+    method_name: ClassVar[str] = "rtn"
+    bit_choices: ClassVar[tuple[float, ...]] = (2, 3, 4, 5, 6, 7, 8)

@@ -1,0 +1,28 @@
+"""Stored forms of a weight: what the bits mean, and nothing about how they were chosen or are multiplied."""
+
+from __future__ import annotations
+
+from .base import GroupSize, TensorInfo, WeightFormat, group_columns, scale_shape
+from .codebook import CodebookFormat, codebook_table, table_shapes
+from .integer import IntegerFormat
+from .minifloat import MinifloatFormat
+from .spec import FORMATS, LayerSpec, matrix_shape
+from .transform import rotate_matrix, unrotate_matrix
+
+__all__ = [
+    "FORMATS",
+    "CodebookFormat",
+    "GroupSize",
+    "IntegerFormat",
+    "LayerSpec",
+    "MinifloatFormat",
+    "TensorInfo",
+    "WeightFormat",
+    "codebook_table",
+    "group_columns",
+    "matrix_shape",
+    "rotate_matrix",
+    "scale_shape",
+    "table_shapes",
+    "unrotate_matrix",
+]

@@ -1,0 +1,111 @@
+"""The complete description of one packed layer: its weight format and the three optional extras."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from qdiff_kernels import kernel_layout
+from qdiff_kernels.activations import KINDS
+from torch import Tensor
+
+from .base import TensorInfo, WeightFormat, check_choice, check_range, non_default_fields, strict_from_dict
+from .codebook import CodebookFormat
+from .integer import IntegerFormat
+from .minifloat import MinifloatFormat
+from .transform import smooth_matrix, unrotate_matrix
+
+FORMATS: dict[str, type[WeightFormat]] = {f.kind: f for f in (CodebookFormat, MinifloatFormat, IntegerFormat)}
+MAX_RANK = 4096
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer stores. With the weight's logical shape it determines every tensor's name, shape and dtype.
+
+    Attributes:
+        format: of the packed weight, whose matrix is ``[out, in]`` or, for a convolution, ``[out, kh*kw*in]``.
+        rank: of the low-rank branch (``low_rank_down [rank, columns]``, ``low_rank_up [out, rank]``, float16); 0 for none.
+        rotation: Hadamard block along the input channels; 0 for none.
+        smooth: whether inputs are divided by a float16 vector ``smooth [in]``.
+        activations: "none", "int8", "fp8" or "int4".
+    """
+
+    format: WeightFormat
+    rank: int = 0
+    rotation: int = 0
+    smooth: bool = False
+    activations: str = "none"
+
+    def __post_init__(self) -> None:
+        check_range("rank", self.rank, 0, MAX_RANK)
+        check_range("rotation", self.rotation, 0, 1 << 16)
+        if self.rotation & (self.rotation - 1):
+            raise ValueError(f"rotation must be a power of two or 0, got {self.rotation}")
+        check_choice("activations", self.activations, KINDS)
+
+    def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """Every stored tensor of a weight with logical ``shape``, the bias left out."""
+        rows, columns = matrix_shape(shape)
+        if self.rotation and shape[1] % self.rotation:
+            raise ValueError(f"rotation {self.rotation} does not divide the {shape[1]} input channels")
+        out = self.format.tensors(rows, columns)
+        if self.rank:
+            out["low_rank_down"] = TensorInfo((self.rank, columns), torch.float16)
+            out["low_rank_up"] = TensorInfo((rows, self.rank), torch.float16)
+        if self.smooth:
+            out["smooth"] = TensorInfo((shape[1],), torch.float16)
+        return out
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes stored for a weight of logical ``shape``: codes, codebooks, scales, low-rank factors, everything."""
+        return sum(info.nbytes for info in self.tensors(shape).values())
+
+    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
+        """Stored bits over the number of weights."""
+        return 8 * self.nbytes(shape) / math.prod(shape)
+
+    def dequantize(self, tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight that the layer is equivalent to, in its logical ``shape``, low-rank branch included."""
+        _, columns = matrix_shape(shape)
+        wide = torch.promote_types(dtype, torch.float32)
+        matrix = self.format.dequantize(tensors, columns, wide)
+        matrix = unrotate_matrix(matrix, shape[1], self.rotation)
+        if self.smooth:
+            matrix = smooth_matrix(matrix, 1 / tensors["smooth"].to(wide))
+        if self.rank:
+            matrix = matrix + tensors["low_rank_up"].to(wide) @ tensors["low_rank_down"].to(wide)
+        return (kernel_layout(matrix, (shape[2], shape[3])) if len(shape) == 4 else matrix).to(dtype)
+
+    def describe(self) -> str:
+        """A few words for tables."""
+        parts = [self.format.describe()]
+        parts += [f"rank {self.rank}"] if self.rank else []
+        parts += [f"rotated {self.rotation}"] if self.rotation else []
+        parts += ["smoothed"] if self.smooth else []
+        parts += [f"{self.activations} activations"] if self.activations != "none" else []
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return non_default_fields(self) | {"format": self.format.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerSpec:
+        """Inverse of :meth:`to_dict`. Raises ``ValueError`` that names what is unknown, missing or out of range."""
+        if not isinstance(data, dict) or not isinstance(data.get("format"), dict):
+            raise ValueError(f"a layer spec must be an object with a format, got {data!r}")
+        stored = dict(data["format"])
+        kind = stored.pop("kind", None)
+        if kind not in FORMATS:
+            raise ValueError(f"unknown weight format {kind!r}; this version knows {', '.join(FORMATS)}")
+        weight_format = strict_from_dict(FORMATS[kind], stored, f"{kind} format")
+        return strict_from_dict(cls, data | {"format": weight_format}, "layer spec")
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Logical weight shape ``[out, in]`` or ``[out, in, kh, kw]`` -> ``(rows, columns)`` of the stored matrix."""
+    if len(shape) not in (2, 4) or any(n < 1 for n in shape):
+        raise ValueError(f"a weight must have shape [out, in] or [out, in, kh, kw], got {list(shape)}")
+    return shape[0], math.prod(shape[1:])

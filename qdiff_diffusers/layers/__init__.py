@@ -1,0 +1,43 @@
+"""Modules that hold packed tensors and call one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import LayerSpec
+from .base import PackedLayer
+from .conv import QDiffConv2d
+from .linear import QDiffLinear
+
+__all__ = ["PackedLayer", "QDiffConv2d", "QDiffLinear", "dense_layer", "pack_layer", "unsupported_reason"]
+
+
+def unsupported_reason(module: nn.Module) -> str | None:
+    """Why a layer with a weight cannot be packed, or ``None`` if it can."""
+    if type(module) is nn.Linear:
+        return None
+    if type(module) is not nn.Conv2d:
+        return f"{type(module).__name__} is not a plain Linear or Conv2d"
+    if module.groups != 1:
+        return f"convolution with {module.groups} groups"
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return f"convolution with padding {module.padding!r} of mode {module.padding_mode}"
+    return None
+
+
+def pack_layer(module: nn.Module, spec: LayerSpec, compute_dtype: torch.dtype, tensors: dict[str, Tensor]) -> PackedLayer:
+    """Convert a supported layer in place. ``tensors`` are those of ``spec.tensors(shape)``."""
+    cls = QDiffLinear if isinstance(module, nn.Linear) else QDiffConv2d
+    return cls.convert(module, spec, compute_dtype, tensors)
+
+
+def dense_layer(layer: PackedLayer) -> nn.Module:
+    """Convert a packed layer back, in place, into the ``nn.Linear`` or ``nn.Conv2d`` it is equivalent to."""
+    weight = layer.dequantize()
+    for name in layer.packed_tensors():
+        delattr(layer, name)
+    del layer.spec, layer.compute_dtype
+    layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    return layer

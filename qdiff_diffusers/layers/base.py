@@ -1,0 +1,102 @@
+"""What packed layers share: their tensors, the logical weight and protection from dtype casts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from qdiff_kernels import (
+    codebook_conv2d,
+    codebook_linear,
+    integer_conv2d,
+    integer_linear,
+    minifloat_conv2d,
+    minifloat_linear,
+)
+from torch import Tensor, nn
+
+from ..formats import LayerSpec, TensorInfo, codebook_table
+
+LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integer": integer_linear}
+CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integer": integer_conv2d}
+
+
+class PackedLayer(nn.Module):
+    """Mixin of the packed layers.
+
+    Codes are int8 parameters, which offloading moves and diffusers' timestep casts ignore; they come after the bias. All
+    other tensors are buffers that keep their dtype, so that float32 scales survive ``.to(torch.bfloat16)`` and a float16
+    tensor never passes for the model's dtype.
+    """
+
+    spec: LayerSpec
+    compute_dtype: torch.dtype
+    bias: nn.Parameter | None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Logical shape of the weight."""
+        raise NotImplementedError
+
+    @classmethod
+    def convert(cls, module: nn.Module, spec: LayerSpec, compute_dtype: torch.dtype, tensors: dict[str, Tensor]) -> Any:
+        """Turn an ``nn.Linear`` or ``nn.Conv2d`` into a packed layer in place, keeping its hooks, its bias and its identity."""
+        module._parameters.pop("weight", None)
+        module.__class__ = cls
+        module.spec = spec  # type: ignore[assignment]
+        module.compute_dtype = compute_dtype  # type: ignore[assignment]
+        for name, tensor in tensors.items():
+            if name == "codes":
+                module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                module.register_buffer(name, tensor)
+        if isinstance(table := getattr(spec.format, "table", None), str):
+            device = tensors["codes"].device
+            on = torch.device("cpu") if device.type == "meta" else device
+            module.register_buffer("codebooks", codebook_table(table).to(on), persistent=False)
+        return module
+
+    def tensor_infos(self) -> dict[str, TensorInfo]:
+        """Name, shape and dtype of the stored tensors."""
+        return self.spec.tensors(self.weight_shape)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name, and the shared codebooks if the format uses some."""
+        names = (*self.tensor_infos(), "codebooks")
+        return {name: tensor for name in names if (tensor := getattr(self, name, None)) is not None}
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight this layer is equivalent to, in its logical shape."""
+        return self.spec.dequantize(self.packed_tensors(), self.weight_shape, dtype or self.compute_dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew at each access: for code that asks a layer for its shape, dtype or device."""
+        return self.dequantize()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, everything but the bias counted."""
+        return self.spec.bits_per_weight(self.weight_shape)
+
+    def op_arguments(self, columns: int) -> tuple[Any, ...]:
+        """Packed weight and extras in the order of the kernels' arguments."""
+        spec, tensors = self.spec, self.packed_tensors()
+        extras = (self.bias, *(tensors.get(n) for n in ("low_rank_down", "low_rank_up", "smooth")))
+        return (*spec.format.op_arguments(tensors, columns), *extras, spec.rotation, spec.activations)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        packed = {id(t) for t in self.packed_tensors().values()}
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if id(tensor) in packed and result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.spec.describe()}, {self.bits_per_weight:.2f} bits"

@@ -1,0 +1,18 @@
+"""Linear layer over a packed weight."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import LINEAR_OPS, PackedLayer
+
+
+class QDiffLinear(PackedLayer, nn.Linear):
+    """``nn.Linear`` whose weight stays packed. Being a subclass, PEFT, group offloading and layerwise casting recognise it."""
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return LINEAR_OPS[self.spec.format.kind](x, *self.op_arguments(self.in_features))

@@ -1,0 +1,111 @@
+"""From a dense weight and a config to packed tensors and their spec: the one way into the methods."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from qdiff_kernels import largest_block, matrix_layout
+from torch import Tensor
+
+from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from ..errors import QDiffError
+from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
+
+MIN_ROTATION = 16  # a smaller Hadamard block mixes too few weights to be worth a pass over the activations
+ERROR_SAMPLE = 1 << 18
+
+
+class QuantizedWeight(NamedTuple):
+    """``tensors`` are those of ``spec.tensors(shape)``; ``error`` is ``|W - W'|^2 / |W|^2``, on a sample of rows if large."""
+
+    spec: LayerSpec
+    tensors: dict[str, Tensor]
+    error: float
+
+
+def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> QuantizedWeight:
+    """Quantize one weight without data.
+
+    Args:
+        weight: floating ``[out, in]`` or ``[out, in, kh, kw]``, on any device.
+        config: method and settings; its ``overrides`` are not looked at.
+        seed: of everything random.
+
+    Raises:
+        QDiffError: the weight holds NaN or infinity.
+    """
+    shape = tuple(weight.shape)
+    matrix = matrix_layout(weight.detach()).float().contiguous()
+    if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
+        raise QDiffError("the weight holds NaN or infinity")
+    block = rotation_block(shape[1], config)
+    working = rotate_matrix(matrix, shape[1], block)
+    weight_format, tensors = _METHODS[config.method_name](working, config, seed)
+    if "low_rank_down" in tensors:  # found in the rotated space, used on the raw input
+        down = unrotate_matrix(tensors["low_rank_down"].float(), shape[1], block)
+        tensors["low_rank_down"] = down.to(torch.float16)
+    rank = tensors["low_rank_down"].shape[0] if "low_rank_down" in tensors else 0
+    spec = LayerSpec(weight_format, rank=rank, rotation=block, activations=config.activations or "none")
+    tensors = {name: tensors[name] for name in spec.tensors(shape)}
+    return QuantizedWeight(spec, tensors, relative_error(matrix, spec, tensors, shape))
+
+
+def rotation_block(channels: int, config: QDiffConfig) -> int:
+    """Hadamard block for a layer of ``channels`` inputs; 0 if the config wants none or the width allows none."""
+    wanted = config.rotation if config.rotation is not None else DEFAULT_ROTATION[config.method_name]
+    block = largest_block(channels) if wanted else 0
+    return block if block >= MIN_ROTATION else 0
+
+
+def relative_error(matrix: Tensor, spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> float:
+    """Squared error of the packed weight over the squared norm of ``matrix [rows, columns]``, from evenly spaced rows."""
+    rows, columns = matrix.shape
+    step = max(1, rows * columns // ERROR_SAMPLE)
+    per_row = {"codes", "low_rank_up"} | ({"scales", "zeros"} if tensors["scales"].shape[0] == rows else set())
+    sample = {name: t[::step] if name in per_row else t for name, t in tensors.items()}
+    exact = matrix[::step]
+    sampled_shape = (exact.shape[0], *shape[1:])
+    packed = matrix_layout(spec.dequantize(sample, sampled_shape))
+    return float((packed - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
+
+
+def _aq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
+    from . import aq
+
+    assert isinstance(config, AQConfig)
+    weight_format = aq.choose_format(config, matrix.shape)
+    return weight_format, aq.quantize(matrix, weight_format, effort=config.effort, seed=seed)
+
+
+def _vq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
+    from . import vq
+
+    assert isinstance(config, VQConfig)
+    weight_format = vq.choose_format(config, matrix.shape)
+    return weight_format, vq.quantize(matrix, weight_format, restarts=config.restarts, seed=seed)
+
+
+def _fp(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
+    from . import fp
+
+    assert isinstance(config, FPConfig)
+    return fp.quantize_config(matrix, config)
+
+
+def _svdquant(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
+    from . import svdquant
+
+    assert isinstance(config, SVDQuantConfig)
+    return svdquant.quantize_config(matrix, config, seed)
+
+
+def _rtn(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
+    from . import rtn
+
+    assert isinstance(config, RTNConfig)
+    return rtn.quantize(matrix, bits=int(config.bits or 8), group_size=config.group_size)
+
+
+_METHODS = {"aq": _aq, "vq": _vq, "fp": _fp, "svdquant": _svdquant, "rtn": _rtn}
+DEFAULT_ROTATION = {"aq": True, "vq": True, "fp": False, "svdquant": False, "rtn": False}

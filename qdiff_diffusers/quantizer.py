@@ -1,0 +1,191 @@
+"""The diffusers quantizer. The only file that knows diffusers' loader."""
+
+from __future__ import annotations
+
+import zlib
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from .checkpoint import check_tensors, read_headers
+from .config import FORMAT_VERSION, QDiffConfig, StoredLayer
+from .errors import CheckpointError, ConfigError, QDiffError
+from .layers import PackedLayer, dense_layer, pack_layer, unsupported_reason
+from .methods import quantize_weight
+from .selection import select_layers
+
+logger = logging.get_logger(__name__)
+
+
+class QDiffQuantizer(DiffusersQuantizer):
+    """Quantizes layer by layer while diffusers reads a checkpoint, or fills packed layers from a quantized one.
+
+    On the fly a layer stays an ``nn.Linear`` on the meta device until its weight arrives, is quantized and dropped. For a
+    quantized checkpoint the packed layers stand ready, with the shapes that config.json promises, before anything is read.
+    """
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+    quantization_config: QDiffConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
+            raise ConfigError(
+                'qdiff cannot place layers on "disk" through device_map; leave "disk" out of it (a packed model is small), '
+                "or use diffusers' group offloading with offload_to_disk_path"
+            )
+        if not self.pre_quantized and self.quantization_config.layers:
+            raise ConfigError("this config already describes a quantized model; make a new one to quantize another")
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        stored = self.quantization_config.compute_dtype
+        self.compute_dtype = torch_dtype or (getattr(torch, stored) if stored else torch.float32)
+        self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
+        return self.compute_dtype
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        return torch.int8
+
+    def get_cuda_warm_up_factor(self) -> int:
+        return 8 if self.pre_quantized else max(2, round(16 / (self.quantization_config.bits or 4)))
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """First sight of the checkpoint's files: check every packed tensor's name, shape and dtype before reading data."""
+        if self.pre_quantized:
+            check_tensors(self.quantization_config.layers, read_headers(checkpoint_files))
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        keep = [name for name in kwargs.get("keep_in_fp32_modules") or () if name]
+        state_dict = kwargs.get("state_dict")  # given by from_single_file only, which always claims "pre-quantized"
+        if state_dict is not None:
+            self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
+        if self.pre_quantized:
+            self._prepare_packed_layers(model)
+        else:
+            self._choose_layers(model, keep)
+        model.register_to_config(quantization_config=self.quantization_config)
+
+    def _choose_layers(self, model: nn.Module, keep: list[str]) -> None:
+        config = self.quantization_config
+        self.targets, config.skipped = select_layers(model, config, keep)
+        if not self.targets:
+            logger.warning("qdiff found no layer to quantize in %s", type(model).__name__)
+        config.provenance = {
+            "package": f"qdiff-diffusers {version('qdiff-diffusers')}",
+            "model_class": type(model).__name__,
+        }
+        name = getattr(config, "method_name", "").upper()
+        self.progress = logging.tqdm(total=len(self.targets), desc=f"Quantizing ({name})", unit="layer", delay=2)
+
+    def _prepare_packed_layers(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        for name, layer in self.quantization_config.layers.items():
+            module = modules.get(name)
+            if module is None:
+                raise CheckpointError(f"the checkpoint packs layer {name}, which {type(model).__name__} does not have")
+            if reason := unsupported_reason(module):
+                raise CheckpointError(f"the checkpoint packs layer {name}, but that is a {reason}")
+            if tuple(module.weight.shape) != layer.shape:
+                expected = list(module.weight.shape)
+                raise CheckpointError(f"layer {name} is {list(layer.shape)} in the checkpoint, {expected} in the model")
+            placeholders = {
+                tensor: torch.empty(info.shape, dtype=info.dtype, device="meta")
+                for tensor, info in layer.spec.tensors(layer.shape).items()
+            }
+            pack_layer(module, layer.spec, self.compute_dtype, placeholders)
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        module, _, leaf = param_name.rpartition(".")
+        if not self.pre_quantized:
+            return leaf == "weight" and module in self.targets
+        layer = self.quantization_config.layers.get(module)
+        return layer is not None and leaf in layer.spec.tensors(layer.shape)
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        name, _, leaf = param_name.rpartition(".")
+        module = model.get_submodule(name)
+        raw = state_dict[param_name]  # param_value has already been cast to the model's dtype
+        if self.pre_quantized:
+            value = raw.to(target_device)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False) if leaf == "codes" else value)
+        else:
+            self._quantize(module, name, raw.to(target_device))
+            state_dict[param_name] = raw.new_empty(0)  # the dense weight is not needed again: let its memory go
+
+    def _quantize(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        config = self.targets[name]
+        try:
+            spec, tensors, error = quantize_weight(weight, config, seed=config.seed + zlib.crc32(name.encode()))
+        except ValueError as failure:
+            raise QDiffError(f"layer {name} {list(weight.shape)}: {failure}") from failure
+        pack_layer(module, spec, self.compute_dtype, tensors)
+        self.quantization_config.layers[name] = StoredLayer(spec, tuple(weight.shape), float(f"{error:.4g}"))
+        self.progress.update()
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        if self.pre_quantized and missing_keys:
+            raise CheckpointError(f"the checkpoint lacks {', '.join(sorted(missing_keys)[:5])}; it is incomplete")
+        return missing_keys
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLayer):
+                if module.codes.is_meta:
+                    raise CheckpointError(f"the codes of layer {name} were never loaded")
+                for leaf, buffer in list(module.named_buffers(recurse=False)):
+                    if buffer.device != module.codes.device:  # shared codebooks follow the codes
+                        setattr(module, leaf, buffer.to(module.codes.device))
+        if not self.pre_quantized:
+            self.progress.close()
+            left = sorted(set(self.targets) - set(self.quantization_config.layers))
+            if left:
+                raise CheckpointError(f"the checkpoint has no weight for {', '.join(left[:5])}; it is incomplete")
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return state_dict, {"qdiff_format_version": str(FORMAT_VERSION)}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for module in list(model.modules()):
+            if isinstance(module, PackedLayer):
+                dense_layer(module)
+        # The base class leaves quantization_config behind, and a model saved later would claim to be quantized.
+        kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = type(model.config)(kept)
+        return model
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        # Converting layers changes the very dictionaries that other loading threads iterate over.
+        return self.pre_quantized
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

@@ -1,0 +1,53 @@
+"""Which layers of a model to quantize."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .config import QDiffConfig
+from .layers import unsupported_reason
+
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
+
+
+def select_layers(
+    model: nn.Module, config: QDiffConfig, keep: list[str]
+) -> tuple[dict[str, QDiffConfig], dict[str, str]]:
+    """Choose the layers to pack.
+
+    Args:
+        model: the model's skeleton.
+        config: with its skip patterns and overrides.
+        keep: name parts that the model class itself wants in float32.
+
+    Returns:
+        ``{module name: config}`` for the layers to pack and ``{module name: reason}`` for those left as they are.
+    """
+    targets: dict[str, QDiffConfig] = {}
+    skipped: dict[str, str] = {}
+    inside = _inside_blocks(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, WEIGHTED):
+            continue
+        layer_config = config.config_for(name)
+        if reason := unsupported_reason(module):
+            skipped[name] = reason
+        elif layer_config is None:
+            skipped[name] = "named in modules_to_not_convert or overrides"
+        elif any(part in name.split(".") for part in keep):
+            skipped[name] = "kept in float32 by the model class"
+        elif config.keep_outer_layers and layer_config is config and name not in inside:
+            skipped[name] = "outside the repeated blocks"
+        else:
+            targets[name] = layer_config
+    return targets, skipped
+
+
+def _inside_blocks(model: nn.Module) -> set[str]:
+    """Names of the modules inside an ``nn.ModuleList``, where diffusers' models keep their repeated blocks.
+
+    What is left outside are the embedders, the modulation shared by all blocks, the first and the last layers: few weights,
+    used once per step, and the ones whose errors no later block corrects.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return {name for name, _ in model.named_modules() if any(name.startswith(f"{parent}.") for parent in lists)}
