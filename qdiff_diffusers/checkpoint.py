@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .config import QDiffConfig, QDiffMethod, StoredLayer
 from .errors import CheckpointError
@@ -122,7 +122,15 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> Check
     Raises:
         CheckpointError: there is nothing there, it is not a qdiff checkpoint, or it is malformed.
     """
-    folder = _component_folder(Path(source) if Path(source).exists() else _download(str(source), revision))
+    return _describe(_component_folders(_resolve(source, revision))[0])
+
+
+def inspect_components(source: str | Path, revision: str | None = None) -> list[CheckpointInfo]:
+    """Describe every quantized component of a model or pipeline; like :func:`inspect_checkpoint` otherwise."""
+    return [_describe(folder) for folder in _component_folders(_resolve(source, revision))]
+
+
+def _describe(folder: Path) -> CheckpointInfo:
     config = QDiffConfig.from_dict(_quantization_config(folder) or {})
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -143,14 +151,20 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> Check
     return CheckpointInfo(config, layers, folder, sum(f.stat().st_size for f in files))
 
 
-def _component_folder(root: Path) -> Path:
-    """The folder whose config.json carries a qdiff quantization_config: the root or one of its direct subfolders."""
+def _resolve(source: str | Path, revision: str | None) -> Path:
+    return Path(source) if Path(source).exists() else _download(str(source), revision)
+
+
+def _component_folders(root: Path) -> list[Path]:
+    """The folders whose config.json carries a qdiff quantization_config: the root or some of its direct subfolders."""
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a folder; give a model or pipeline folder, or a Hub name")
-    for folder in (root, *sorted(p for p in root.iterdir() if p.is_dir())):
-        if _quantization_config(folder):
-            return folder
-    raise CheckpointError(f"{root} holds no qdiff checkpoint: no config.json with quant_method {QDiffMethod.QDIFF.value!r}")
+    candidates = (root, *sorted(p for p in root.iterdir() if p.is_dir()))
+    found = [folder for folder in candidates if _quantization_config(folder)]
+    if not found:
+        method = QDiffMethod.QDIFF.value
+        raise CheckpointError(f"{root} holds no qdiff checkpoint: no config.json with quant_method {method!r}")
+    return found
 
 
 def _quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -172,6 +186,14 @@ def _download(name: str, revision: str | None) -> Path:
         raise CheckpointError(f"{name} is neither a local folder nor a model on the Hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{name} is no local folder, and the Hub could not be reached: {error}") from error
+
+
+def hub_name(path: str | Path) -> str | None:
+    """``org/name`` of a file in the Hub's cache (``.../models--org--name/snapshots/...``); ``None`` for any other file."""
+    for part in Path(path).parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return None
 
 
 def _dtype(name: str) -> torch.dtype:

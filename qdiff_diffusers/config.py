@@ -133,9 +133,7 @@ class QDiffConfig(QuantizationConfigMixin):
             specs = list(dict.fromkeys(layer.spec for layer in self.layers.values()))
             index = {spec: i for i, spec in enumerate(specs)}
             out["specs"] = [spec.to_dict() for spec in specs]
-            out["layers"] = {
-                name: [index[layer.spec], list(layer.shape), layer.error] for name, layer in self.layers.items()
-            }
+            out["layers"] = {name: [index[layer.spec], list(layer.shape), layer.error] for name, layer in self.layers.items()}
         if self.skipped:
             out["skipped"] = dict(self.skipped)
         if self.provenance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from importlib.metadata import version
 from typing import Any
 
@@ -11,11 +10,10 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from .checkpoint import check_tensors, read_headers
-from .config import FORMAT_VERSION, QDiffConfig, StoredLayer
-from .errors import CheckpointError, ConfigError, QDiffError
-from .layers import PackedLayer, dense_layer, pack_layer, unsupported_reason
-from .methods import quantize_weight
+from .checkpoint import check_tensors, hub_name, read_headers
+from .config import FORMAT_VERSION, QDiffConfig
+from .errors import CheckpointError, ConfigError
+from .packing import check_loaded, dequantize_model, prepare_packed_layers, quantize_layer
 from .selection import select_layers
 
 logger = logging.get_logger(__name__)
@@ -58,6 +56,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         """First sight of the checkpoint's files: check every packed tensor's name, shape and dtype before reading data."""
         if self.pre_quantized:
             check_tensors(self.quantization_config.layers, read_headers(checkpoint_files))
+        self.base_model = hub_name(checkpoint_files[0])
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -66,7 +65,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         if state_dict is not None:
             self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
         if self.pre_quantized:
-            self._prepare_packed_layers(model)
+            prepare_packed_layers(model, self.quantization_config.layers, self.compute_dtype)
         else:
             self._choose_layers(model, keep)
         model.register_to_config(quantization_config=self.quantization_config)
@@ -80,25 +79,10 @@ class QDiffQuantizer(DiffusersQuantizer):
             "package": f"qdiff-diffusers {version('qdiff-diffusers')}",
             "model_class": type(model).__name__,
         }
-        name = getattr(config, "method_name", "").upper()
-        self.progress = logging.tqdm(total=len(self.targets), desc=f"Quantizing ({name})", unit="layer", delay=2)
-
-    def _prepare_packed_layers(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
-        for name, layer in self.quantization_config.layers.items():
-            module = modules.get(name)
-            if module is None:
-                raise CheckpointError(f"the checkpoint packs layer {name}, which {type(model).__name__} does not have")
-            if reason := unsupported_reason(module):
-                raise CheckpointError(f"the checkpoint packs layer {name}, but that is a {reason}")
-            if tuple(module.weight.shape) != layer.shape:
-                expected = list(module.weight.shape)
-                raise CheckpointError(f"layer {name} is {list(layer.shape)} in the checkpoint, {expected} in the model")
-            placeholders = {
-                tensor: torch.empty(info.shape, dtype=info.dtype, device="meta")
-                for tensor, info in layer.spec.tensors(layer.shape).items()
-            }
-            pack_layer(module, layer.spec, self.compute_dtype, placeholders)
+        if base := getattr(self, "base_model", None):
+            config.provenance["base_model"] = base
+        description = f"Quantizing ({config.method_name})"
+        self.progress = logging.tqdm(total=len(self.targets), desc=description, unit="layer", delay=2)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -126,18 +110,11 @@ class QDiffQuantizer(DiffusersQuantizer):
             value = raw.to(target_device)
             setattr(module, leaf, nn.Parameter(value, requires_grad=False) if leaf == "codes" else value)
         else:
-            self._quantize(module, name, raw.to(target_device))
+            weight = raw.to(target_device)
+            stored = quantize_layer(module, name, weight, self.targets[name], self.compute_dtype)
+            self.quantization_config.layers[name] = stored
+            self.progress.update()
             state_dict[param_name] = raw.new_empty(0)  # the dense weight is not needed again: let its memory go
-
-    def _quantize(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        config = self.targets[name]
-        try:
-            spec, tensors, error = quantize_weight(weight, config, seed=config.seed + zlib.crc32(name.encode()))
-        except ValueError as failure:
-            raise QDiffError(f"layer {name} {list(weight.shape)}: {failure}") from failure
-        pack_layer(module, spec, self.compute_dtype, tensors)
-        self.quantization_config.layers[name] = StoredLayer(spec, tuple(weight.shape), float(f"{error:.4g}"))
-        self.progress.update()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if self.pre_quantized and missing_keys:
@@ -145,13 +122,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for name, module in model.named_modules():
-            if isinstance(module, PackedLayer):
-                if module.codes.is_meta:
-                    raise CheckpointError(f"the codes of layer {name} were never loaded")
-                for leaf, buffer in list(module.named_buffers(recurse=False)):
-                    if buffer.device != module.codes.device:  # shared codebooks follow the codes
-                        setattr(module, leaf, buffer.to(module.codes.device))
+        check_loaded(model)
         if not self.pre_quantized:
             self.progress.close()
             left = sorted(set(self.targets) - set(self.quantization_config.layers))
@@ -165,9 +136,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         return state_dict, {"qdiff_format_version": str(FORMAT_VERSION)}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        for module in list(model.modules()):
-            if isinstance(module, PackedLayer):
-                dense_layer(module)
+        dequantize_model(model)
         # The base class leaves quantization_config behind, and a model saved later would claim to be quantized.
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)

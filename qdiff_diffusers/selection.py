@@ -10,9 +10,7 @@ from .layers import unsupported_reason
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
 
 
-def select_layers(
-    model: nn.Module, config: QDiffConfig, keep: list[str]
-) -> tuple[dict[str, QDiffConfig], dict[str, str]]:
+def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tuple[dict[str, QDiffConfig], dict[str, str]]:
     """Choose the layers to pack.
 
     Args:

@@ -100,7 +100,7 @@ class CodebookFormat(WeightFormat):
 def table_shapes() -> dict[str, tuple[int, int, int]]:
     """Shapes of the universal codebooks that ship with the package."""
     with safe_open(TABLES_FILE, "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}  # noqa: SIM118
+        return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
 
 
 @lru_cache(maxsize=64)

@@ -17,9 +17,7 @@ from ._dispatch import implementation, select
 from ._ops import add_op_namespace_prefix
 from .reference import Extras, Window
 
-EXTRAS_SCHEMA = (
-    "Tensor? bias, Tensor? low_rank_down, Tensor? low_rank_up, Tensor? smooth, int rotation, str activations"
-)
+EXTRAS_SCHEMA = "Tensor? bias, Tensor? low_rank_down, Tensor? low_rank_up, Tensor? smooth, int rotation, str activations"
 WINDOW_SCHEMA = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 Decoder = Callable[..., Tensor]
 

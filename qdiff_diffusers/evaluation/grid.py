@@ -1,0 +1,105 @@
+"""A labelled picture of many configurations: one row each, the same seeds below each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+PAPER, INK, FAINT, RULE, BEST = "#ffffff", "#1b1f24", "#6a737d", "#d0d7de", "#0a7d33"
+TILE_GAP, MARGIN, LINE = 6, 24, 30
+TEXT_SIZE, SMALL_SIZE, TITLE_SIZE = 22, 18, 28
+NAME_WIDTH, NUMBER_WIDTH = 170, 105
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One configuration: its name, the numbers to print beside it, and ``[images, channels, height, width]`` in [0, 1].
+
+    ``heading`` opens a group of rows. ``best`` prints the numbers as the best of their group.
+    """
+
+    name: str
+    bits: str
+    quality: str
+    images: Tensor
+    heading: str = ""
+    best: bool = False
+
+
+def draw_grid(rows: Sequence[GridRow], columns: Sequence[str], *, title: str, subtitle: str, zoom: int = 3) -> Image.Image:
+    """Draw the rows under one another, names and numbers at the left, a label above each column of images.
+
+    Args:
+        rows: as many images in each as there are ``columns``.
+        title, subtitle: what is shown, above everything.
+        zoom: screen pixels per image pixel.
+    """
+    tile = zoom * rows[0].images.shape[-1]
+    left = MARGIN + NAME_WIDTH + 2 * NUMBER_WIDTH + MARGIN
+    width = left + len(columns) * (tile + TILE_GAP) - TILE_GAP + MARGIN
+    top = MARGIN + TITLE_SIZE + SMALL_SIZE + 3 * MARGIN
+    headings = sum(bool(row.heading) for row in rows)
+    height = top + len(rows) * (tile + TILE_GAP) + headings * (LINE + TILE_GAP) + MARGIN
+    canvas = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    _text(draw, (MARGIN, MARGIN), title, TITLE_SIZE, INK, bold=True)
+    _text(draw, (MARGIN, MARGIN + TITLE_SIZE + 12), subtitle, SMALL_SIZE, FAINT)
+    for x, label in zip((left + i * (tile + TILE_GAP) for i in range(len(columns))), columns, strict=True):
+        _text(draw, (x + tile / 2, top - 8), label, SMALL_SIZE, FAINT, anchor="ms", fit=tile)
+    for x, label in ((left - MARGIN - NUMBER_WIDTH, "bits/weight"), (left - MARGIN, "PSNR, dB")):
+        _text(draw, (x, top - 8), label, SMALL_SIZE, FAINT, anchor="rs")
+    y = top
+    for row in rows:
+        if row.heading:
+            draw.line((MARGIN, y + LINE, width - MARGIN, y + LINE), RULE, 2)
+            _text(draw, (MARGIN, y + LINE - 8), row.heading, SMALL_SIZE, FAINT, anchor="ls")
+            y += LINE + TILE_GAP
+        _draw_row(canvas, draw, row, left, y, tile)
+        y += tile + TILE_GAP
+    return canvas
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG beside its target and rename it. Few colours are in use, so a palette does not change the picture."""
+    part = path.with_name(path.name + ".part")
+    image.save(part, format="PNG", optimize=True)
+    part.replace(path)
+
+
+def _draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: GridRow, left: int, y: int, tile: int) -> None:
+    middle = y + tile / 2
+    colour = BEST if row.best else INK
+    _text(draw, (MARGIN, middle), row.name, TEXT_SIZE, INK, anchor="lm", bold=row.best, fit=NAME_WIDTH)
+    _text(draw, (left - MARGIN - NUMBER_WIDTH, middle), row.bits, TEXT_SIZE, INK, anchor="rm")
+    _text(draw, (left - MARGIN, middle), row.quality, TEXT_SIZE, colour, anchor="rm", bold=row.best)
+    for i, picture in enumerate(row.images):
+        canvas.paste(_to_pil(picture, tile), (left + i * (tile + TILE_GAP), y))
+
+
+def _to_pil(picture: Tensor, size: int) -> Image.Image:
+    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return image.resize((size, size), Image.Resampling.NEAREST).convert("RGB")
+
+
+def _text(
+    draw: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    text: str,
+    size: float,
+    colour: str,
+    *,
+    anchor: str = "la",
+    bold: bool = False,
+    fit: float | None = None,
+) -> None:
+    """Text in Pillow's own font, made smaller where it is wider than ``fit``."""
+    font = ImageFont.load_default(size)
+    if fit and (wide := draw.textlength(text, font)) > fit:
+        font = ImageFont.load_default(size * fit / wide)
+    draw.text(at, text, colour, font, anchor=anchor, stroke_width=0.6 if bold else 0)

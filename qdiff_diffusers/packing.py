@@ -1,0 +1,71 @@
+"""Model-level steps that both loaders share: pack one layer, prepare packed layers for a checkpoint, undo it all."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from .config import QDiffConfig, StoredLayer
+from .errors import CheckpointError, QDiffError
+from .layers import PackedLayer, dense_layer, pack_layer, unsupported_reason
+from .methods import quantize_weight
+
+
+def quantize_layer(module: nn.Module, name: str, weight: Tensor, config: QDiffConfig, compute_dtype: torch.dtype) -> StoredLayer:
+    """Quantize ``weight`` and convert ``module`` in place. The seed follows from the name, so the order of layers is free.
+
+    Raises:
+        QDiffError: names the layer whose weight cannot be quantized.
+    """
+    try:
+        spec, tensors, error = quantize_weight(weight, config, seed=config.seed + zlib.crc32(name.encode()))
+    except ValueError as failure:
+        raise QDiffError(f"layer {name} {list(weight.shape)}: {failure}") from failure
+    pack_layer(module, spec, compute_dtype, tensors)
+    return StoredLayer(spec, tuple(weight.shape), float(f"{error:.4g}"))
+
+
+def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], compute_dtype: torch.dtype) -> None:
+    """Convert the named layers in place, their tensors still on the meta device.
+
+    Raises:
+        CheckpointError: the model has no such layer, or one of another kind or shape.
+    """
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        module = modules.get(name)
+        if module is None:
+            raise CheckpointError(f"the checkpoint packs layer {name}, which {type(model).__name__} does not have")
+        if reason := unsupported_reason(module):
+            raise CheckpointError(f"the checkpoint packs layer {name}, but in the model it is a {reason}")
+        if tuple(module.weight.shape) != layer.shape:
+            expected = list(module.weight.shape)
+            raise CheckpointError(f"layer {name} is {list(layer.shape)} in the checkpoint, {expected} in the model")
+        infos = layer.spec.tensors(layer.shape)
+        empty = {leaf: torch.empty(info.shape, dtype=info.dtype, device="meta") for leaf, info in infos.items()}
+        pack_layer(module, layer.spec, compute_dtype, empty)
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Make sure that every packed layer has its codes, and move shared codebooks beside them.
+
+    Raises:
+        CheckpointError: names the first layer that was not filled.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedLayer):
+            continue
+        for leaf, tensor in module.packed_tensors().items():
+            if tensor.is_meta:
+                raise CheckpointError(f"tensor {name}.{leaf} was never loaded; the checkpoint is incomplete")
+            if tensor.device != module.codes.device:
+                setattr(module, leaf, tensor.to(module.codes.device))
+
+
+def dequantize_model(model: nn.Module) -> None:
+    """Turn every packed layer back into a dense one, in place."""
+    for module in list(model.modules()):
+        if isinstance(module, PackedLayer):
+            dense_layer(module)

@@ -1,0 +1,89 @@
+"""The transformers twin of the diffusers quantizer, for text encoders. The only file that knows transformers' loader."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+
+from .config import QDiffConfig
+from .layers import PackedLayer
+from .packing import check_loaded, dequantize_model, prepare_packed_layers, quantize_layer
+from .selection import select_layers
+
+
+class QuantizeOp(ConversionOps):
+    """Quantizes one weight as it is read."""
+
+    def __init__(self, quantizer: QDiffTransformersQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: Any = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        ((_, value),) = input_dict.items()
+        name = full_layer_name.rpartition(".")[0]
+        self.quantizer.quantize(model.get_submodule(name), name, value[0] if isinstance(value, list) else value)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+class QDiffTransformersQuantizer(HfQuantizer):
+    """Quantizes on load or fills packed layers, like :class:`QDiffQuantizer`."""
+
+    requires_calibration = False
+    quantization_config: QDiffConfig
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.compute_dtype = dtype or torch.float32
+        self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
+        return self.compute_dtype
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            prepare_packed_layers(model, self.quantization_config.layers, self.compute_dtype)
+            return
+        keep = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) or []
+        self.targets, self.quantization_config.skipped = select_layers(model, self.quantization_config, list(keep))
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        module, _, leaf = param_name.rpartition(".")
+        return not self.pre_quantized and leaf == "weight" and module in self.targets
+
+    def get_quantize_ops(self) -> QuantizeOp:
+        return QuantizeOp(self)
+
+    def quantize(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        """Quantize one layer and convert it in place."""
+        stored = quantize_layer(module, name, weight, self.targets[name], self.compute_dtype)
+        for tensor in (*cast(PackedLayer, module).packed_tensors().values(), module):
+            tensor._is_hf_initialized = True  # type: ignore[union-attr]  # or transformers would initialise it afresh
+        self.quantization_config.layers[name] = stored
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_loaded(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dequantize_model(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
