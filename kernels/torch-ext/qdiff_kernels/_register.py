@@ -102,7 +102,7 @@ def _register_linear(name: str, weight_schema: str, decode: Decoder, count: int)
         if ctx.needs_input_grad[0]:
             grads[0] = input_gradient(gradient, *args, ctx.columns)
         if ctx.needs_input_grad[1 + count]:
-            grads[1 + count] = gradient.flatten(0, -2).sum(0)
+            grads[1 + count] = gradient.sum_to_size(gradient.shape[-1])
         return tuple(grads)
 
     custom.register_autograd(backward, setup_context=setup_context)

@@ -51,4 +51,4 @@ def _quantize_grouped(x: Tensor, group: int, limit: int) -> tuple[Tensor, Tensor
 
 
 def _safe(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale == 0, torch.ones_like(scale), scale)  # NaN stays NaN: it must not vanish in integer codes

@@ -69,6 +69,7 @@ def _transform(x: Tensor, block: int) -> Tensor:
     outer = 1 << ((block.bit_length() - 1) // 2)
     inner = block // outer
     blocks = x.unflatten(-1, (-1, outer, inner))
-    blocks = blocks @ hadamard_matrix(inner, x.device, x.dtype)
+    # Scaled between the two: the unscaled sum of a whole block would overflow float16 at activations of about 256.
+    blocks = (blocks @ hadamard_matrix(inner, x.device, x.dtype)) * block**-0.5
     blocks = (blocks.transpose(-1, -2) @ hadamard_matrix(outer, x.device, x.dtype)).transpose(-1, -2)
-    return blocks.flatten(-3) * block**-0.5
+    return blocks.flatten(-3)

@@ -1,0 +1,1 @@
+"""Home of the ComfyUI nodes. None yet: the diffusers backend comes first."""
