@@ -31,7 +31,7 @@ def train(images: Tensor, labels: Tensor, *, steps: int, batch: int, lr: float, 
         chosen = torch.randint(len(images), (batch,))
         x, y = images[chosen].to(device), labels[chosen].to(device)
         mirrored = torch.rand(batch, 1, 1, 1, device=device) < 0.5
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             logits = model(torch.where(mirrored, x.flip(3), x).contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), y, label_smoothing=0.05)
         optimizer.zero_grad()

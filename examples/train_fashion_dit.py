@@ -105,6 +105,7 @@ def train(model: DiTTransformer2DModel, images: Tensor, labels: Tensor, args: ar
             done = (time.monotonic() - start) / (60 * args.minutes) if args.steps is None else step / args.steps
             if step % 20 == 0:
                 progress.update(bar, completed=done, description=f"step {step}, loss {loss.item():.4f}")
+        progress.update(bar, completed=1.0)
     return average.cpu()
 
 
@@ -153,9 +154,7 @@ def identity_vae(scale: float = 64.0) -> AutoencoderTiny:
 def export(model: DiTTransformer2DModel, folder: Path) -> None:
     """Write a folder of float16 weights that ``DiffusionPipeline.from_pretrained`` loads as a ``DiTPipeline``."""
     names = {str(label): name for label, name in enumerate(CLASSES)}
-    pipe = DiTPipeline(
-        transformer=model.half(), vae=identity_vae().half(), scheduler=DDIMScheduler(**SCHEDULER), id2label=names
-    )
+    pipe = DiTPipeline(transformer=model.half(), vae=identity_vae().half(), scheduler=DDIMScheduler(**SCHEDULER), id2label=names)
     pipe.register_to_config(id2label=names)
     pipe.save_pretrained(folder)
 

@@ -18,6 +18,7 @@ from .errors import CheckpointError, ConfigError
 from .formats import GroupSize, LayerSpec
 
 FORMAT_VERSION = 1
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class QDiffMethod(str, Enum):
@@ -44,10 +45,11 @@ class QDiffConfig(QuantizationConfigMixin):
 
     Args:
         bits: nominal bits per weight; each method says which it offers.
-        rotation: rotate input channels by a block Hadamard matrix before quantizing (``None``: the method's default).
+        rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None`` decides for each layer.
         activations: ``None`` (16-bit), "int8" or "fp8" (dynamic, per token), or for SVDQuant "int4" (groups of 64).
         modules_to_not_convert: substrings of module names to leave in 16 bits, besides the default ones.
         overrides: substring of a module name -> another config (or ``None`` for 16 bits) for those layers; the first match counts.
+        unbiased: rescale each packed weight so that it keeps its gain, at slightly more squared error (see methods/unbias.py).
         keep_outer_layers: leave the layers outside the repeated blocks (embedders, final norm and projection) in 16 bits.
         compute_dtype: dtype of the model's other parameters, "bfloat16" and the like; set by loading.
         seed: of everything random.
@@ -59,6 +61,7 @@ class QDiffConfig(QuantizationConfigMixin):
     activations: str | None = None
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, Any] | None = None
+    unbiased: bool = True
     keep_outer_layers: bool = True
     compute_dtype: str | None = None
     seed: int = 0
@@ -71,7 +74,7 @@ class QDiffConfig(QuantizationConfigMixin):
     def __new__(cls, *args: Any, **kwargs: Any) -> QDiffConfig:
         if cls is QDiffConfig:
             method = args[0] if args else kwargs.get("method")
-            if method not in METHODS:
+            if not isinstance(method, str) or method not in METHODS:
                 raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
             cls = METHODS[method]
         return object.__new__(cls)
@@ -100,10 +103,24 @@ class QDiffConfig(QuantizationConfigMixin):
             raise ConfigError(f"{name}: activations must be None, {choices}, got {self.activations!r}")
         if self.bits is not None and self.bits not in self.bit_choices:
             raise ConfigError(f"{name}: bits must be one of {_join(self.bit_choices)}, got {self.bits!r}")
-        if self.compute_dtype is not None and not isinstance(getattr(torch, self.compute_dtype, None), torch.dtype):
-            raise ConfigError(f"{name}: compute_dtype {self.compute_dtype!r} is not a torch dtype")
+        if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
+            raise ConfigError(f"{name}: compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {self.compute_dtype!r}")
+        if not isinstance(self.rotation, bool | None):
+            raise ConfigError(f"{name}: rotation must be None, True or False, got {self.rotation!r}")
+        if not isinstance(self.keep_outer_layers, bool):
+            raise ConfigError(f"{name}: keep_outer_layers must be True or False, got {self.keep_outer_layers!r}")
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"{name}: seed must be an integer, got {self.seed!r}")
+        self._check_patterns(name)
+
+    def _check_patterns(self, name: str) -> None:
         if isinstance(self.modules_to_not_convert, str):
             self.modules_to_not_convert = [self.modules_to_not_convert]
+        patterns = self.modules_to_not_convert or []
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+            raise ConfigError(f"{name}: modules_to_not_convert must be a list of parts of module names, got {patterns!r}")
+        if not isinstance(self.overrides or {}, dict):
+            raise ConfigError(f"{name}: overrides must map a part of a module's name to a config, got {self.overrides!r}")
         self.overrides = {k: _as_config(k, v) for k, v in (self.overrides or {}).items()} or None
 
     def config_for(self, module_name: str) -> QDiffConfig | None:
@@ -125,6 +142,10 @@ class QDiffConfig(QuantizationConfigMixin):
         if self.overrides:
             out["overrides"] = {k: v and v.settings() for k, v in self.overrides.items()}
         return out
+
+    def fresh(self) -> QDiffConfig:
+        """The settings alone in a config of their own, so that quantizing one model leaves no trace in the next."""
+        return QDiffConfig(**self.settings())
 
     def to_dict(self) -> dict[str, Any]:
         """The stored ``quantization_config``; see docs/format.md."""
@@ -162,15 +183,17 @@ class QDiffConfig(QuantizationConfigMixin):
         data.pop("quant_method", None)
         stored = {key: data.pop(key, None) for key in ("specs", "layers", "skipped", "provenance")}
         method = data.get("method")
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise CheckpointError(f"unknown method {method!r} in quantization_config; known: {', '.join(METHODS)}")
         known = {f.name for f in fields(METHODS[method])}
         if unknown := sorted(set(data) - known):
             raise CheckpointError(f"quantization_config has unknown keys {', '.join(unknown)}")
         config = METHODS[method](**data)
         config.layers = _read_layers(stored["specs"], stored["layers"])
-        config.skipped = dict(stored["skipped"] or {})
-        config.provenance = dict(stored["provenance"] or {})
+        for key in ("skipped", "provenance"):
+            if not isinstance(stored[key] or {}, dict):
+                raise CheckpointError(f"quantization_config.{key} must be an object, got {stored[key]!r}")
+            setattr(config, key, dict(stored[key] or {}))
         return (config, {}) if return_unused_kwargs else config
 
 
@@ -189,20 +212,33 @@ def _read_layers(specs: Any, layers: Any) -> dict[str, StoredLayer]:
     out = {}
     for name, entry in layers.items():
         try:
-            index, shape, error = entry
-            layer = StoredLayer(read[index], tuple(int(n) for n in shape), error)
-            layer.spec.tensors(layer.shape)
-        except (ValueError, TypeError, IndexError) as error:
+            out[name] = _read_layer(read, *entry)
+            out[name].spec.tensors(out[name].shape)
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"layer {name} of quantization_config, {entry!r}: {error}") from error
-        out[name] = layer
     return out
+
+
+def _read_layer(specs: list[LayerSpec], index: Any, shape: Any, error: Any) -> StoredLayer:
+    if type(index) is not int or not 0 <= index < len(specs):
+        raise ValueError(f"there is no spec {index!r}")
+    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
+        raise ValueError(f"a shape is a list of integers, not {shape!r}")
+    if not (error is None or type(error) in (int, float)):
+        raise ValueError(f"an error is a number or null, not {error!r}")
+    return StoredLayer(specs[index], tuple(shape), error)
 
 
 def _as_config(pattern: str, value: Any) -> QDiffConfig | None:
     if isinstance(value, dict):
-        value = QDiffConfig(**value)
+        try:
+            value = QDiffConfig(**value)
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"overrides[{pattern!r}]: {error}") from error
     if value is not None and not isinstance(value, QDiffConfig):
         raise ConfigError(f"overrides[{pattern!r}] must be a qdiff config or None, got {value!r}")
+    if value is not None and value.overrides:
+        raise ConfigError(f"overrides[{pattern!r}] has overrides of its own, which would never apply")
     return value
 
 
@@ -298,6 +334,7 @@ class SVDQuantConfig(QDiffConfig):
 class RTNConfig(QDiffConfig):
     """Plain asymmetric round-to-nearest in groups: the baseline, and a cheap 8-bit choice for ``overrides``."""
 
+    unbiased: bool = False
     group_size: GroupSize = 64
 
     method_name: ClassVar[str] = "rtn"

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from .config import QDiffConfig, StoredLayer
 from .errors import CheckpointError, QDiffError
+from .formats import codebook_table
 from .layers import PackedLayer, dense_layer, pack_layer, unsupported_reason
 from .methods import quantize_weight
+
+ALIGNMENT = 64  # bytes, of memory that torch allocates on the CPU
 
 
 def quantize_layer(module: nn.Module, name: str, weight: Tensor, config: QDiffConfig, compute_dtype: torch.dtype) -> StoredLayer:
@@ -49,7 +52,7 @@ def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], comp
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Make sure that every packed layer has its codes, and move shared codebooks beside them.
+    """Make sure that every packed layer has its codes, and put shared codebooks beside them.
 
     Raises:
         CheckpointError: names the first layer that was not filled.
@@ -58,10 +61,25 @@ def check_loaded(model: nn.Module) -> None:
         if not isinstance(module, PackedLayer):
             continue
         for leaf, tensor in module.packed_tensors().items():
-            if tensor.is_meta:
+            if tensor.is_meta and not hasattr(module, "_hf_hook"):  # accelerate keeps offloaded tensors in its hook
                 raise CheckpointError(f"tensor {name}.{leaf} was never loaded; the checkpoint is incomplete")
-            if tensor.device != module.codes.device:
-                setattr(module, leaf, tensor.to(module.codes.device))
+        table = getattr(module.spec.format, "table", None)
+        if table is not None and not module.scales.is_meta:
+            # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
+            module.codebooks = codebook_table(table).to(module.scales.device)
+
+
+def release_checkpoint(model: nn.Module) -> None:
+    """Copy everything but codes out of the memory that a checkpoint file was mapped into.
+
+    A single tensor left there keeps a whole dense checkpoint resident. Besides, its alignment follows from the length of the
+    file's header, and matrix products of float32 tensors that are aligned differently differ in the last bit.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu" or name.rpartition(".")[2] == "codes":
+            continue
+        if tensor.data_ptr() % ALIGNMENT or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor.data = tensor.data.clone()
 
 
 def dequantize_model(model: nn.Module) -> None:

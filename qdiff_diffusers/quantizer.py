@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .checkpoint import check_tensors, hub_name, read_headers
 from .config import FORMAT_VERSION, QDiffConfig
 from .errors import CheckpointError, ConfigError
-from .packing import check_loaded, dequantize_model, prepare_packed_layers, quantize_layer
+from .packing import check_loaded, dequantize_model, prepare_packed_layers, quantize_layer, release_checkpoint
 from .selection import select_layers
 
 logger = logging.get_logger(__name__)
@@ -30,6 +31,11 @@ class QDiffQuantizer(DiffusersQuantizer):
     requires_calibration = False
     quantization_config: QDiffConfig
 
+    def __init__(self, quantization_config: QDiffConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        config = self.quantization_config
+        self.quantization_config = copy.deepcopy(config) if self.pre_quantized else config.fresh()
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
@@ -37,8 +43,6 @@ class QDiffQuantizer(DiffusersQuantizer):
                 'qdiff cannot place layers on "disk" through device_map; leave "disk" out of it (a packed model is small), '
                 "or use diffusers' group offloading with offload_to_disk_path"
             )
-        if not self.pre_quantized and self.quantization_config.layers:
-            raise ConfigError("this config already describes a quantized model; make a new one to quantize another")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         stored = self.quantization_config.compute_dtype
@@ -55,7 +59,10 @@ class QDiffQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """First sight of the checkpoint's files: check every packed tensor's name, shape and dtype before reading data."""
         if self.pre_quantized:
-            check_tensors(self.quantization_config.layers, read_headers(checkpoint_files))
+            headers = read_headers(checkpoint_files)
+            check_tensors(self.quantization_config.layers, headers)
+            if len(checkpoint_files) > 1 and (lost := sorted(set(loaded_keys) - headers.keys())):
+                raise CheckpointError(f"no shard holds {', '.join(lost[:5])}, which the index lists; the checkpoint is incomplete")
         self.base_model = hub_name(checkpoint_files[0])
         return loaded_keys
 
@@ -123,6 +130,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         check_loaded(model)
+        release_checkpoint(model)
         if not self.pre_quantized:
             self.progress.close()
             left = sorted(set(self.targets) - set(self.quantization_config.layers))

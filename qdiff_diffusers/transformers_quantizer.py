@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any, cast
 
 import torch
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 
+from .checkpoint import check_tensors, read_headers
 from .config import QDiffConfig
+from .errors import CheckpointError
 from .layers import PackedLayer
-from .packing import check_loaded, dequantize_model, prepare_packed_layers, quantize_layer
+from .packing import check_loaded, dequantize_model, prepare_packed_layers, quantize_layer, release_checkpoint
 from .selection import select_layers
 
 
@@ -43,6 +47,11 @@ class QDiffTransformersQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: QDiffConfig
 
+    def __init__(self, quantization_config: QDiffConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        config = self.quantization_config
+        self.quantization_config = copy.deepcopy(config) if self.pre_quantized else config.fresh()
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.compute_dtype = dtype or torch.float32
         self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
@@ -50,7 +59,11 @@ class QDiffTransformersQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
-            prepare_packed_layers(model, self.quantization_config.layers, self.compute_dtype)
+            layers = self.quantization_config.layers
+            headers = read_headers(kwargs.get("checkpoint_files") or ())
+            # transformers renames the modules of some models when it saves them: those layers are checked once loaded.
+            check_tensors({name: layer for name, layer in layers.items() if f"{name}.codes" in headers}, headers)
+            prepare_packed_layers(model, layers, self.compute_dtype)
             return
         keep = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) or []
         self.targets, self.quantization_config.skipped = select_layers(model, self.quantization_config, list(keep))
@@ -71,7 +84,19 @@ class QDiffTransformersQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_loaded(model)
+        release_checkpoint(model)
+        if missing := self._missing(model):
+            raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:5])}; it is incomplete")
         return model
+
+    def _missing(self, model: Any) -> list[str]:
+        """What was not in the files. transformers only logs it, and fills it with random numbers."""
+        if not self.pre_quantized:
+            return sorted(f"{name}.weight" for name in set(self.targets) - set(self.quantization_config.layers))
+        ignored = model._keys_to_ignore_on_load_missing or []
+        tensors = model.state_dict(keep_vars=True).items()
+        unread = (name for name, tensor in tensors if not getattr(tensor, "_is_hf_initialized", False))
+        return sorted(name for name in unread if not any(re.search(pattern, name) for pattern in ignored))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize_model(model)

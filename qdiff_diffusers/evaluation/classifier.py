@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from os import PathLike
 
 import torch
@@ -21,7 +22,7 @@ class FashionCNN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        pairs = list(zip(WIDTHS, WIDTHS[1:], strict=False))
+        pairs = list(pairwise(WIDTHS))
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in pairs)
         self.norms = nn.ModuleList(nn.BatchNorm2d(o) for _, o in pairs)
         self.head = nn.Linear(WIDTHS[-1], NUM_CLASSES)

@@ -11,23 +11,23 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 PAPER, INK, FAINT, RULE, BEST = "#ffffff", "#1b1f24", "#6a737d", "#d0d7de", "#0a7d33"
-TILE_GAP, MARGIN, LINE = 6, 24, 30
+TILE_GAP, MARGIN, GROUP_GAP = 6, 24, 18
 TEXT_SIZE, SMALL_SIZE, TITLE_SIZE = 22, 18, 28
-NAME_WIDTH, NUMBER_WIDTH = 170, 105
+NAME_WIDTH, NUMBER_WIDTH = 245, 105
 
 
 @dataclass(frozen=True)
 class GridRow:
     """One configuration: its name, the numbers to print beside it, and ``[images, channels, height, width]`` in [0, 1].
 
-    ``heading`` opens a group of rows. ``best`` prints the numbers as the best of their group.
+    ``opens_group`` draws a rule above it; ``best`` prints its quality as the best of the group.
     """
 
     name: str
     bits: str
     quality: str
     images: Tensor
-    heading: str = ""
+    opens_group: bool = False
     best: bool = False
 
 
@@ -43,8 +43,8 @@ def draw_grid(rows: Sequence[GridRow], columns: Sequence[str], *, title: str, su
     left = MARGIN + NAME_WIDTH + 2 * NUMBER_WIDTH + MARGIN
     width = left + len(columns) * (tile + TILE_GAP) - TILE_GAP + MARGIN
     top = MARGIN + TITLE_SIZE + SMALL_SIZE + 3 * MARGIN
-    headings = sum(bool(row.heading) for row in rows)
-    height = top + len(rows) * (tile + TILE_GAP) + headings * (LINE + TILE_GAP) + MARGIN
+    groups = sum(row.opens_group for row in rows)
+    height = top + len(rows) * (tile + TILE_GAP) + groups * GROUP_GAP + MARGIN
     canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     _text(draw, (MARGIN, MARGIN), title, TITLE_SIZE, INK, bold=True)
@@ -55,17 +55,17 @@ def draw_grid(rows: Sequence[GridRow], columns: Sequence[str], *, title: str, su
         _text(draw, (x, top - 8), label, SMALL_SIZE, FAINT, anchor="rs")
     y = top
     for row in rows:
-        if row.heading:
-            draw.line((MARGIN, y + LINE, width - MARGIN, y + LINE), RULE, 2)
-            _text(draw, (MARGIN, y + LINE - 8), row.heading, SMALL_SIZE, FAINT, anchor="ls")
-            y += LINE + TILE_GAP
+        if row.opens_group:
+            rule = y + (GROUP_GAP - TILE_GAP) // 2
+            draw.line((MARGIN, rule, width - MARGIN, rule), RULE, 2)
+            y += GROUP_GAP
         _draw_row(canvas, draw, row, left, y, tile)
         y += tile + TILE_GAP
     return canvas
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG beside its target and rename it. Few colours are in use, so a palette does not change the picture."""
+    """Write a PNG beside its target and rename it."""
     part = path.with_name(path.name + ".part")
     image.save(part, format="PNG", optimize=True)
     part.replace(path)
@@ -102,4 +102,5 @@ def _text(
     font = ImageFont.load_default(size)
     if fit and (wide := draw.textlength(text, font)) > fit:
         font = ImageFont.load_default(size * fit / wide)
-    draw.text(at, text, colour, font, anchor=anchor, stroke_width=0.6 if bold else 0)
+    for shift in (0, 1) if bold else (0,):  # the font has one weight only
+        draw.text((at[0] + shift, at[1]), text, colour, font, anchor=anchor)

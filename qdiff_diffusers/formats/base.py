@@ -89,6 +89,11 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
 def describe_groups(group_size: GroupSize) -> str:
     return f"g{group_size}" if isinstance(group_size, int) else f"per {group_size}"
 

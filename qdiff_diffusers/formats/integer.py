@@ -15,6 +15,7 @@ from .base import (
     TensorInfo,
     WeightFormat,
     check_choice,
+    check_flag,
     check_group_size,
     check_range,
     describe_groups,
@@ -43,6 +44,7 @@ class IntegerFormat(WeightFormat):
     def __post_init__(self) -> None:
         check_range("bits", self.bits, 2, 8)
         check_group_size(self.group_size)
+        check_flag("symmetric", self.symmetric)
         check_choice("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32", "e4m3"))
 
     def tensors(self, rows: int, columns: int) -> dict[str, TensorInfo]:

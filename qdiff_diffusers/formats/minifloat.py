@@ -1,4 +1,4 @@
-"""Low-bitwidth floating point: any signed ExMy of 3 to 8 bits, and the block formats NVFP4, MXFP4 and MXFP8."""
+"""Low-bitwidth floating point: any signed ExMy of 2 to 8 bits, and the block formats NVFP4, MXFP4 and MXFP8."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .base import (
     TensorInfo,
     WeightFormat,
     check_choice,
+    check_flag,
     check_group_size,
     describe_groups,
     group_columns,
@@ -43,12 +44,14 @@ class MinifloatFormat(WeightFormat):
     kind: ClassVar[str] = "minifloat"
 
     def __post_init__(self) -> None:
-        if len(self.encodings) not in (1, 2):
-            raise ValueError(f"a minifloat format has one or two encodings, got {self.encodings!r}")
+        named = isinstance(self.encodings, tuple) and all(isinstance(e, str) for e in self.encodings)
+        if not named or len(self.encodings) not in (1, 2):
+            raise ValueError(f'a minifloat format has one or two encodings such as ("e2m1",), got {self.encodings!r}')
         if len({sum(encoding_bits(e)) for e in self.encodings}) != 1:
             raise ValueError(f"the encodings of a group-adaptive format must be equally wide, got {self.encodings!r}")
         check_group_size(self.group_size)
         check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        check_flag("tensor_scale", self.tensor_scale)
         if len(self.encodings) == 2 and self.scale_dtype == "e8m0":
             raise ValueError("e8m0 scales have no sign to choose between two encodings; use float16 or e4m3 scales")
 

@@ -11,7 +11,7 @@ from qdiff_kernels import kernel_layout
 from qdiff_kernels.activations import KINDS
 from torch import Tensor
 
-from .base import TensorInfo, WeightFormat, check_choice, check_range, non_default_fields, strict_from_dict
+from .base import TensorInfo, WeightFormat, check_choice, check_flag, check_range, non_default_fields, strict_from_dict
 from .codebook import CodebookFormat
 from .integer import IntegerFormat
 from .minifloat import MinifloatFormat
@@ -44,6 +44,7 @@ class LayerSpec:
         check_range("rotation", self.rotation, 0, 1 << 16)
         if self.rotation & (self.rotation - 1):
             raise ValueError(f"rotation must be a power of two or 0, got {self.rotation}")
+        check_flag("smooth", self.smooth)
         check_choice("activations", self.activations, KINDS)
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:

@@ -80,6 +80,11 @@ class PackedLayer(nn.Module):
         """Stored bits per weight, everything but the bias counted."""
         return self.spec.bits_per_weight(self.weight_shape)
 
+    def check_channels(self, given: int, expected: int) -> None:
+        """Refuse inputs of another width: the kernels know only the packed bytes, which widths that round up alike share."""
+        if given != expected:
+            raise ValueError(f"{type(self).__name__} takes {expected} input channels, got {given}")
+
     def op_arguments(self, columns: int) -> tuple[Any, ...]:
         """Packed weight and extras in the order of the kernels' arguments."""
         spec, tensors = self.spec, self.packed_tensors()

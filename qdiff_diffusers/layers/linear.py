@@ -15,4 +15,5 @@ class QDiffLinear(PackedLayer, nn.Linear):
         return (self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_channels(x.shape[-1], self.in_features)
         return LINEAR_OPS[self.spec.format.kind](x, *self.op_arguments(self.in_features))

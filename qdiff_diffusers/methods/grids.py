@@ -20,16 +20,15 @@ _EXPONENT_BIAS = 127
 
 @dataclass(frozen=True)
 class Grid:
-    """Levels ``unit * q`` with q the values that :meth:`round_` leaves, and the stored code of each.
+    """Levels ``unit * q`` with q the values that :meth:`round` gives, and the stored code of each.
 
     Attributes:
         bits: width of a code.
-        unit: value of one step near zero; every other number here is in such steps.
-        high: the largest level; the smallest is ``-low``.
+        unit: value of one step near zero; the other numbers are in such steps.
+        high: the largest level.
         low: magnitude of the most negative level.
         mantissa_bits: of a floating grid, ``None`` for a uniform one.
         spare: the level that the code of negative zero stands for, or ``None`` where that code is a zero.
-        offset: 0.5 for a uniform grid without a zero, levels ``.. -0.5, 0.5 ..``.
         signed_codes: codes are the integers q themselves (IntegerFormat) and not sign and magnitude.
     """
 
@@ -39,45 +38,49 @@ class Grid:
     low: float
     mantissa_bits: int | None = None
     spare: float | None = None
-    offset: float = 0.0
     signed_codes: bool = False
 
     @property
     def symmetric(self) -> bool:
         """Whether the grid is its own mirror image, so that the sign of a scale makes no difference."""
-        return self.low == self.high
+        return self.spare is None
 
-    def round_(self, y: Tensor, work: Tensor, mask: Tensor) -> Tensor:
-        """Round float32 ``y`` to the nearest level in place. ``work`` and ``mask`` are float32 scratch of the same shape."""
-        y.clamp_(-self.low, self.high)
+    def round(self, y: Tensor, out: Tensor, work: Tensor) -> Tensor:
+        """Nearest level of each float32 ``y``, into ``out``. ``work`` is scratch of the same shape and dtype."""
         if self.mantissa_bits is None:
-            return y.sub_(self.offset).round_().add_(self.offset) if self.offset else y.round_()
+            return torch.round(y, out=out).clamp_(-self.low, self.high)
         torch.bitwise_and(y.view(torch.int32), _EXPONENT, out=work.view(torch.int32))
-        work.clamp_min_(2.0**self.mantissa_bits)
+        work.clamp_(2.0**self.mantissa_bits, self.high)
         if self.spare is not None:
             # Below the second most negative level the step is halved, which puts the spare level between the last two.
-            torch.lt(y, -(2 * -self.spare - self.low), out=mask)
-            work.addcmul_(work, mask, value=-0.5)
+            torch.lt(y, -(2 * -self.spare - self.low), out=out)
+            work.addcmul_(work, out, value=-0.5)
         # 1.5 * 2**23 steps: the sum's last bit is worth one step, so the addition rounds to a multiple of it.
         work.mul_(1.5 * 2.0 ** (_MANTISSA_BITS - self.mantissa_bits))
-        return y.add_(work).sub_(work)
+        return torch.add(y, work, out=out).sub_(work).clamp_(-self.low, self.high)
 
-    def codes(self, q: Tensor) -> Tensor:
-        """Stored codes of rounded values ``q`` (as :meth:`round_` leaves them): uint8, or int8 for ``signed_codes``."""
+    def codes(self, q: Tensor, work: Tensor, mask: Tensor) -> Tensor:
+        """Stored codes of rounded values: uint8, or int8 for ``signed_codes``. Overwrites all three arguments."""
         if self.signed_codes:
             return q.to(torch.int8)
         sign = 1 << (self.bits - 1)
-        negative = q.lt(0).to(torch.uint8)
-        magnitude = q.abs().sub_(self.offset)
+        torch.lt(q, 0, out=mask).mul_(sign)
         if self.mantissa_bits is None:
-            # The spare level's magnitude is 2**(bits-1): the mask turns it into the code of negative zero.
-            return magnitude.to(torch.int32).bitwise_and_(sign - 1).to(torch.uint8).add_(negative, alpha=sign)
+            # The spare level's magnitude is 2**(bits-1): the "and" turns it into the code of negative zero.
+            codes = _integers(q.abs_()).bitwise_and_(sign - 1)
+            return codes.add_(_integers(mask)).to(torch.uint8)
         m = self.mantissa_bits
-        top = magnitude.clamp_min(2.0**m).view(torch.int32).bitwise_right_shift(_MANTISSA_BITS - m)
-        codes = top.sub_((_EXPONENT_BIAS + m) << m).to(torch.uint8).add_(magnitude.clamp_max(2.0**m).to(torch.int32).to(torch.uint8))
-        if self.spare is not None:
-            codes.mul_(q.ne(self.spare).to(torch.uint8))
-        return codes.add_(negative, alpha=sign)
+        if self.spare is not None:  # it truncates to its smaller neighbour, whose code is one less than the largest
+            mask.sub_(torch.eq(q, self.spare, out=work), alpha=sign - 2)
+        # Exponent and top mantissa bits of a normal number count the levels above 2**m, the value itself those below.
+        torch.clamp_min(q.abs_(), 2.0**m, out=work)
+        codes = work.view(torch.int32).bitwise_right_shift_(_MANTISSA_BITS - m).sub_((_EXPONENT_BIAS + m) << m)
+        return codes.add_(_integers(q.clamp_max_(2.0**m))).add_(_integers(mask)).to(torch.uint8)
+
+
+def _integers(x: Tensor) -> Tensor:
+    """Small whole float32 numbers as int32 in the same memory, up to a multiple of 256 that a cast to uint8 drops."""
+    return x.add_(1.5 * 2.0**_MANTISSA_BITS).view(torch.int32)
 
 
 def integer_grid(bits: int) -> Grid:
@@ -95,16 +98,11 @@ def encoding_grid(encoding: str) -> Grid:
     """
     table = levels(encoding)
     half = len(table) // 2
-    bits = half.bit_length()
-    positive, mirrored = table[:half], table[half:]
-    offset = 0.5 if positive[0] > 0 else 0.0
-    unit = 2 * positive[0] if offset else positive[1]
-    high = positive[-1] / unit
-    spare = mirrored[0] / unit if not offset and mirrored[0] != 0 else None
-    low = max(high, -spare) if spare is not None else high
-    uniform = half < 3 or len({b - a for a, b in zip(positive, positive[1:], strict=False)}) == 1
-    mantissa_bits = None if uniform else _mantissa_bits(encoding)
-    return Grid(bits, unit, high, low, mantissa_bits, spare, offset)
+    unit, high = table[1], table[half - 1] / table[1]
+    spare = table[half] / unit if table[half] != 0 else None
+    low = high if spare is None else max(high, -spare)
+    mantissa_bits = None if encoding.startswith("e1") else _mantissa_bits(encoding)
+    return Grid(half.bit_length(), unit, high, low, mantissa_bits, spare)
 
 
 def _mantissa_bits(encoding: str) -> int:

@@ -11,9 +11,10 @@ from torch import Tensor
 from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from ..errors import QDiffError
 from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
+from .unbias import sample_rows, unbias
 
 MIN_ROTATION = 16  # a smaller Hadamard block mixes too few weights to be worth a pass over the activations
-ERROR_SAMPLE = 1 << 18
+KURTOSIS_SAMPLE = 1 << 18
 
 
 class QuantizedWeight(NamedTuple):
@@ -39,9 +40,11 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> Quant
     matrix = matrix_layout(weight.detach()).float().contiguous()
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
         raise QDiffError("the weight holds NaN or infinity")
-    block = rotation_block(shape[1], config)
+    block = rotation_block(matrix, shape[1], config)
     working = rotate_matrix(matrix, shape[1], block)
     weight_format, tensors = _METHODS[config.method_name](working, config, seed)
+    if config.unbiased:
+        tensors = unbias(working, weight_format, tensors)
     if "low_rank_down" in tensors:  # found in the rotated space, used on the raw input
         down = unrotate_matrix(tensors["low_rank_down"].float(), shape[1], block)
         tensors["low_rank_down"] = down.to(torch.float16)
@@ -51,20 +54,31 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> Quant
     return QuantizedWeight(spec, tensors, relative_error(matrix, spec, tensors, shape))
 
 
-def rotation_block(channels: int, config: QDiffConfig) -> int:
-    """Hadamard block for a layer of ``channels`` inputs; 0 if the config wants none or the width allows none."""
-    wanted = config.rotation if config.rotation is not None else DEFAULT_ROTATION[config.method_name]
+def rotation_block(matrix: Tensor, channels: int, config: QDiffConfig) -> int:
+    """Hadamard block for a layer of ``channels`` inputs; 0 if the config wants none, the width allows none, or it would hurt.
+
+    Rotation makes any weights Gaussian. That helps the heavy-tailed weights of large trained models, and ruins weights that
+    are flatter than Gaussian (small or briefly trained models, still near their uniform initialisation), which are easier
+    to quantize as they are. So unless the config decides, the weights' kurtosis does.
+    """
+    wanted = config.rotation
+    if wanted is None:
+        wanted = kurtosis(matrix) > ROTATE_ABOVE[config.method_name]
     block = largest_block(channels) if wanted else 0
     return block if block >= MIN_ROTATION else 0
 
 
+def kurtosis(matrix: Tensor) -> float:
+    """Fourth moment over the squared second, rows brought to unit variance: 3 for Gaussian weights, 1.8 for uniform ones."""
+    sample = matrix[:: max(1, matrix.numel() // KURTOSIS_SAMPLE)]
+    squares = sample.square()
+    squares = squares / squares.mean(1, keepdim=True).clamp_min(1e-30)
+    return float(squares.square().mean())
+
+
 def relative_error(matrix: Tensor, spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> float:
     """Squared error of the packed weight over the squared norm of ``matrix [rows, columns]``, from evenly spaced rows."""
-    rows, columns = matrix.shape
-    step = max(1, rows * columns // ERROR_SAMPLE)
-    per_row = {"codes", "low_rank_up"} | ({"scales", "zeros"} if tensors["scales"].shape[0] == rows else set())
-    sample = {name: t[::step] if name in per_row else t for name, t in tensors.items()}
-    exact = matrix[::step]
+    exact, sample = sample_rows(matrix, tensors)
     sampled_shape = (exact.shape[0], *shape[1:])
     packed = matrix_layout(spec.dequantize(sample, sampled_shape))
     return float((packed - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
@@ -108,4 +122,5 @@ def _rtn(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, 
 
 
 _METHODS = {"aq": _aq, "vq": _vq, "fp": _fp, "svdquant": _svdquant, "rtn": _rtn}
-DEFAULT_ROTATION = {"aq": True, "vq": True, "fp": False, "svdquant": False, "rtn": False}
+# Kurtosis above which a method rotates by itself.
+ROTATE_ABOVE = {"aq": 2.7, "vq": 2.7, "fp": float("inf"), "svdquant": float("inf"), "rtn": float("inf")}

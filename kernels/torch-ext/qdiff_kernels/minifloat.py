@@ -17,10 +17,10 @@ WEIGHT_SCHEMA = "Tensor codes, Tensor scales, Tensor? tensor_scale, str encoding
 
 
 def encoding_bits(encoding: str) -> tuple[int, int]:
-    """``"e2m1"`` -> ``(2, 1)``."""
-    match = re.fullmatch(r"e([1-5])m([0-6])", encoding)
-    if not match or not 3 <= 1 + int(match[1]) + int(match[2]) <= 8:
-        raise ValueError(f"encoding must be e<1-5>m<0-6> of 3 to 8 bits in all, got {encoding!r}")
+    """``"e2m1"`` -> ``(2, 1)``; a suffix "uz" (useful zero) changes nothing here."""
+    match = re.fullmatch(r"e([1-5])m([0-6])(uz)?", encoding)
+    if not match or not 2 <= 1 + int(match[1]) + int(match[2]) <= 8:
+        raise ValueError(f"encoding must be e<1-5>m<0-6> of 2 to 8 bits in all, optionally followed by uz, got {encoding!r}")
     return int(match[1]), int(match[2])
 
 
@@ -30,6 +30,10 @@ def levels(encoding: str) -> tuple[float, ...]:
 
     An E1 encoding is a uniform grid. Every code is a number: the codes that hardware reads as infinity or NaN (E4M3's last,
     E5M2's last binade) decode to the largest finite magnitude, so that a quantizer never has a reason to choose them.
+
+    With the suffix "uz" the code of negative zero, otherwise wasted, is one more negative level: a step beyond the most
+    negative one of a uniform grid (which makes E1M2uz the integers -8 to 7), halfway between the two most negative ones of
+    a floating grid (the redundant-zero remapping of RaZeR, arXiv 2501.04052, with a fixed target).
     """
     exponent_bits, mantissa_bits = encoding_bits(encoding)
     largest = {"e4m3": 448.0, "e5m2": 57344.0}.get(encoding, float("inf"))
@@ -40,7 +44,10 @@ def levels(encoding: str) -> tuple[float, ...]:
             fraction = mantissa / (1 << mantissa_bits)
             value = (fraction if exponent == 0 else 1 + fraction) * 2.0 ** (max(exponent, 1) - bias)
             positive.append(min(value, largest))
-    return (*positive, *(-value for value in positive))
+    spare = 0.0
+    if encoding.endswith("uz"):
+        spare = positive[-1] + positive[1] if exponent_bits == 1 else (positive[-1] + positive[-2]) / 2
+    return (*positive, -spare, *(-value for value in positive[1:]))
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,66 @@
+"""Commands, and what a user sees when something is wrong: one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .console import errors, print_error
+from .demo import demo
+from .doctor import doctor
+from .inspect import inspect
+from .quantize import quantize
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="qdiff",
+    help="Diffusion models at 2 to 8 bits.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+for command in (demo, quantize, inspect, doctor):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Diffusion models at 2 to 8 bits."""
+    if version:
+        typer.echo(f"qdiff {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code: 0, 2 for what the user can mend, 1 for anything else."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        return app(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, typer.Abort):
+            return INTERRUPTED
+        if hasattr(error, "format_message"):  # usage errors of typer and click share no public base class
+            print_error(error.format_message())
+            return USER_ERROR
+        if isinstance(error, errors()):
+            print_error(str(error))
+            return USER_ERROR
+        raise

@@ -1,0 +1,80 @@
+"""``qdiff quantize``"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .console import stdout
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="Folder or Hub name of a pipeline, or folder of a model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    method: Annotated[str, typer.Option("-m", "--method", help="aq, vq, fp, svdquant or rtn.")] = "svdquant",
+    bits: Annotated[float | None, typer.Option("-b", "--bits", help="Nominal bits per weight.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of svdquant's low-rank branch.")] = None,
+    group_size: Annotated[str | None, typer.Option(help="Weights per scale: a number, row or tensor.")] = None,
+    weight_format: Annotated[str | None, typer.Option(help="For fp and svdquant: e2m1, nvfp4, ...")] = None,
+    activations: Annotated[str | None, typer.Option(help="int8, fp8 or int4 (svdquant).")] = None,
+    rotation: Annotated[bool | None, typer.Option("--rotation/--no-rotation", help="Hadamard rotation.")] = None,
+    effort: Annotated[int | None, typer.Option(help="Of aq: 0 is fast, 3 is thorough.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave layers with this in their name in 16 bits.")] = None,
+    component: Annotated[list[str] | None, typer.Option(help="Of the pipeline; its transformer or UNet if not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of all that is not quantized.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the output folder.")] = False,
+    push: Annotated[str | None, typer.Option(help="Also upload to this Hub name.")] = None,
+) -> None:
+    """Quantize a model or pipeline while it loads, and save it."""
+    import torch
+
+    from .. import api
+    from ..checkpoint import inspect_components
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    options = {
+        "bits": bits,
+        "rank": rank,
+        "group_size": int(group_size) if group_size and group_size.isdigit() else group_size,
+        "weight_format": weight_format,
+        "activations": activations,
+        "rotation": rotation,
+        "effort": effort,
+        "modules_to_not_convert": skip or None,
+        "seed": seed,
+    }
+    config = make_config(method, {name: value for name, value in options.items() if value is not None})
+    api.quantize(
+        source, config, output, components=component or None, dtype=getattr(torch, dtype), overwrite=overwrite, push_to_hub=push
+    )
+    console = stdout()
+    for info in inspect_components(output):
+        bits_per_weight, size = f"{info.bits_per_weight:.2f}", f"{info.total_bytes / 1e6:.1f} MB"
+        console.print(f"{info.folder}: {len(info.layers)} layers at {bits_per_weight} bits per weight, {size} in all")
+    if push:
+        console.print(f"https://huggingface.co/{push}")
+
+
+def make_config(method: str, options: dict[str, Any]) -> Any:
+    """The config of a method, with errors that name the command's options.
+
+    Raises:
+        ConfigError: the method is unknown or does not have one of the options.
+    """
+    from ..config import METHODS
+
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    known = {f.name for f in fields(METHODS[method])}
+    if foreign := sorted(set(options) - known):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        raise ConfigError(f"{names} does not go with --method {method}")
+    return METHODS[method](**options)

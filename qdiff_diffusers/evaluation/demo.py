@@ -1,0 +1,263 @@
+"""The demo: one small real model at many bit widths, the same seeds for all, a picture, a page and a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from diffusers.utils import logging
+from rich.progress import Progress
+from torch import Tensor
+
+from ..checkpoint import inspect_checkpoint
+from ..config import METHODS
+from ..errors import ConfigError
+from .classifier import classify, load_classifier
+from .grid import GridRow, draw_grid, save_png
+from .machine import machine_facts
+from .metrics import class_accuracy, feature_statistics, frechet_distance, load_statistics, psnr, ssim
+from .report import METHOD_LABELS, Row, best_of_group, render_report, write_text
+from .sampling import image_labels, image_seeds, num_steps, sample
+from .workers import Reporter, run_jobs
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
+STEPS, GUIDANCE = 20, 2.0
+GRID_COLUMNS = 10
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """One quantized row: a method at nominal ``bits``, and its settings besides."""
+
+    method: str
+    bits: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{METHOD_LABELS[self.method]} {self.bits:g}-bit"
+
+
+# What the demo shows, in this order. Rows of equal bits form a group and stand together.
+DEMO_CONFIGS = (
+    DemoConfig("rtn", 8),
+    DemoConfig("fp", 8),
+    DemoConfig("svdquant", 8),
+    DemoConfig("vq", 8),
+    DemoConfig("rtn", 4),
+    DemoConfig("fp", 4),
+    DemoConfig("svdquant", 4),
+    DemoConfig("vq", 4),
+    DemoConfig("aq", 4),
+    DemoConfig("rtn", 3),
+    DemoConfig("fp", 3),
+    DemoConfig("svdquant", 3),
+    DemoConfig("vq", 3),
+    DemoConfig("aq", 3),
+    DemoConfig("rtn", 2),
+    DemoConfig("svdquant", 2),
+    DemoConfig("vq", 2),
+    DemoConfig("aq", 2),
+    DemoConfig("aq", 1.5),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to make: ``config`` is ``None`` for the 16-bit reference."""
+
+    config: DemoConfig | None
+    labels: list[int]
+    seeds: list[int]
+    device: str
+
+    @property
+    def name(self) -> str:
+        return self.config.name if self.config else METHOD_LABELS["none"]
+
+
+def run_demo(
+    output_dir: str | Path,
+    *,
+    images: int,
+    methods: Collection[str] | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize, save, reload and sample the demo model in every configuration of :data:`DEMO_CONFIGS`.
+
+    Writes ``grid.png``, ``report.html`` and ``results.json`` into ``output_dir``.
+
+    Args:
+        images: per row; classes in turn.
+        methods: only these ("rtn", "fp", "svdquant", "vq", "aq"); ``None`` for all.
+        seed: of the image set.
+        device: "cuda" if there is one, else "cpu", unless given.
+        workers: rows that are made at the same time, each by a process of one thread; 1 makes them here, one by one.
+        progress: a running rich progress display to draw bars on.
+
+    Returns:
+        What ``results.json`` holds: ``{"rows": [...], "run": {...}}``.
+
+    Raises:
+        ConfigError: a method is unknown, or there are no images to make.
+    """
+    if unknown := sorted(set(methods or ()) - set(METHODS)):
+        raise ConfigError(f"unknown method {', '.join(unknown)}; the demo knows {', '.join(METHODS)}")
+    if images < 1:
+        raise ConfigError(f"images must be at least 1, got {images}")
+    start = time.perf_counter()
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    labels, seeds = image_labels(images, len(_class_names())), image_seeds(images, seed)
+    configs = [None, *(c for c in DEMO_CONFIGS if methods is None or c.method in methods)]
+    jobs = [Job(config, labels, seeds, device) for config in configs]
+    workers = min(workers, len(jobs))
+    steps = len(jobs) * num_steps(images, steps=STEPS)
+    rows, pictures = zip(*run_jobs(make_row, jobs, workers=workers, steps=steps, progress=progress), strict=True)
+    pictures = [torch.from_numpy(picture) for picture in pictures]
+    for row, quality in zip(rows, _qualities(pictures, labels), strict=True):
+        row |= quality
+    run = machine_facts(torch.device(device)) | {
+        "workers": workers,
+        "threads_per_worker": torch.get_num_threads() if workers == 1 else 1,
+        "arithmetic": "float32",
+        "images": images,
+        "seeds": seeds,
+        "steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "command": _command(images, methods, seed),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    results = {"rows": list(rows), "run": run}
+    _write_outputs(folder, results, pictures)
+    return results
+
+
+def make_row(job: Job, reporter: Reporter) -> tuple[Row, np.ndarray]:
+    """Make one row: what it costs, and its images ``[images, channels, height, width]`` in [0, 1]."""
+    with _quiet_diffusers():
+        pipe, row = _load_quantized(job.config, reporter) if job.config else _load_reference(reporter)
+        pipe.to(job.device)
+        reporter.start(f"{job.name}: sampling", num_steps(len(job.seeds), steps=STEPS))
+        start = time.perf_counter()
+        images = sample(pipe, job.labels, job.seeds, steps=STEPS, guidance_scale=GUIDANCE, on_step=reporter.step)
+    return row | {"seconds_per_image": round((time.perf_counter() - start) / len(images), 4)}, images.numpy()
+
+
+def _load_reference(reporter: Reporter) -> tuple[Any, Row]:
+    reporter.start(f"{METHOD_LABELS['none']}: loading")
+    pipe, load_seconds = _timed_load(DEMO_MODEL, dtype=torch.float32)
+    return pipe, {
+        "name": METHOD_LABELS["none"],
+        "method": "none",
+        "nominal_bits": 16,
+        "bits_per_weight": 16.0,
+        "size_bytes": _stored_bytes(DEMO_MODEL),
+        "load_seconds": round(load_seconds, 3),
+        "reload_seconds": None,
+    }
+
+
+def _load_quantized(config: DemoConfig, reporter: Reporter) -> tuple[Any, Row]:
+    """Quantize while loading, save, and load what was saved."""
+    reporter.start(f"{config.name}: quantizing")
+    settings = METHODS[config.method](bits=config.bits, **config.settings)
+    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": settings})
+    # float16 is what the model is stored in, so nothing is lost and all that is not quantized keeps its size.
+    pipe, load_seconds = _timed_load(DEMO_MODEL, quantization_config=mapping, dtype=torch.float16)
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        bits, size = inspect_checkpoint(folder).bits_per_weight, _stored_bytes(Path(folder))
+        pipe, reload_seconds = _timed_load(folder, dtype=torch.float32)
+    return pipe, {
+        "name": config.name,
+        "method": config.method,
+        "nominal_bits": config.bits,
+        "bits_per_weight": round(bits, 4),
+        "size_bytes": size,
+        "load_seconds": round(load_seconds, 3),
+        "reload_seconds": round(reload_seconds, 3),
+    }
+
+
+def _timed_load(folder: str | Path, **kwargs: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return DiffusionPipeline.from_pretrained(folder, **kwargs), time.perf_counter() - start
+
+
+def _qualities(pictures: list[Tensor], labels: list[int]) -> Iterator[Row]:
+    """Metrics of each row; PSNR and SSIM compare with the first, and are ``None`` where they mean nothing."""
+    classifier = load_classifier(DEMO_MODEL / "classifier" / "model.safetensors")
+    statistics = load_statistics(DEMO_MODEL / "classifier" / "statistics.npz")
+    for i, images in enumerate(pictures):
+        features, logits = classify(classifier, images)
+        decibels = psnr(images, pictures[0]).mean().item()  # infinite for the reference itself
+        yield {
+            "psnr": round(decibels, 3) if math.isfinite(decibels) else None,
+            "ssim": round(ssim(images, pictures[0]).mean().item(), 5) if i else None,
+            "frechet": round(frechet_distance(feature_statistics(features), statistics), 4),
+            "accuracy": round(class_accuracy(logits, labels), 4),
+        }
+
+
+def _write_outputs(folder: Path, results: dict[str, Any], pictures: list[Tensor]) -> None:
+    rows, run = results["rows"], results["run"]
+    columns = [name.partition("/")[0] for name in _class_names()][: run["images"]]
+    best = best_of_group(rows, "psnr")
+    grid = [
+        GridRow(
+            name=row["name"],
+            bits=f"{row['bits_per_weight']:.2f}",
+            quality="" if row["psnr"] is None else f"{row['psnr']:.1f}",
+            images=picture[:GRID_COLUMNS],
+            opens_group=i > 0 and row["nominal_bits"] != rows[i - 1]["nominal_bits"],
+            best=row["name"] in best,
+        )
+        for i, (row, picture) in enumerate(zip(rows, pictures, strict=True))
+    ]
+    title = "The same seeds at fewer bits"
+    subtitle = "A diffusion transformer trained on Fashion-MNIST, quantized while loading. PSNR against the 16-bit model's images."
+    save_png(draw_grid(grid, columns, title=title, subtitle=subtitle), folder / "grid.png")
+    write_text(folder / "report.html", render_report(rows, run, (folder / "grid.png").read_bytes()))
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def _class_names() -> list[str]:
+    labels = json.loads((DEMO_MODEL / "model_index.json").read_text())["id2label"]
+    return [labels[str(i)] for i in range(len(labels))]
+
+
+def _stored_bytes(pipeline_folder: Path) -> int:
+    return sum(path.stat().st_size for path in (pipeline_folder / "transformer").glob("*.safetensors"))
+
+
+def _command(images: int, methods: Collection[str] | None, seed: int) -> str:
+    command = f"qdiff demo -o demo --images {images} --seed {seed}"
+    return command + (f" --only {','.join(methods)}" if methods else "")
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """No bars of diffusers' own, and none of its remarks about the demo's pixel-space autoencoder."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

@@ -1,0 +1,55 @@
+"""Quality against stored bits, as an SVG that takes its text colours from the page it stands in."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLOURS = {"rtn": "#8b949e", "fp": "#d18616", "svdquant": "#3b82f6", "vq": "#a855f7", "aq": "#16a34a"}
+# Stand-ins that matplotlib draws with; the page's own colours replace them.
+TEXT, LINES = "#010203", "#040506"
+
+
+def quality_plot(points: Mapping[str, Sequence[tuple[float, float]]], labels: Mapping[str, str]) -> str | None:
+    """PSNR over stored bits per weight, one line per method.
+
+    Args:
+        points: method -> ``(bits per weight, PSNR in dB)``.
+        labels: method -> the name to print.
+
+    Returns:
+        An ``<svg>`` element whose text and axes are ``currentColor`` and ``var(--line)``; ``None`` without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    from matplotlib import rc_context
+
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "qdiff", "text.color": TEXT, "axes.labelcolor": TEXT, "font.size": 11}
+    style |= {"axes.edgecolor": LINES, "xtick.color": LINES, "ytick.color": LINES, "grid.color": LINES}
+    style |= {"xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT, "axes.spines.top": False, "axes.spines.right": False}
+    with rc_context(style):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for method, line in points.items():
+            bits, quality = zip(*sorted(line), strict=True)
+            dashes = "--" if method == "rtn" else "-"
+            axes.plot(bits, quality, dashes, marker="o", lw=2, ms=6, color=COLOURS.get(method), label=labels[method])
+        axes.set_xlabel("stored bits per weight")
+        axes.set_ylabel("PSNR, dB")
+        axes.grid(lw=0.6)
+        axes.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    return _inline(buffer.getvalue())
+
+
+def _inline(svg: str) -> str:
+    """The ``<svg>`` element alone, metadata and fixed size dropped, stand-in colours replaced."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'^(<svg\b[^>]*?) height="[^"]*"', r"\1", svg)
+    svg = re.sub(r'^(<svg\b[^>]*?) width="[^"]*"', r"\1", svg)
+    return svg.replace(TEXT, "currentColor").replace(LINES, "var(--line)")

@@ -1,0 +1,130 @@
+"""Low-bitwidth floating point (arXiv 2408.06995): encoding and exponent bias chosen by squared error, data-free.
+
+The paper gives each tensor an ExMy encoding and a real-valued exponent bias. A bias b multiplies every level by ``2**-b``, which
+is what a free scale does, so the search over biases is a search over scales; here it runs per tensor, row or group.
+
+Two additions make the bits count. Encodings with suffix "uz" put the code of negative zero to use, a 16th level at 4 bits. And a
+format may carry two encodings of which each group takes the better one: uniform for groups of even spread, floating for groups
+with a peak. The choice sits in the sign of the group's scale and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..formats import GroupSize, MinifloatFormat
+from .grids import Grid, encoding_grid
+from .scales import ScaleSearch, quantize_groups
+
+if TYPE_CHECKING:
+    from ..config import FPConfig
+
+NAMED_FORMATS = {
+    "nvfp4": MinifloatFormat(("e2m1",), 16, "e4m3", tensor_scale=True),
+    "mxfp4": MinifloatFormat(("e2m1",), 32, "e8m0"),
+    "mxfp8": MinifloatFormat(("e4m3",), 32, "e8m0"),
+}
+SAMPLE = 1 << 16  # weights on which encodings are compared; their errors differ by percents, the sample's by parts of one
+
+
+# Encodings of a bit width in short groups, by lowest error on Gaussian, Student-t and trained weights.
+PRESETS = {
+    2: ("e1m0uz",),
+    3: ("e1m1uz",),
+    4: ("e1m2uz", "e2m1uz"),
+    5: ("e1m3uz", "e2m2uz"),
+    6: ("e1m4uz", "e2m3uz"),
+    7: ("e1m5", "e2m4"),
+    8: ("e1m6", "e2m5"),
+}
+# Half a bit of scales, as much as round-to-nearest with a float16 scale and zero per 64 weights spends. Beyond 64 weights float16
+# scales are cheap, and finer ones matter more.
+GROUP_SIZE = 16
+E4M3_GROUP = 64
+
+
+def quantize(
+    weight: Tensor,
+    weight_format: MinifloatFormat | Sequence[MinifloatFormat],
+    search: ScaleSearch | None = None,
+) -> tuple[MinifloatFormat, dict[str, Tensor]]:
+    """Quantize a matrix to a minifloat format, or to the one of several that fits it best.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        weight_format: a format, or candidates of equal cost that are compared by squared error on a sample of rows.
+        search: scale candidates; the default adapts to the grid and the group size.
+
+    Returns:
+        The format and its tensors.
+    """
+    candidates = [weight_format] if isinstance(weight_format, MinifloatFormat) else list(weight_format)
+    best = candidates[0] if len(candidates) == 1 else _fittest(weight, candidates, search)
+    found = quantize_groups(weight, _grids(best), best.group_size, best.scale_dtype, best.tensor_scale, search)
+    return best, best.pack(found.codes, found.scales, found.tensor_scale)
+
+
+def quantize_config(weight: Tensor, config: FPConfig) -> tuple[MinifloatFormat, dict[str, Tensor]]:
+    """Quantize ``weight [rows, columns]`` as a config asks."""
+    return quantize(weight, formats_for(config.bits, config.weight_format, config.group_size, config.scale_dtype))
+
+
+def formats_for(
+    bits: float | None = None,
+    weight_format: str | None = None,
+    group_size: GroupSize | None = None,
+    scale_dtype: str | None = None,
+) -> list[MinifloatFormat]:
+    """Candidate formats of a request; what is ``None`` follows the preset of the bit width.
+
+    Args:
+        bits: 2 to 8 (default 4), if there is no ``weight_format``.
+        weight_format: "nvfp4", "mxfp4", "mxfp8", an encoding ("e2m1") or two ("e1m2uz,e2m1uz").
+        group_size: columns per scale, "row" or "tensor".
+        scale_dtype: "float16", "bfloat16", "float32", "e4m3" (with a float32 scale per tensor above it) or "e8m0".
+
+    Raises:
+        ValueError: an encoding is unknown, or the parts do not go together.
+    """
+    if weight_format in NAMED_FORMATS:
+        named = NAMED_FORMATS[weight_format]
+        if group_size not in (None, named.group_size) or scale_dtype not in (None, named.scale_dtype):
+            raise ValueError(
+                f'{weight_format} has groups of {named.group_size} and {named.scale_dtype} scales; for others give "e2m1" or "e4m3"'
+            )
+        return [named]
+    width = encoding_grid(weight_format.split(",")[0]).bits if weight_format else int(bits or 4)
+    if width not in PRESETS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, PRESETS))}, got {bits}")
+    group_size = GROUP_SIZE if group_size is None else group_size
+    if scale_dtype is None:
+        scale_dtype = "e4m3" if isinstance(group_size, int) and group_size <= E4M3_GROUP else "float16"
+    choices = [tuple(weight_format.split(","))] if weight_format else _encodings(width, group_size, scale_dtype)
+    return [MinifloatFormat(e, group_size, scale_dtype, scale_dtype == "e4m3") for e in choices]
+
+
+def _encodings(bits: int, group_size: GroupSize, scale_dtype: str) -> list[tuple[str, ...]]:
+    """Encodings to compare: every split of the width where a scale serves many weights, the preset in small groups."""
+    splits: list[tuple[str, ...]] = [(f"e{e}m{bits - 1 - e}",) for e in range(1, min(bits, 6))]
+    if scale_dtype == "e8m0":
+        return splits
+    long = not isinstance(group_size, int) or group_size > 128
+    return [PRESETS[bits], *splits[1:]] if long else [PRESETS[bits]]
+
+
+def _fittest(weight: Tensor, candidates: list[MinifloatFormat], search: ScaleSearch | None) -> MinifloatFormat:
+    step = max(1, weight.numel() // SAMPLE)
+    sample = weight[::step] if step <= len(weight) // 4 else weight[:: max(1, len(weight) // 4)]
+
+    def error(candidate: MinifloatFormat) -> float:
+        arguments = candidate.group_size, candidate.scale_dtype, candidate.tensor_scale
+        return quantize_groups(sample, _grids(candidate), *arguments, search).error
+
+    return min(candidates, key=error)
+
+
+def _grids(weight_format: MinifloatFormat) -> list[Grid]:
+    return [encoding_grid(encoding) for encoding in weight_format.encodings]

@@ -1,0 +1,330 @@
+"""Least-squares search of the scales of a scalar grid, one per tensor, row or group.
+
+For every group a ladder of candidate scales around "largest weight on the largest level" is tried, each rounded to its stored
+dtype *before* the codes are chosen, and the one with the smallest squared error is kept (the idea of FP8 quantization's clip
+search and of NVFP4 scale sweeps). For scales stored as floats a closed-form step follows: given codes q, the best scale is
+``<x, q> / <q, q>``.
+
+Everything is element-wise work in place on blocks that stay in cache: one candidate costs about ten passes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formats import GroupSize, group_columns
+from .grids import Grid
+from .threads import map_blocks
+
+BLOCK = 1 << 18  # weights per block and thread: five float32 buffers of 1 MB
+TENSOR_SAMPLE = 1 << 18  # weights on which a per-tensor scale is searched
+TINY = 1e-18  # stands in for a scale that its dtype rounded to zero
+
+
+class ScaleSearch(NamedTuple):
+    """How hard to look: scales at ``low .. high`` ladder steps from the absmax scale, then ``refinements`` least-squares steps.
+
+    A ladder step is a factor ``2**(1/8)``, one number of an E4M3 scale, or one power of two of an E8M0 scale.
+    """
+
+    low: int
+    high: int
+    refinements: int = 0
+
+
+ABSMAX = ScaleSearch(0, 0)
+
+
+def default_search(grid: Grid, group: int, scale_dtype: str) -> ScaleSearch:
+    """Candidates that come within 1% of the error of a search without limits, for groups of ``group`` weights.
+
+    Measured on Gaussian, Student-t and trained weights. A coarse grid gains from clipping a group's peak, the more so the longer
+    the group; a floating one from an unused top binade, whose steps are twice as wide (as in "four over six" for NVFP4).
+    """
+    if scale_dtype == "e8m0":
+        return ScaleSearch(-1, 1)
+    clip = {2: 3, 3: 2, 4: 1, 5: 1}.get(grid.bits, 0)
+    if group > 128:
+        clip = {2: 14, 3: 12, 4: 12, 5: 8, 6: 6}.get(grid.bits, 4)
+    if group > 1 << 16:
+        clip += 12
+    return ScaleSearch(-clip, 3 if grid.mantissa_bits is None else 5, refinements=2)
+
+
+class Quantized(NamedTuple):
+    """Codes and stored scales of a matrix.
+
+    Attributes:
+        codes: uint8 or int8 ``[rows, columns]``, as ``Grid.codes`` gives them.
+        scales: ``[rows or 1, groups]``: float32 values that the storage dtype holds exactly; for E8M0 the exponent bytes, int8.
+        tensor_scale: float32 ``[1]`` that multiplies all scales, or ``None``.
+        error: summed squared error of the stored weight.
+        dense: float32 ``[rows, columns]``, the stored weight, if it was asked for.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
+    error: float
+    dense: Tensor | None = None
+
+
+class ScaleStore:
+    """Rounds scales to what is stored. ``unit`` multiplies every stored value (NVFP4's second level)."""
+
+    def __init__(self, dtype: str, unit: float = 1.0) -> None:
+        self.dtype = dtype
+        self.unit = unit
+
+    @property
+    def continuous(self) -> bool:
+        """Whether stored scales are fine enough for a closed-form step to help."""
+        return self.dtype in ("float16", "bfloat16", "float32")
+
+    def round(self, scale: Tensor) -> Tensor:
+        """Nearest stored value (times ``unit``) of each positive float32 scale; never infinite."""
+        scale = scale / self.unit
+        if self.dtype == "e8m0":
+            stored = torch.exp2(scale.clamp(2.0**-126, 2.0**126).log2().round_())
+        elif self.dtype == "e4m3":
+            stored = scale.clamp_max(448).to(torch.float8_e4m3fn).float()
+        else:
+            dtype = getattr(torch, self.dtype)
+            stored = scale.clamp_max(torch.finfo(dtype).max).to(dtype).float()
+        return stored * self.unit
+
+    def ladder(self, scale: Tensor, low: int, high: int) -> Iterator[Tensor]:
+        """Stored scales ``low .. high`` steps from the one nearest to ``scale``."""
+        base = self.round(scale)
+        if self.dtype == "e4m3":
+            codes = (base / self.unit).to(torch.float8_e4m3fn).view(torch.int8).to(torch.int32)
+        for steps in range(low, high + 1):
+            if steps == 0:
+                yield base
+            elif self.dtype == "e4m3":
+                # Exponent and mantissa fields moved to those of a float32, whose bias is 120 more; subnormals included.
+                bits = (codes + steps).clamp_(0, 126).bitwise_left_shift_(20)
+                yield bits.view(torch.float32).mul(2.0**120 * self.unit)
+            else:
+                yield self.round(base * (2.0**steps if self.dtype == "e8m0" else 2.0 ** (steps / 8)))
+
+    def to_storage(self, scale: Tensor) -> Tensor:
+        """What the format stores for signed scales that :meth:`round` produced."""
+        if self.dtype == "e8m0":
+            return (scale.log2().round() + 127).to(torch.uint8).view(torch.int8)
+        return scale / self.unit
+
+
+def quantize_groups(
+    weight: Tensor,
+    grids: Sequence[Grid],
+    group_size: GroupSize,
+    scale_dtype: str,
+    tensor_scale: bool = False,
+    search: ScaleSearch | None = None,
+    with_dense: bool = False,
+) -> Quantized:
+    """Quantize a matrix to scalar codes with least-squares scales.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        grids: one grid, or two of which each group takes the better: the scale's sign tells, + the first, - the second. With a
+            single asymmetric grid the sign of a scale mirrors the grid, so that its deeper side serves the largest weight.
+        group_size: columns per scale, "row" or "tensor"; the last group of a row may be short.
+        scale_dtype: "float16", "bfloat16", "float32", "e4m3" or "e8m0".
+        tensor_scale: store E4M3 scales as multiples of one float32, chosen so that the largest uses the whole range.
+        search: candidates per group; by default :func:`default_search`. Never worse than the absmax scale if 0 is among them.
+        with_dense: also return the stored weight, to the bit what the format's ``dequantize`` gives.
+    """
+    if scale_dtype == "e8m0" and (len(grids) > 1 or not grids[0].symmetric):
+        raise ValueError("e8m0 scales have no sign; use one symmetric encoding, or float16 or e4m3 scales")
+    store = ScaleStore(scale_dtype, _tensor_unit(weight, grids) if tensor_scale else 1.0)
+    out = _Output(weight, grids, with_dense)
+    if group_size == "tensor":
+        scales, error = _quantize_tensor(weight, grids, store, search, out)
+    else:
+        scales, error = _quantize_rows(weight, grids, group_columns(group_size, weight.shape[1]), store, search, out)
+    unit = torch.tensor([store.unit], dtype=torch.float32, device=weight.device) if tensor_scale else None
+    return Quantized(out.codes, store.to_storage(scales), unit, error, out.dense)
+
+
+class _Output:
+    """Codes and, if wanted, values of a matrix, written row by row."""
+
+    def __init__(self, weight: Tensor, grids: Sequence[Grid], with_dense: bool) -> None:
+        self.grids = grids
+        code_dtype = torch.int8 if grids[0].signed_codes else torch.uint8
+        self.codes = torch.empty(weight.shape, dtype=code_dtype, device=weight.device)
+        self.dense = torch.empty_like(weight) if with_dense else None
+
+    def write(self, part: slice, block: _Block, scale: Tensor) -> None:
+        """Rows ``part`` from a block of their groups."""
+        for target, values in ((self.codes, block.codes), (self.dense, block.dense)):
+            if target is not None:
+                rows = target[part]
+                rows.copy_(values(self.grids, scale).view(len(rows), -1)[:, : rows.shape[1]])
+
+
+def _tensor_unit(weight: Tensor, grids: Sequence[Grid]) -> float:
+    """Second-level scale: the largest group's scale, six ladder steps above absmax included, is E4M3's largest number."""
+    low, high = (float(v) for v in weight.aminmax())
+    largest = max(-low, high) / min(max(g.high, g.low) * g.unit for g in grids)
+    return float(torch.tensor(max(largest * 1.75 / 448, TINY), dtype=torch.float32))
+
+
+def _quantize_rows(
+    weight: Tensor, grids: Sequence[Grid], group: int, store: ScaleStore, search: ScaleSearch | None, out: _Output
+) -> tuple[Tensor, float]:
+    columns = weight.shape[1]
+    groups = -(-columns // group)
+    scales = torch.empty(len(weight), groups, device=weight.device)
+    scratch = _Scratch()
+
+    def work(part: slice) -> float:
+        short = groups * group - columns
+        padded = F.pad(weight[part], (0, short)) if short else weight[part]
+        block = _Block(padded.reshape(-1, group), scratch)
+        found, errors = _search(block, grids, store, search)
+        out.write(part, block, found)
+        scales[part] = found.view(-1, groups)
+        return float(errors.sum(dtype=torch.float64))
+
+    return scales, sum(map_blocks(work, _parts(weight), weight.device))
+
+
+def _quantize_tensor(
+    weight: Tensor, grids: Sequence[Grid], store: ScaleStore, search: ScaleSearch | None, out: _Output
+) -> tuple[Tensor, float]:
+    """One scale in all: searched on evenly spaced weights, then held against the absmax scale on all of them."""
+    flat = weight.reshape(-1)
+    sample = torch.cat([flat[:: flat.numel() // TENSOR_SAMPLE | 1], flat[flat.abs().argmax()][None]])
+    scratch = _Scratch()
+    found = [_search(_Block(sample[None], scratch), grids, store, s)[0] for s in (search, ABSMAX)]
+
+    def block(part: slice) -> _Block:
+        return _Block(weight[part].reshape(1, -1), scratch)
+
+    def error(scale: Tensor) -> float:
+        return sum(map_blocks(lambda part: block(part).error(grids, scale), _parts(weight), weight.device))
+
+    best, scale = min(((error(scale), scale) for scale in found), key=lambda pair: pair[0])
+    map_blocks(lambda part: out.write(part, block(part), scale), _parts(weight), weight.device)
+    return scale.view(1, 1), best
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """Blocks of rows."""
+    step = max(1, BLOCK // weight.shape[1])
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
+
+
+class _Scratch(threading.local):
+    """Memory for one block per thread, reused by the next: fresh memory would cost more than the arithmetic in it."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+
+    def views(self, like: Tensor) -> list[Tensor]:
+        if not self.buffers or self.buffers[0].numel() < like.numel():
+            self.buffers = [torch.empty_like(like).view(-1) for _ in range(4)]
+        return [buffer[: like.numel()].view(like.shape) for buffer in self.buffers]
+
+
+class _Block:
+    """Groups of a matrix with scratch memory, which only one block may use at a time."""
+
+    def __init__(self, groups: Tensor, scratch: _Scratch) -> None:
+        """groups: float32 ``[count, group]``, left as it is."""
+        self.group = groups.shape[1]
+        self.x = groups
+        self.y, self.q, self.work, self.kept = scratch.views(groups)
+        self.ones = groups.new_ones(self.group)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sum over each group; a product with ones is twice as fast as ``sum`` for groups of 16."""
+        return values.mv(self.ones)
+
+    def rounded(self, grid: Grid, scale: Tensor) -> Tensor:
+        """Nearest levels, in the grid's steps, under signed scales ``[count]``; ``self.y`` keeps the weights in those steps."""
+        torch.mul(self.x, _step(grid, scale).reciprocal_()[:, None], out=self.y)
+        return grid.round(self.y, self.q, self.work)
+
+    def errors(self, grid: Grid, scale: Tensor) -> Tensor:
+        """Squared error of each group ``[count]`` under signed scales."""
+        residual = self.y.sub_(self.rounded(grid, scale))
+        return self.sums(torch.mul(residual, residual, out=self.work)).mul_(_step(grid, scale).square_())
+
+    def fitted(self, grid: Grid, scale: Tensor) -> Tensor:
+        """Least-squares magnitudes of the scales ``[count]``, given the codes under ``scale``."""
+        q = self.rounded(grid, scale)
+        cross = self.sums(self.y.mul_(q))
+        square = self.sums(torch.mul(q, q, out=self.work))
+        return (scale.abs() * cross).div_(square.clamp_min_(TINY)).clamp_min_(0)
+
+    def codes(self, grids: Sequence[Grid], scale: Tensor) -> Tensor:
+        """Codes of the nearest levels under signed stored scales, ``[count, group]``."""
+        return self._own_grid(grids, scale, lambda grid, q: grid.codes(q, self.y, self.work))
+
+    def dense(self, grids: Sequence[Grid], scale: Tensor) -> Tensor:
+        """Values under signed stored scales, ``[count, group]``."""
+        size = (scale if len(grids) == 1 else scale.abs())[:, None]
+        return self._own_grid(grids, scale, lambda grid, q: q.mul_(grid.unit * size))
+
+    def error(self, grids: Sequence[Grid], scale: Tensor) -> float:
+        """Squared error under signed stored scales."""
+        return float(self.dense(grids, scale).sub_(self.x).square_().sum(dtype=torch.float64))
+
+    def _own_grid(self, grids: Sequence[Grid], scale: Tensor, finish: Callable[[Grid, Tensor], Tensor]) -> Tensor:
+        """``finish(grid, q)`` of each group's own grid."""
+        if len(grids) == 1:
+            return finish(grids[0], self.rounded(grids[0], scale))
+        first = finish(grids[0], self.rounded(grids[0], scale.abs()))
+        first = self.kept.copy_(first) if first.dtype == self.kept.dtype else first
+        second = finish(grids[1], self.rounded(grids[1], scale.abs()))
+        return torch.where((scale < 0)[:, None], second, first)
+
+
+def _step(grid: Grid, scale: Tensor) -> Tensor:
+    """Signed size of a grid's smallest step, never zero."""
+    return torch.copysign((scale.abs() * grid.unit).clamp_min_(TINY), scale)
+
+
+def _search(block: _Block, grids: Sequence[Grid], store: ScaleStore, search: ScaleSearch | None) -> tuple[Tensor, Tensor]:
+    """Signed stored scales ``[count]`` and squared errors ``[count]`` of the groups of a block."""
+    positive, negative = block.x.amax(1), block.x.amin(1).neg_()
+    peak = torch.maximum(positive, negative)
+    found = []
+    for grid in grids:
+        mirror = len(grids) == 1 and not grid.symmetric
+        sign = torch.where(positive > negative, -1.0, 1.0) if mirror else None
+        found.append(_search_grid(block, grid, peak, sign, store, search or default_search(grid, block.group, store.dtype)))
+    if len(found) == 1:
+        return found[0]
+    (first, error), (second, second_error) = found
+    return torch.where(second_error < error, -second, first), torch.minimum(error, second_error)
+
+
+def _search_grid(
+    block: _Block, grid: Grid, peak: Tensor, sign: Tensor | None, store: ScaleStore, search: ScaleSearch
+) -> tuple[Tensor, Tensor]:
+    best_error = torch.full_like(peak, torch.finfo(torch.float32).max)
+    best_scale, better = torch.zeros_like(peak), torch.zeros_like(peak)
+
+    def attempt(scale: Tensor) -> None:
+        scale = scale if sign is None else scale * sign
+        error = block.errors(grid, scale)
+        # Weights of exactly 0 and 1 make lerp a selection, several times faster than torch.where.
+        best_scale.lerp_(scale, torch.lt(error, best_error, out=better))
+        torch.minimum(best_error, error, out=best_error)
+
+    for scale in store.ladder(peak / (max(grid.high, grid.low) * grid.unit), search.low, search.high):
+        attempt(scale)
+    for _ in range(search.refinements if store.continuous else 0):
+        attempt(store.round(block.fitted(grid, best_scale)))
+    return best_scale, best_error

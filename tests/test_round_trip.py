@@ -1,0 +1,349 @@
+"""Quantize while loading, save, load back: every method on every kind of model, equal to the last bit."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers.layers import PackedLayer
+
+CONFIGS = {
+    "aq-4": lambda: AQConfig(bits=4),
+    "aq-3-int8": lambda: AQConfig(bits=3, activations="int8"),
+    "aq-2-fp8": lambda: AQConfig(bits=2, activations="fp8"),
+    "aq-1.5": lambda: AQConfig(bits=1.5),
+    "aq-own-codebooks": lambda: AQConfig(num_codebooks=2, codebook_bits=4, vector_size=4, codebook="layer", rotation=False),
+    "vq-4": lambda: VQConfig(bits=4),
+    "vq-3-fp8": lambda: VQConfig(bits=3, activations="fp8"),
+    "vq-2-int8": lambda: VQConfig(bits=2, activations="int8"),
+    "vq-6x2-unscaled": lambda: VQConfig(codebook_bits=6, vector_size=2, row_scales=False),
+    "fp-8": lambda: FPConfig(bits=8),
+    "fp-4-int8": lambda: FPConfig(bits=4, activations="int8"),
+    "fp-3-rotated-fp8": lambda: FPConfig(bits=3, rotation=True, activations="fp8"),
+    "fp-e3m2-tensor": lambda: FPConfig(weight_format="e3m2", group_size="tensor", scale_dtype="float32"),
+    "fp-nvfp4": lambda: FPConfig(weight_format="nvfp4"),
+    "fp-mxfp4": lambda: FPConfig(weight_format="mxfp4"),
+    "fp-mxfp8": lambda: FPConfig(weight_format="mxfp8"),
+    "svdquant-8": lambda: SVDQuantConfig(bits=8),
+    "svdquant-4-int4": lambda: SVDQuantConfig(bits=4, rank=4, activations="int4"),
+    "svdquant-nvfp4-int8": lambda: SVDQuantConfig(weight_format="nvfp4", rank=4, activations="int8"),
+    "svdquant-3-rotated-fp8": lambda: SVDQuantConfig(bits=3, rank=4, rotation=True, activations="fp8"),
+    "rtn-8": lambda: RTNConfig(bits=8),
+    "rtn-4-int8": lambda: RTNConfig(bits=4, activations="int8"),
+    "rtn-2-row-rotated": lambda: RTNConfig(bits=2, group_size="row", rotation=True),
+}
+ARCHITECTURES = ["flux", "sd3", "dit", "pixart", "sdxl_unet", "wan"]
+# Largest acceptable relative error of a model's output. The models are random, so this is a sanity bound, not a quality claim.
+OUTPUT_ERROR = {"fp-8": 0.1, "fp-mxfp8": 0.1, "svdquant-8": 0.03, "rtn-8": 0.03, "aq-4": 0.35, "vq-4": 0.35, "rtn-4-int8": 0.35}
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory):
+    """``dense_folder(name)``: where the tiny model of that name lies, saved in float32."""
+    root = tmp_path_factory.mktemp("dense")
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        tiny_models.make(name).save_pretrained(root / name)
+        return root / name
+
+    return folder
+
+
+def load(folder: Path, name: str, **kwargs) -> nn.Module:
+    return type(tiny_models.make(name)).from_pretrained(folder, **kwargs)
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+
+
+def assert_same_tensors(a: nn.Module, b: nn.Module) -> None:
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    for key in left:
+        assert left[key].dtype == right[key].dtype, key
+        assert torch.equal(left[key].view(torch.uint8) if left[key].ndim else left[key], _bytes(right[key], left[key])), key
+
+
+def _bytes(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if like.ndim else tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_quantized_model_survives_save_and_reload(name, method, dtype, dense_folder, tmp_path):
+    config = CONFIGS[method]()
+    model = load(dense_folder(name), name, quantization_config=config, dtype=dtype)
+    assert len(packed_layers(model)) >= 8
+    output = tiny_models.run(model, name)
+    assert torch.isfinite(output).all()
+    if method in OUTPUT_ERROR and dtype == torch.float32:
+        exact = tiny_models.run(tiny_models.make(name), name)
+        assert (output - exact).norm() / exact.norm() < OUTPUT_ERROR[method]
+
+    model.save_pretrained(tmp_path)
+    for given in ({}, {"dtype": dtype}):
+        reloaded = load(tmp_path, name, **given)
+        assert reloaded.dtype == model.dtype == dtype
+        assert_same_tensors(reloaded, model)
+        assert torch.equal(tiny_models.run(reloaded, name), output)
+
+
+@pytest.mark.parametrize("method", ["aq-2-fp8", "vq-2-int8", "fp-nvfp4", "svdquant-4-int4", "rtn-4-int8"])
+@pytest.mark.parametrize("name", ["flux", "sdxl_unet"])
+def test_a_sharded_checkpoint_is_equal_to_a_single_file(name, method, dense_folder, tmp_path):
+    model = load(dense_folder(name), name, quantization_config=CONFIGS[method](), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    for given in ({}, {"dtype": torch.bfloat16}):
+        reloaded = load(tmp_path, name, **given)
+        assert_same_tensors(reloaded, model)
+        assert torch.equal(tiny_models.run(reloaded, name), tiny_models.run(model, name))
+
+
+def test_a_sharded_dense_checkpoint_is_quantized_like_a_single_file(dense_folder, tmp_path):
+    tiny_models.make("dit").save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    from_shards = load(tmp_path, "dit", quantization_config=VQConfig(bits=3))
+    assert_same_tensors(from_shards, load(dense_folder("dit"), "dit", quantization_config=VQConfig(bits=3)))
+
+
+@pytest.mark.parametrize("method", ["aq-2-fp8", "vq-3-fp8", "fp-4-int8", "svdquant-4-int4", "rtn-4-int8"])
+def test_quantizing_twice_gives_the_same_bits(method, dense_folder):
+    first, second = (load(dense_folder("dit"), "dit", quantization_config=CONFIGS[method]()) for _ in range(2))
+    assert_same_tensors(first, second)
+
+
+@pytest.mark.parametrize("method", ["fp-e3m2-tensor", "rtn-4-int8", "aq-own-codebooks", "svdquant-nvfp4-int8", "fp-mxfp4"])
+def test_packed_tensors_keep_their_dtype_and_bits_when_loaded_in_another_precision(method, dense_folder, tmp_path):
+    """diffusers casts what it reads to the model's dtype; float32 and float16 scales must not pass through that."""
+    load(dense_folder("flux"), "flux", quantization_config=CONFIGS[method](), dtype=torch.float32).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model = load(tmp_path, "flux", dtype=dtype)
+        assert model.dtype == dtype
+        for name, layer in packed_layers(model).items():
+            assert layer.compute_dtype == layer.weight.dtype == dtype
+            for leaf in layer.tensor_infos():
+                tensor, raw = getattr(layer, leaf), stored[f"{name}.{leaf}"]
+                assert tensor.dtype == raw.dtype
+                assert torch.equal(tensor.view(torch.uint8), raw.view(torch.uint8))
+        assert torch.isfinite(tiny_models.run(model, "flux")).all()
+
+
+@pytest.mark.parametrize("method", ["aq-2-fp8", "vq-2-int8", "fp-nvfp4", "svdquant-4-int4", "rtn-4-int8"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_memory_after_loading_is_the_packed_size(name, method, dense_folder, tmp_path):
+    """Counted on the tensors that the model really holds, each storage once: no dense copy is left anywhere."""
+    model = load(dense_folder(name), name, quantization_config=CONFIGS[method](), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    reloaded = load(tmp_path, name)
+    for m in (model, reloaded):
+        layers = packed_layers(m)
+        assert layers.keys() == m.config.quantization_config.layers.keys()
+        for layer_name, layer in layers.items():
+            held = {id(t): t.nbytes for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))}
+            bias = layer.bias.nbytes if layer.bias is not None else 0
+            tables = layer.codebooks.nbytes if getattr(layer.spec.format, "table", None) else 0
+            assert sum(held.values()) - tables - bias == layer.spec.nbytes(layer.weight_shape), layer_name
+            assert not [key for key, value in vars(layer).items() if isinstance(value, torch.Tensor)]
+    with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
+        on_disk = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    assert sum(t.nbytes for t in reloaded.state_dict().values()) == on_disk
+
+
+@pytest.mark.parametrize("method", ["aq-2-fp8", "aq-1.5"])
+def test_layers_share_one_copy_of_a_universal_codebook(method, dense_folder):
+    model = load(dense_folder("dit"), "dit", quantization_config=CONFIGS[method]())
+    tables = {}
+    for layer in packed_layers(model).values():
+        if table := getattr(layer.spec.format, "table", None):
+            tables.setdefault(table, set()).add(layer.codebooks.data_ptr())
+    assert all(len(pointers) == 1 for pointers in tables.values())
+    assert not any(key.endswith("codebooks") for key in model.state_dict()) or len(tables) == 0
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_recorded_error_is_the_error_of_the_layer(method, dense_folder):
+    dense = tiny_models.make("pixart")
+    model = load(dense_folder("pixart"), "pixart", quantization_config=CONFIGS[method]())
+    for name, layer in packed_layers(model).items():
+        exact = dense.get_submodule(name).weight
+        error = (layer.dequantize() - exact).square().sum() / exact.square().sum()
+        assert model.config.quantization_config.layers[name].error == pytest.approx(error.item(), rel=1e-2, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "vae"])
+def test_every_layer_is_either_packed_or_listed_with_a_reason(name, dense_folder, tmp_path):
+    model = load(dense_folder(name), name, quantization_config=RTNConfig(bits=4))
+    weighted = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    left = {n for n, m in model.named_modules() if isinstance(m, weighted) and not isinstance(m, PackedLayer)}
+    skipped = model.config.quantization_config.skipped
+    assert skipped.keys() == left
+    assert all(skipped.values())
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path, name).config.quantization_config.skipped == skipped
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["skipped"] == skipped
+
+
+def test_convolutions_of_a_unet_are_packed(dense_folder):
+    model = load(dense_folder("sdxl_unet"), "sdxl_unet", quantization_config=RTNConfig(bits=4))
+    packed = packed_layers(model)
+    kernels = {tuple(layer.weight_shape[2:]) for layer in packed.values() if len(layer.weight_shape) == 4}
+    assert kernels == {(3, 3), (1, 1)}
+    assert packed["down_blocks.0.downsamplers.0.conv"].stride == (2, 2)
+
+
+def test_outer_layers_stay_in_sixteen_bits_unless_asked_for(dense_folder):
+    by_default = load(dense_folder("flux"), "flux", quantization_config=RTNConfig(bits=4))
+    assert not packed_layers(by_default).keys() & {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"}
+    everything = load(dense_folder("flux"), "flux", quantization_config=RTNConfig(bits=4, keep_outer_layers=False))
+    assert packed_layers(everything).keys() >= {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"}
+    assert torch.isfinite(tiny_models.run(everything, "flux")).all()
+
+
+def test_modules_to_not_convert_match_by_substring(dense_folder):
+    config = RTNConfig(bits=4, modules_to_not_convert=["attn1.to_q", "norm1"])
+    model = load(dense_folder("dit"), "dit", quantization_config=config)
+    packed = packed_layers(model)
+    assert packed
+    assert not [name for name in packed if "attn1.to_q" in name or "norm1" in name]
+    assert "transformer_blocks.1.attn1.to_q" in model.config.quantization_config.skipped
+
+
+def test_overrides_give_the_first_matching_pattern_its_own_method(dense_folder, tmp_path):
+    overrides = {
+        "blocks.0.attn1": FPConfig(bits=8),
+        "attn1.to_q": None,
+        "attn1": RTNConfig(bits=8, activations="int8"),
+        "proj_out_2": RTNConfig(bits=6),
+    }
+    model = load(dense_folder("dit"), "dit", quantization_config=RTNConfig(bits=3, overrides=overrides))
+    packed = packed_layers(model)
+    assert packed["transformer_blocks.0.attn1.to_q"].spec.format.kind == "minifloat"
+    assert "transformer_blocks.1.attn1.to_q" not in packed
+    assert packed["transformer_blocks.1.attn1.to_k"].spec.activations == "int8"
+    assert packed["transformer_blocks.1.attn1.to_k"].spec.format.bits == 8
+    assert packed["transformer_blocks.1.ff.net.2"].spec.format.bits == 3
+    assert packed["proj_out_2"].spec.format.bits == 6  # an override also reaches outside the repeated blocks
+    model.save_pretrained(tmp_path)
+    reloaded = load(tmp_path, "dit")
+    assert_same_tensors(reloaded, model)
+    assert reloaded.config.quantization_config == model.config.quantization_config
+    assert torch.equal(tiny_models.run(reloaded, "dit"), tiny_models.run(model, "dit"))
+
+
+def test_layers_that_the_model_class_keeps_in_float32_stay_so(dense_folder, tmp_path):
+    config = RTNConfig(bits=4, keep_outer_layers=False)
+    model = load(dense_folder("wan"), "wan", quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    for m in (model, load(tmp_path, "wan"), load(tmp_path, "wan", dtype=torch.bfloat16)):
+        assert not [name for name in packed_layers(m) if "time_embedder" in name]
+        assert "condition_embedder.time_embedder.linear_1" in m.config.quantization_config.skipped
+        for name, parameter in m.named_parameters():
+            kept = any(part in name.split(".") for part in m._keep_in_fp32_modules)
+            if parameter.is_floating_point():
+                assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
+
+
+def test_the_dtype_of_a_model_is_remembered_not_that_of_its_scales(dense_folder, tmp_path):
+    config = FPConfig(weight_format="e3m2", group_size="tensor", scale_dtype="float32")
+    model = load(dense_folder("dit"), "dit", quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["compute_dtype"] == "bfloat16"
+    assert load(tmp_path, "dit").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}], ids=str)
+def test_a_device_map_quantizes_and_reloads_the_same_bits(device_map, dense_folder, tmp_path):
+    plain = load(dense_folder("dit"), "dit", quantization_config=RTNConfig(bits=4))
+    mapped = load(dense_folder("dit"), "dit", quantization_config=RTNConfig(bits=4), device_map=device_map)
+    assert_same_tensors(mapped, plain)
+    mapped.save_pretrained(tmp_path)
+    assert_same_tensors(load(tmp_path, "dit", device_map=device_map), plain)
+
+
+def test_loading_without_memory_mapping_gives_the_same_bits(dense_folder, tmp_path):
+    plain = load(dense_folder("dit"), "dit", quantization_config=RTNConfig(bits=4))
+    assert_same_tensors(load(dense_folder("dit"), "dit", quantization_config=RTNConfig(bits=4), disable_mmap=True), plain)
+    plain.save_pretrained(tmp_path)
+    assert_same_tensors(load(tmp_path, "dit", disable_mmap=True), plain)
+
+
+def test_a_variant_is_saved_and_loaded(dense_folder, tmp_path):
+    model = load(dense_folder("dit"), "dit", quantization_config=RTNConfig(bits=4))
+    model.save_pretrained(tmp_path, variant="int4")
+    assert_same_tensors(load(tmp_path, "dit", variant="int4"), model)
+
+
+def test_a_reloaded_model_can_be_saved_again_unchanged(dense_folder, tmp_path):
+    load(dense_folder("dit"), "dit", quantization_config=CONFIGS["svdquant-4-int4"]()).save_pretrained(tmp_path / "one")
+    load(tmp_path / "one", "dit").save_pretrained(tmp_path / "two")
+    weights, config = "diffusion_pytorch_model.safetensors", "config.json"
+    assert (tmp_path / "one" / weights).read_bytes() == (tmp_path / "two" / weights).read_bytes()
+    configs = [json.loads((tmp_path / folder / config).read_text()) for folder in ("one", "two")]
+    assert configs[0] | {"_name_or_path": None} == configs[1] | {"_name_or_path": None}
+
+
+def test_one_config_object_quantizes_any_number_of_models(dense_folder, tmp_path):
+    """A config says what to do. What was done to one model must not leak into the next."""
+    config = RTNConfig(bits=4)
+    dit = load(dense_folder("dit"), "dit", quantization_config=config)
+    wan = load(dense_folder("wan"), "wan", quantization_config=config, dtype=torch.bfloat16)
+    assert config == RTNConfig(bits=4)
+    assert dit.config.quantization_config.layers.keys() == packed_layers(dit).keys()
+    assert wan.config.quantization_config.layers.keys() == packed_layers(wan).keys()
+    for name, model in (("dit", dit), ("wan", wan)):
+        model.save_pretrained(tmp_path / name)
+        assert_same_tensors(load(tmp_path / name, name), model)
+
+
+def test_all_zero_layers_are_quantized_to_zero(dense_folder, tmp_path):
+    """DiT initialises its modulation with zeros; a half-trained model may still have such layers."""
+    model = tiny_models.make("dit")
+    with torch.no_grad():
+        model.transformer_blocks[0].ff.net[2].weight.zero_()
+        model.transformer_blocks[1].ff.net[2].weight[::2] = 0
+    model.save_pretrained(tmp_path)
+    for method, config in CONFIGS.items():
+        quantized = load(tmp_path, "dit", quantization_config=config())
+        assert not quantized.transformer_blocks[0].ff.net[2].weight.any(), method
+        assert torch.isfinite(tiny_models.run(quantized, "dit")).all(), method
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1e3, 1e6], ids="{:.0e}".format)
+@pytest.mark.parametrize("method", CONFIGS)
+def test_the_unit_of_the_weights_does_not_matter(method, size, dense_folder, tmp_path):
+    """Scales are stored in few bits; very small or large weights must come out scaled, not as zeros or infinities."""
+    if method.startswith("rtn") and not 1e-4 < size < 1e4:
+        pytest.skip("round-to-nearest is the plain baseline, with float16 scales as they are")
+    model = tiny_models.make("dit")
+    with torch.no_grad():
+        model.transformer_blocks[0].ff.net[2].weight *= size
+    model.save_pretrained(tmp_path)
+    name = "transformer_blocks.0.ff.net.2"
+    errors = []
+    for folder in (dense_folder("dit"), tmp_path):
+        config = CONFIGS[method]()
+        config.modules_to_not_convert = ["attn1", "norm1", "blocks.1"]
+        model = load(folder, "dit", quantization_config=config)
+        errors.append(model.config.quantization_config.layers[name].error)
+    assert errors[1] < 1.5 * errors[0] + 1e-3
+
+
+def test_configs_print_themselves(dense_folder):
+    model = load(dense_folder("dit"), "dit", quantization_config=RTNConfig(bits=4))
+    assert "rtn" in repr(model.config.quantization_config)
+    assert "int4 asymmetric g64, 4.50 bits" in repr(model) or "int4 asymmetric g64" in repr(model)
+    assert isinstance(model.config.quantization_config, QDiffConfig)
