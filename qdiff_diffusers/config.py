@@ -45,7 +45,7 @@ class QDiffConfig(QuantizationConfigMixin):
 
     Args:
         bits: nominal bits per weight; each method says which it offers.
-        rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None`` decides for each layer.
+        rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None``: as the method prefers.
         activations: ``None`` (16-bit), "int8" or "fp8" (dynamic, per token), or for SVDQuant "int4" (groups of 64).
         modules_to_not_convert: substrings of module names to leave in 16 bits, besides the default ones.
         overrides: substring of a module name -> another config (or ``None`` for 16 bits) for those layers; the first match counts.
@@ -338,4 +338,4 @@ class RTNConfig(QDiffConfig):
     group_size: GroupSize = 64
 
     method_name: ClassVar[str] = "rtn"
-    bit_choices: ClassVar[tuple[float, ...]] = (2, 3, 4, 5, 6, 7, 8)
+    bit_choices: ClassVar[tuple[float, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)

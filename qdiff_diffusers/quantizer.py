@@ -133,6 +133,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         release_checkpoint(model)
         if not self.pre_quantized:
             self.progress.close()
+            del self.progress  # a bar holds a terminal, which could not be copied or pickled with the model
             left = sorted(set(self.targets) - set(self.quantization_config.layers))
             if left:
                 raise CheckpointError(f"the checkpoint has no weight for {', '.join(left[:5])}; it is incomplete")

@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from qdiff_diffusers import FPConfig, QDiffConfig, QDiffError, RTNConfig, SVDQuantConfig
+from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, QDiffError, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.formats import CodebookFormat, IntegerFormat, LayerSpec, MinifloatFormat
 from qdiff_diffusers.layers import PackedLayer, QDiffConv2d, QDiffLinear, dense_layer, pack_layer, unsupported_reason
 from qdiff_diffusers.methods import quantize_weight
@@ -283,10 +283,43 @@ def test_weights_may_come_in_any_floating_dtype(dtype):
     assert torch.equal(quantized.tensors["codes"], quantize_weight(weight.float(), RTNConfig(bits=8)).tensors["codes"])
 
 
+SHAPES = [(1, 1), (2, 1), (1, 64), (3, 5), (65, 129), (5, 4, 3, 3), (4, 1, 7, 7), (33, 17, 2, 5)]
+METHODS = {
+    **CONFIGS,
+    "aq-4": lambda: AQConfig(bits=4, effort=0),
+    "aq-1.5": lambda: AQConfig(bits=1.5, effort=0),
+    "aq-own": lambda: AQConfig(num_codebooks=2, codebook_bits=6, vector_size=4, codebook="layer", effort=0),
+    "vq-3": lambda: VQConfig(bits=3, restarts=1),
+    "vq-own": lambda: VQConfig(codebook_bits=6, vector_size=2, codebook="layer", row_scales=False, restarts=1),
+    "fp-tensor": lambda: FPConfig(bits=5, group_size="tensor"),
+    "svdquant-full-rank": lambda: SVDQuantConfig(bits=2, rank=64, rounds=1),
+    "rtn-row": lambda: RTNConfig(bits=2, group_size="row"),
+}
+
+
+@pytest.mark.parametrize("values", ["random", "zero", "constant", "one huge row"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_stores_what_it_promises_at_any_shape(method, values):
+    for shape in SHAPES:
+        weight = torch.full(shape, 0.3) if values == "constant" else torch.randn(shape) * (values != "zero")
+        if values == "one huge row":
+            weight[0] *= 1000
+        spec, tensors, error = quantize_weight(weight, METHODS[method](), seed=1)
+        assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == spec.tensors(shape)
+        assert error < 0.6
+        layer = nn.Linear(shape[1], shape[0]) if len(shape) == 2 else nn.Conv2d(shape[1], shape[0], shape[2:])
+        pack_layer(layer, spec, torch.float32, tensors)
+        assert torch.isfinite(layer(torch.randn(2, shape[1]) if len(shape) == 2 else torch.randn(1, shape[1], 8, 8))).all()
+        assert torch.isfinite(layer.weight).all()
+        assert values != "zero" or not layer.weight.any()
+
+
 def test_printing_a_layer_says_how_it_is_stored():
     assert "int4 asymmetric g64, 4.50 bits" in repr(packed(nn.Linear(64, 32)))
     spec = LayerSpec(MinifloatFormat(("e2m1",), 32, "e8m0"))
-    layer = pack_layer(nn.Linear(64, 32), spec, torch.float32, quantize_weight(torch.randn(32, 64), CONFIGS["e8m0-scales"]()).tensors)
+    layer = pack_layer(
+        nn.Linear(64, 32), spec, torch.float32, quantize_weight(torch.randn(32, 64), CONFIGS["e8m0-scales"]()).tensors
+    )
     assert "e2m1 g32 e8m0 scales, 4.25 bits" in repr(layer)
 
 
@@ -306,8 +339,7 @@ def test_lora_adapters_work_on_packed_layers(tmp_path):
     dense.dequantize()
     dense.add_adapter(lora, adapter_name="one")
     weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    missing, unexpected = dense.load_state_dict(weights, strict=False)
-    assert not unexpected
+    assert not dense.load_state_dict(weights, strict=False).unexpected_keys
     assert torch.allclose(tiny_models.run(dense, "flux"), with_lora, atol=1e-4)
 
     model.disable_adapters()

@@ -20,7 +20,16 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from qdiff_diffusers import AQConfig, CheckpointError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig, inspect_checkpoint
+from qdiff_diffusers import (
+    AQConfig,
+    CheckpointError,
+    FPConfig,
+    QDiffConfig,
+    RTNConfig,
+    SVDQuantConfig,
+    VQConfig,
+    inspect_checkpoint,
+)
 from qdiff_diffusers.layers import PackedLayer
 
 transformers = pytest.importorskip("transformers")
@@ -262,7 +271,9 @@ def test_a_pipeline_reloads_exactly_in_the_precision_it_was_made_in(dtype, dit_p
     assert torch.equal(generate_dit(reloaded), generate_dit(pipe))
 
 
-@pytest.mark.parametrize("kwargs", [{"method": "rtn", "bits": 4}, {"method": "fp", "bits": 4}, {"method": "svdquant", "rank": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"method": "rtn", "bits": 4}, {"method": "fp", "bits": 4}, {"method": "svdquant", "rank": 2}], ids=str
+)
 def test_components_are_quantized_through_a_backend_name(kwargs, dit_pipeline):
     config = PipelineQuantizationConfig(quant_backend="qdiff", quant_kwargs=kwargs, components_to_quantize=["transformer"])
     pipe = DiTPipeline.from_pretrained(dit_pipeline, quantization_config=config)

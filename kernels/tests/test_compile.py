@@ -102,6 +102,15 @@ def test_a_new_image_size_does_not_recompile():
             assert torch.equal(compiled(x, *rest), oracle.CONV2D[kind](x, *rest))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_promised_dtype_is_the_inputs(dtype):
+    for ops, (kind, (x, *rest)) in (
+        (oracle.LINEAR, linear_arguments("int4-g64", "bias+int8", 4)),
+        (oracle.CONV2D, conv2d_arguments("int4-g64", "bias")),
+    ):
+        torch.library.opcheck(ops[kind], (x.detach().to(dtype).requires_grad_(), *rest))
+
+
 def test_shapes_are_known_on_the_meta_device():
     """A model can be laid out, and its memory planned, before any weight is read."""
     for kind, arguments in (linear_arguments("int4-g64", "bias", 2, 3), linear_arguments("codebook-2x8-d8", "plain", 2, 3)):

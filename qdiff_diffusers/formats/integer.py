@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits with a scale, and optionally a zero, per group."""
+"""Integers of 1 to 8 bits with a scale, and optionally a zero, per group."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class IntegerFormat(WeightFormat):
     kind: ClassVar[str] = "integer"
 
     def __post_init__(self) -> None:
-        check_range("bits", self.bits, 2, 8)
+        check_range("bits", self.bits, 1, 8)
         check_group_size(self.group_size)
         check_flag("symmetric", self.symmetric)
         check_choice("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32", "e4m3"))

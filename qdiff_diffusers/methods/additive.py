@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kmeans import SCORES, ScoreBlock, assign, augment, kmeans
+from .kmeans import BLOCK_WEIGHTS, ScoreBlock, assign, augment, kmeans, rows_in_flight
+from .threads import map_blocks
 
 DIRECT_UNKNOWNS = 2048  # codebook entries up to which the normal equations are factorised; beyond, block after block
 SAMPLE_PER_ENTRY = 128
+CANDIDATES = 1 << 14  # of all the points searched at a time; their residuals stay in the cache
 BRANCH = 8  # continuations that one candidate may contribute to the next beam; 4: 0.3% more error, 16: 0.1% less
 
 
@@ -59,7 +61,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     size = max(sample or SAMPLE_PER_ENTRY * k, num_codebooks)
     if len(points) > size:
-        keep = torch.randperm(len(points), generator=generator)[:size]
+        keep = torch.randperm(len(points), generator=generator)[:size].to(points.device)
         points, weights = points[keep], None if weights is None else weights[keep]
     codebooks, codes = residual_kmeans(points, num_codebooks, k, seed=seed, weights=weights)
     errors = [weighted_error(points, codes, codebooks, weights)]
@@ -114,27 +116,25 @@ def encode(points: Tensor, codebooks: Tensor, beam: int = 16) -> Tensor:
         raise ValueError(f"beam must be at least 1, got {beam}")
     if num_codebooks == 1:
         return assign(points, codebooks[0])[:, None]
-    search = _BeamSearch(codebooks, beam)
-    codes = torch.empty(len(points), num_codebooks, dtype=torch.long)
-    for start in range(0, len(points), search.chunk):
-        codes[start : start + search.chunk] = search.encode(points[start : start + search.chunk])
-    return codes
+    return torch.cat(map_blocks(lambda part: _BeamSearch(codebooks, beam).encode(points[part]), points, BLOCK_WEIGHTS))
 
 
 class _BeamSearch:
-    """Beam search against fixed codebooks, for chunks of points."""
+    """Beam search against fixed codebooks, for chunks of points. Holds a buffer, so each thread needs its own."""
 
     def __init__(self, codebooks: Tensor, beam: int) -> None:
         self.codebooks = codebooks
         self.beam = beam
         self.k = codebooks.shape[1]
         self.blocks = [ScoreBlock(c) for c in codebooks]
-        self.rows = max(64, SCORES * torch.get_num_threads() // self.k)
-        self.chunk = max(32, 16384 // beam)
-        self._buffer = torch.empty(self.rows, self.k)
+        self.rows = rows_in_flight(self.k, codebooks.device)
+        self._buffer = codebooks.new_empty(self.rows, self.k)
 
     def encode(self, points: Tensor) -> Tensor:
-        """points ``[n, d]`` -> codes ``[n, M]``."""
+        """points ``[N, d]`` -> codes ``[N, M]``."""
+        return torch.cat([self._encode(chunk) for chunk in points.split(max(32, CANDIDATES // self.beam))])
+
+    def _encode(self, points: Tensor) -> Tensor:
         n, d = points.shape
         last = len(self.blocks) - 1
         # Bins of entries, of which only the best competes; four per place in the beam rarely lose a good one.
@@ -161,7 +161,7 @@ class _BeamSearch:
         # A reduction is fast along a long innermost dimension, or across vectors of at least 16 neighbours.
         view, dim = ((-1, self.k // bins, bins), 1) if bins >= 16 else ((-1, bins, self.k // bins), 2)
         inputs = augment(residuals)
-        out = torch.empty(len(residuals), bins)
+        out = residuals.new_empty(len(residuals), bins)
         for start in range(0, len(residuals), self.rows):
             part = slice(start, start + self.rows)
             torch.amax(self.blocks[m].scores(inputs[part], self._buffer).view(view), dim, out=out[part])
@@ -208,7 +208,7 @@ def update_codebooks(points: Tensor, codes: Tensor, codebooks: Tensor, weights: 
     if num_codebooks * k > DIRECT_UNKNOWNS:
         return _update_in_turn(residual, codes, codebooks, weights)
     gram = codeword_gram(codes, k, weights)
-    right = torch.zeros(num_codebooks * k, d, dtype=torch.float64)
+    right = residual.new_zeros(num_codebooks * k, d, dtype=torch.float64)
     weighted = residual.double() if weights is None else residual.double() * weights[:, None]
     for m in range(num_codebooks):
         right[m * k : (m + 1) * k].index_add_(0, codes[:, m], weighted)
@@ -218,7 +218,7 @@ def update_codebooks(points: Tensor, codes: Tensor, codebooks: Tensor, weights: 
 def codeword_gram(codes: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
     """Normal matrix of the codebook problem: how often two entries are used together. float64 ``[M * k, M * k]``."""
     num_codebooks = codes.shape[1]
-    gram = torch.zeros(num_codebooks, k, num_codebooks, k, dtype=torch.float64)
+    gram = torch.zeros(num_codebooks, k, num_codebooks, k, dtype=torch.float64, device=codes.device)
     mass = None if weights is None else weights.double()
     for i in range(num_codebooks):
         for j in range(i, num_codebooks):
@@ -238,10 +238,10 @@ def solve_damped(gram: Tensor, right: Tensor, damping: float = 1e-4) -> Tensor:
 def _update_in_turn(residual: Tensor, codes: Tensor, codebooks: Tensor, weights: Tensor | None, sweeps: int = 3) -> Tensor:
     """Block coordinate descent: each codebook's entries become the means of what the others leave to them."""
     codebooks = codebooks.clone()
-    mass = torch.ones(len(codes)) if weights is None else weights.float()
+    mass = residual.new_ones(len(codes)) if weights is None else weights.to(residual.dtype)
     for _ in range(sweeps):
         for m, codebook in enumerate(codebooks):
-            used = torch.bincount(codes[:, m], mass, minlength=len(codebook)).float()[:, None]
+            used = torch.bincount(codes[:, m], mass, minlength=len(codebook)).to(mass.dtype)[:, None]
             step = torch.zeros_like(codebook).index_add_(0, codes[:, m], residual * mass[:, None]) / used.clamp_min(1e-30)
             codebook += step
             residual = residual - step[codes[:, m]]

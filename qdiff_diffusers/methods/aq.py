@@ -9,6 +9,7 @@ from torch import Tensor
 from ..config import AQConfig
 from ..formats import CodebookFormat, codebook_table
 from .additive import encode, fit
+from .threads import block_threads
 from .vectors import codebook_format, encode_matrix, group_rms, sample_vectors, stored_codebooks, table_step
 
 # Nominal bits -> (num_codebooks, codebook_bits, vector_size), fitted to each layer and universal. Large vectors are better for a
@@ -38,7 +39,8 @@ def choose_format(config: AQConfig, shape: tuple[int, ...]) -> CodebookFormat:
     bits = config.bits or DEFAULT_BITS
     free = any(v is not None for v in (config.num_codebooks, config.codebook_bits, config.vector_size))
     codebook = config.codebook or ("layer" if free or config.rotation is False else "shared")
-    num_codebooks, codebook_bits, vector_size = (SHARED_PRESETS if codebook == "shared" else LAYER_PRESETS)[bits]
+    presets = LAYER_PRESETS if codebook == "layer" else SHARED_PRESETS
+    num_codebooks, codebook_bits, vector_size = presets[bits]
     return codebook_format(
         (config.num_codebooks or num_codebooks, config.codebook_bits or codebook_bits, config.vector_size or vector_size),
         codebook,
@@ -47,6 +49,7 @@ def choose_format(config: AQConfig, shape: tuple[int, ...]) -> CodebookFormat:
     )
 
 
+@block_threads()
 def quantize(weight: Tensor, fmt: CodebookFormat, *, effort: int = 1, beam: int | None = None, seed: int = 0) -> dict[str, Tensor]:
     """Codes, codebooks and scales of a weight.
 
@@ -70,7 +73,7 @@ def quantize(weight: Tensor, fmt: CodebookFormat, *, effort: int = 1, beam: int 
     weight = weight.float()
     scales = group_rms(weight, fmt)
     if fmt.table is not None:
-        codebooks, scales, stored = codebook_table(fmt.table).float(), scales * table_step(fmt.table), None
+        codebooks, scales, stored = codebook_table(fmt.table).to(weight), scales * table_step(fmt.table), None
     else:
         k = 1 << fmt.codebook_bits
         points, weights = sample_vectors(weight, scales, fmt, sample * k, seed)

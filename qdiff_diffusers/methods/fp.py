@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..formats import GroupSize, MinifloatFormat
-from .grids import Grid, encoding_grid
+from .grids import encoding_grid, format_grids
 from .scales import ScaleSearch, quantize_groups
+from .threads import block_threads
 
 if TYPE_CHECKING:
     from ..config import FPConfig
@@ -46,6 +47,7 @@ GROUP_SIZE = 16
 E4M3_GROUP = 64
 
 
+@block_threads()
 def quantize(
     weight: Tensor,
     weight_format: MinifloatFormat | Sequence[MinifloatFormat],
@@ -63,7 +65,7 @@ def quantize(
     """
     candidates = [weight_format] if isinstance(weight_format, MinifloatFormat) else list(weight_format)
     best = candidates[0] if len(candidates) == 1 else _fittest(weight, candidates, search)
-    found = quantize_groups(weight, _grids(best), best.group_size, best.scale_dtype, best.tensor_scale, search)
+    found = quantize_groups(weight, format_grids(best), best.group_size, best.scale_dtype, best.tensor_scale, search)
     return best, best.pack(found.codes, found.scales, found.tensor_scale)
 
 
@@ -121,10 +123,6 @@ def _fittest(weight: Tensor, candidates: list[MinifloatFormat], search: ScaleSea
 
     def error(candidate: MinifloatFormat) -> float:
         arguments = candidate.group_size, candidate.scale_dtype, candidate.tensor_scale
-        return quantize_groups(sample, _grids(candidate), *arguments, search).error
+        return quantize_groups(sample, format_grids(candidate), *arguments, search).error
 
     return min(candidates, key=error)
-
-
-def _grids(weight_format: MinifloatFormat) -> list[Grid]:
-    return [encoding_grid(encoding) for encoding in weight_format.encodings]

@@ -13,6 +13,8 @@ import torch
 from qdiff_kernels.minifloat import levels
 from torch import Tensor
 
+from ..formats import IntegerFormat, MinifloatFormat
+
 _EXPONENT = 0x7F800000  # exponent field of a float32
 _MANTISSA_BITS = 23
 _EXPONENT_BIAS = 127
@@ -103,6 +105,13 @@ def encoding_grid(encoding: str) -> Grid:
     low = high if spare is None else max(high, -spare)
     mantissa_bits = None if encoding.startswith("e1") else _mantissa_bits(encoding)
     return Grid(half.bit_length(), unit, high, low, mantissa_bits, spare)
+
+
+def format_grids(weight_format: IntegerFormat | MinifloatFormat) -> list[Grid]:
+    """The one or two grids among which each group of a format chooses."""
+    if isinstance(weight_format, IntegerFormat):
+        return [integer_grid(weight_format.bits)]
+    return [encoding_grid(encoding) for encoding in weight_format.encodings]
 
 
 def _mantissa_bits(encoding: str) -> int:

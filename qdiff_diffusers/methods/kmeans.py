@@ -11,8 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .threads import map_blocks
+
 BLOCK = 1024  # centroids per product; 2.1e9 scores/s per core at 6 dimensions, 4,096 at once: 1.1e9 (out of the L2 cache)
 SCORES = 1 << 17  # float32 scores in flight per thread, half of a 1 MB L2 cache
+GPU_SCORES = 1 << 26
+BLOCK_WEIGHTS = 1 << 16  # coordinates that one thread takes at a time
 SAMPLE_PER_CENTROID = 256  # the codebook of a sample of n vectors per entry costs about 1/n more error than that of all vectors
 
 
@@ -65,16 +69,16 @@ def kmeans(
 
 def seed_centroids(points: Tensor, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007): each further centroid is a point drawn in proportion to its squared distance."""
-    mass = torch.ones(points.shape[0]) if weights is None else weights.float()
-    chosen = torch.empty(k, dtype=torch.long)
-    chosen[0] = torch.multinomial(mass + 1e-30, 1, generator=generator)
-    uniform = torch.rand(k, generator=generator)
-    distance = (points - points[chosen[0]]).square().sum(1)
-    for i in range(1, k):
+    mass = points.new_ones(len(points)) if weights is None else weights.to(points.dtype)
+    chosen = torch.empty(k, dtype=torch.long, device=points.device)
+    uniform = torch.rand(k, generator=generator).to(points.device)
+    distance = torch.ones_like(mass)
+    for i in range(k):
         cumulative = (distance * mass).cumsum(0)
-        index = torch.searchsorted(cumulative, uniform[i] * cumulative[-1]).clamp_max(points.shape[0] - 1)
-        chosen[i] = index
-        torch.minimum(distance, (points - points[index]).square().sum(1), out=distance)
+        index = torch.searchsorted(cumulative, uniform[i : i + 1] * cumulative[-1]).clamp_max_(len(points) - 1)
+        chosen[i] = index[0]
+        step = (points - points[index]).square_().sum(1)
+        distance = torch.minimum(distance, step) if i else step
     return points[chosen].clone()
 
 
@@ -114,22 +118,29 @@ def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int64 ``[N]`` and squared distances float32 ``[N]`` to the nearest centroids, both within 1e-4 of the distance."""
     if points.shape[1] == 1:
         return _nearest_scalar(points, centroids)
+    parts = map_blocks(lambda part: _nearest(points[part], centroids), points, BLOCK_WEIGHTS)
+    return torch.cat([codes for codes, _ in parts]), torch.cat([distances for _, distances in parts])
+
+
+def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     width = min(BLOCK, len(centroids))
     blocks = [ScoreBlock(part, width) for part in centroids.split(BLOCK)]
-    rows = max(64, SCORES * torch.get_num_threads() // width)
-    buffer = torch.empty(min(rows, len(points)), width)
+    rows = rows_in_flight(width, points.device)
+    buffer = points.new_empty(min(rows, len(points)), width)
     inputs = augment(points)
-    best = torch.empty(len(blocks), len(points))
+    best = points.new_empty(len(blocks), len(points))
     for start in range(0, len(points), rows):
         part = inputs[start : start + rows]
         for block, scores in zip(blocks, best, strict=True):
             torch.amax(block.scores(part, buffer), 1, out=scores[start : start + rows])
-    if len(blocks) == 1:
-        score, which = best[0], torch.zeros(1, dtype=torch.long)
-    else:
-        score, which = best.max(0)
+    score, which = best.max(0)
     codes = (score.view(torch.int32) & blocks[0].index_mask).long() + which * BLOCK
     return codes.clamp_max_(len(centroids) - 1), (score * -2).clamp_min_(0)
+
+
+def rows_in_flight(k: int, device: torch.device) -> int:
+    """How many points to score against ``k`` entries at a time."""
+    return max(64, (SCORES if device.type == "cpu" else GPU_SCORES) // k)
 
 
 class ScoreBlock:
@@ -142,9 +153,9 @@ class ScoreBlock:
     def __init__(self, entries: Tensor, capacity: int = 0) -> None:
         k = len(entries)
         bias = entries.square().sum(1) * -0.5
-        self.matrix = torch.stack([*entries.unbind(1), torch.ones(k), bias])
+        self.matrix = torch.stack([*entries.unbind(1), torch.ones_like(bias), bias])
         self.index_mask = (1 << max(1, (max(k, capacity) - 1).bit_length())) - 1
-        self._index = torch.arange(k, dtype=torch.int32)
+        self._index = torch.arange(k, dtype=torch.int32, device=entries.device)
 
     def scores(self, inputs: Tensor, buffer: Tensor) -> Tensor:
         """``-|x - c|**2 / 2`` with index bits, ``[n, k]``, in ``buffer [>= n, >= k]``; inputs from :func:`augment`."""
@@ -158,7 +169,7 @@ class ScoreBlock:
 def augment(points: Tensor) -> Tensor:
     """``[N, d] -> [N, d + 2]``: two more columns let one product with ``ScoreBlock.matrix`` give the whole distance."""
     n, d = points.shape
-    out = torch.empty(n, d + 2)
+    out = points.new_empty(n, d + 2)
     out[:, :d] = points
     out[:, d] = points.square().sum(1).mul_(-0.5)
     out[:, d + 1] = 1
@@ -181,10 +192,10 @@ def _lloyd_max(values: Tensor, k: int, weights: Tensor | None, iterations: int) 
     mass = torch.ones_like(values) if weights is None else weights.double()[order]
     count = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
     total = torch.cat([mass.new_zeros(1), (mass * values).cumsum(0)])
-    edges = torch.linspace(0, len(values) - 1, min(4 * k, len(values)) + 1).long()
+    edges = torch.linspace(0, len(values) - 1, min(4 * k, len(values)) + 1, device=values.device).long()
     width = values[edges[1:]] - values[edges[:-1]]
     share = ((count[edges[1:]] - count[edges[:-1]]) * width.square()).pow(1 / 3).cumsum(0).clamp_min(1e-30)
-    targets = (torch.arange(k, dtype=torch.float64) + 0.5) / k * share[-1]
+    targets = (torch.arange(k, dtype=torch.float64, device=values.device) + 0.5) / k * share[-1]
     cell = torch.searchsorted(share, targets).clamp_max_(len(share) - 1)
     before = torch.where(cell > 0, share[cell - 1], 0)
     inside = (targets - before) / (share[cell] - before).clamp_min(1e-30)
@@ -201,5 +212,5 @@ def _lloyd_max(values: Tensor, k: int, weights: Tensor | None, iterations: int) 
 def _subsample(points: Tensor, weights: Tensor | None, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
     if len(points) <= size:
         return points, weights
-    keep = torch.randperm(len(points), generator=generator)[:size]
+    keep = torch.randperm(len(points), generator=generator)[:size].to(points.device)
     return points[keep], None if weights is None else weights[keep]

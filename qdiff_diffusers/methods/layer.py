@@ -11,10 +11,10 @@ from torch import Tensor
 from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from ..errors import QDiffError
 from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
+from . import aq, fp, rtn, svdquant, vq
 from .unbias import sample_rows, unbias
 
 MIN_ROTATION = 16  # a smaller Hadamard block mixes too few weights to be worth a pass over the activations
-KURTOSIS_SAMPLE = 1 << 18
 
 
 class QuantizedWeight(NamedTuple):
@@ -40,7 +40,7 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> Quant
     matrix = matrix_layout(weight.detach()).float().contiguous()
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
         raise QDiffError("the weight holds NaN or infinity")
-    block = rotation_block(matrix, shape[1], config)
+    block = rotation_block(shape[1], config)
     working = rotate_matrix(matrix, shape[1], block)
     weight_format, tensors = _METHODS[config.method_name](working, config, seed)
     if config.unbiased:
@@ -54,26 +54,11 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> Quant
     return QuantizedWeight(spec, tensors, relative_error(matrix, spec, tensors, shape))
 
 
-def rotation_block(matrix: Tensor, channels: int, config: QDiffConfig) -> int:
-    """Hadamard block for a layer of ``channels`` inputs; 0 if the config wants none, the width allows none, or it would hurt.
-
-    Rotation makes any weights Gaussian. That helps the heavy-tailed weights of large trained models, and ruins weights that
-    are flatter than Gaussian (small or briefly trained models, still near their uniform initialisation), which are easier
-    to quantize as they are. So unless the config decides, the weights' kurtosis does.
-    """
-    wanted = config.rotation
-    if wanted is None:
-        wanted = kurtosis(matrix) > ROTATE_ABOVE[config.method_name]
+def rotation_block(channels: int, config: QDiffConfig) -> int:
+    """Hadamard block for a layer of ``channels`` inputs; 0 if the config wants none or the width allows none."""
+    wanted = ROTATES[config.method_name] if config.rotation is None else config.rotation
     block = largest_block(channels) if wanted else 0
     return block if block >= MIN_ROTATION else 0
-
-
-def kurtosis(matrix: Tensor) -> float:
-    """Fourth moment over the squared second, rows brought to unit variance: 3 for Gaussian weights, 1.8 for uniform ones."""
-    sample = matrix[:: max(1, matrix.numel() // KURTOSIS_SAMPLE)]
-    squares = sample.square()
-    squares = squares / squares.mean(1, keepdim=True).clamp_min(1e-30)
-    return float(squares.square().mean())
 
 
 def relative_error(matrix: Tensor, spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> float:
@@ -85,42 +70,32 @@ def relative_error(matrix: Tensor, spec: LayerSpec, tensors: dict[str, Tensor], 
 
 
 def _aq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    from . import aq
-
     assert isinstance(config, AQConfig)
-    weight_format = aq.choose_format(config, matrix.shape)
+    weight_format = aq.choose_format(config, tuple(matrix.shape))
     return weight_format, aq.quantize(matrix, weight_format, effort=config.effort, seed=seed)
 
 
 def _vq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    from . import vq
-
     assert isinstance(config, VQConfig)
-    weight_format = vq.choose_format(config, matrix.shape)
+    weight_format = vq.choose_format(config, tuple(matrix.shape))
     return weight_format, vq.quantize(matrix, weight_format, restarts=config.restarts, seed=seed)
 
 
 def _fp(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    from . import fp
-
     assert isinstance(config, FPConfig)
     return fp.quantize_config(matrix, config)
 
 
 def _svdquant(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    from . import svdquant
-
     assert isinstance(config, SVDQuantConfig)
     return svdquant.quantize_config(matrix, config, seed)
 
 
 def _rtn(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    from . import rtn
-
     assert isinstance(config, RTNConfig)
     return rtn.quantize(matrix, bits=int(config.bits or 8), group_size=config.group_size)
 
 
 _METHODS = {"aq": _aq, "vq": _vq, "fp": _fp, "svdquant": _svdquant, "rtn": _rtn}
-# Kurtosis above which a method rotates by itself.
-ROTATE_ABOVE = {"aq": 2.7, "vq": 2.7, "fp": float("inf"), "svdquant": float("inf"), "rtn": float("inf")}
+# Universal codebooks are made for Gaussian weights, which rotation provides; small groups with searched scales gain little from it.
+ROTATES = {"aq": True, "vq": True, "fp": False, "svdquant": False, "rtn": False}

@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .threads import block_threads, map_blocks
+
 FACTOR_BITS = 16
 OVERSAMPLING = 8
+PRODUCT_BLOCK = 1 << 20  # weights per block of a matrix product
 
 
 class LowRank(NamedTuple):
@@ -29,6 +32,7 @@ class LowRank(NamedTuple):
         return self.up.float() @ self.down.float()
 
 
+@block_threads()
 def truncated_svd(
     matrix: Tensor, rank: int, *, start: Tensor | None = None, iterations: int | None = None, seed: int = 0
 ) -> LowRank:
@@ -48,10 +52,11 @@ def truncated_svd(
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
         iterations = 2 if iterations is None else iterations
-    basis = torch.linalg.qr(matrix @ start).Q
+    basis = torch.linalg.qr(_product(matrix, start)).Q
     for _ in range(iterations or 0):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        other = torch.linalg.qr(_transposed_product(matrix, basis)).Q
+        basis = torch.linalg.qr(_product(matrix, other)).Q
+    left, values, right = torch.linalg.svd(_transposed_product(matrix, basis).T, full_matrices=False)
     root = values[:rank].sqrt()
     up = (basis @ left[:, :rank]) * root
     down = root[:, None] * right[:rank]
@@ -67,3 +72,14 @@ def energies(matrix: Tensor, count: int, seed: int = 0) -> Tensor:
 def rank_bits(shape: tuple[int, int] | torch.Size) -> float:
     """Bits per weight that one unit of rank costs a ``[rows, columns]`` weight."""
     return FACTOR_BITS * (shape[0] + shape[1]) / (shape[0] * shape[1])
+
+
+def _product(matrix: Tensor, narrow: Tensor) -> Tensor:
+    """``matrix @ narrow``."""
+    return torch.cat(map_blocks(lambda part: matrix[part] @ narrow, matrix, PRODUCT_BLOCK))
+
+
+def _transposed_product(matrix: Tensor, narrow: Tensor) -> Tensor:
+    """``matrix.T @ narrow``."""
+    parts = map_blocks(lambda part: matrix[part].T @ narrow[part], matrix, PRODUCT_BLOCK)
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..formats import GroupSize, IntegerFormat, MinifloatFormat, WeightFormat
 from . import fp
-from .grids import encoding_grid, integer_grid
+from .grids import format_grids
 from .low_rank import LowRank, energies, rank_bits, truncated_svd
 from .scales import Quantized, ScaleSearch, quantize_groups
+from .threads import block_threads, map_blocks
 
 if TYPE_CHECKING:
     from ..config import SVDQuantConfig
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     rank: int
 
 
+@block_threads()
 def quantize(weight: Tensor, *, residual_quantize: ResidualQuantizer, rank: int, rounds: int = 3, seed: int = 0) -> Stored:
     """Quantize a matrix to a low-rank branch and a residual.
 
@@ -62,20 +64,31 @@ def quantize(weight: Tensor, *, residual_quantize: ResidualQuantizer, rank: int,
         return residual_quantize(weight)
     attempt = residual_quantize.attempt if isinstance(residual_quantize, ScalarResidual) else _attempt(residual_quantize)
     branch = truncated_svd(weight, rank, seed=seed)
-    residual = torch.addmm(weight, branch.up.float(), branch.down.float(), alpha=-1)
-    difference = torch.empty_like(weight)
+    residual, _ = _without_branch(weight, branch, weight)
+    target = torch.empty_like(weight)
     best: tuple[float, Attempt, LowRank] | None = None
     for _ in range(max(1, rounds)):
         tried = attempt(residual)
-        branch = truncated_svd(torch.sub(weight, tried.dense, out=difference), rank, start=branch.subspace, seed=seed)
-        torch.addmm(weight, branch.up.float(), branch.down.float(), alpha=-1, out=residual)
-        torch.sub(residual, tried.dense, out=difference)
-        error = float(difference.view(-1).dot(difference.view(-1)))
+        torch.sub(weight, tried.dense, out=target)
+        branch = truncated_svd(target, rank, start=branch.subspace, seed=seed)
+        residual, error = _without_branch(weight, branch, tried.dense)
         if best is None or error < best[0]:
             best = error, tried, branch
     assert best is not None
     weight_format, tensors = best[1].store()
     return weight_format, tensors | {"low_rank_down": best[2].down, "low_rank_up": best[2].up}
+
+
+def _without_branch(weight: Tensor, branch: LowRank, stored: Tensor) -> tuple[Tensor, float]:
+    """``weight - branch``, and its squared distance from ``stored``."""
+    residual = torch.empty_like(weight)
+    up, down = branch.up.float(), branch.down.float()
+
+    def work(part: slice) -> float:
+        rows = torch.addmm(weight[part], up[part], down, alpha=-1, out=residual[part])
+        return float((rows - stored[part]).square_().sum())
+
+    return residual, sum(map_blocks(work, weight))
 
 
 class Attempt(NamedTuple):
@@ -110,12 +123,8 @@ class ScalarResidual:
 
     def _quantize(self, residual: Tensor, with_dense: bool) -> Quantized:
         fmt = self.format
-        if isinstance(fmt, IntegerFormat):
-            # A negative scale lends the code -2**(bits-1) to a positive peak.
-            grids, tensor_scale = [integer_grid(fmt.bits)], False
-        else:
-            grids, tensor_scale = [encoding_grid(encoding) for encoding in fmt.encodings], fmt.tensor_scale
-        return quantize_groups(residual, grids, fmt.group_size, fmt.scale_dtype, tensor_scale, self.search, with_dense)
+        tensor_scale = isinstance(fmt, MinifloatFormat) and fmt.tensor_scale
+        return quantize_groups(residual, format_grids(fmt), fmt.group_size, fmt.scale_dtype, tensor_scale, self.search, with_dense)
 
     def _store(self, found: Quantized) -> Stored:
         if isinstance(self.format, IntegerFormat):
@@ -123,6 +132,7 @@ class ScalarResidual:
         return self.format, self.format.pack(found.codes, found.scales, found.tensor_scale)
 
 
+@block_threads()
 def quantize_config(weight: Tensor, config: SVDQuantConfig, seed: int = 0) -> Stored:
     """Quantize ``weight [rows, columns]`` as a config asks. Without format and rank, the weight's own spectrum decides."""
     bits = int(config.bits or 4)
@@ -155,15 +165,22 @@ def default_rank(shape: tuple[int, int] | torch.Size, budget: float = RANK_BITS)
     return max(1, int(budget / rank_bits(shape)))
 
 
-def plan(weight: Tensor, bits: int, *, overhead: float = OVERHEAD, min_rank: int = 0, seed: int = 0) -> Plan:
+def plan(weight: Tensor, bits: int, *, overhead: float = OVERHEAD, min_rank: int = 1, seed: int = 0) -> Plan:
     """Divide ``overhead`` bits per weight between scales and branch so that the predicted error is lowest.
 
     The error of a residual is proportional to its energy, and what a branch removes is read off the leading singular values. A
-    layer of flat spectrum gets small groups and no branch, one with a few strong directions the opposite.
+    layer of flat spectrum gets smaller groups, one with a few strong directions more rank.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        bits: of the residual, a key of ``TRADES``.
+        overhead: bits per weight to spend.
+        min_rank: smallest rank, if ``overhead`` has room for it; 0 lets flat layers do without a branch.
+        seed: of the randomised SVD.
     """
     trades = TRADES[bits]
-    cost = rank_bits(weight.shape)
-    ranks = {group: max(min_rank, int((overhead - SCALE_BITS / group) / cost + 1e-9)) for group in trades}
+    ranks = {group: int((overhead - SCALE_BITS / group) / rank_bits(weight.shape) + 1e-9) for group in trades}
+    ranks = {group: min(rank, *weight.shape) for group, rank in ranks.items() if rank >= min_rank} or {max(trades): min_rank}
     kept = 1 - torch.cat([torch.zeros(1), energies(weight, max(1, *ranks.values()), seed).cpu().cumsum(0)])
-    best = min(trades, key=lambda group: trades[group] * float(kept[min(ranks[group], len(kept) - 1)]))
-    return Plan(best, min(ranks[best], *weight.shape))
+    best = min(ranks, key=lambda group: trades[group] * float(kept[ranks[group]]))
+    return Plan(best, ranks[best])

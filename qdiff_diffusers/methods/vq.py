@@ -7,11 +7,12 @@ from torch import Tensor
 from ..config import VQConfig
 from ..formats import CodebookFormat, codebook_table
 from .kmeans import SAMPLE_PER_CENTROID, assign, kmeans
+from .threads import block_threads
 from .vectors import codebook_format, encode_matrix, group_rms, sample_vectors, stored_codebooks, table_step
 
 # Nominal bits -> (codebook_bits, vector_size). Those fitted to a layer are VQ4DiT's own at 2 and 3 bits.
-LAYER_PRESETS = {2: (8, 4), 3: (6, 2), 4: (8, 2), 8: (8, 1)}
-SHARED_PRESETS = {2: (12, 6), 3: (12, 4), 4: (12, 3)}
+LAYER_PRESETS: dict[float, tuple[int, int]] = {2: (8, 4), 3: (6, 2), 4: (8, 2), 8: (8, 1)}
+SHARED_PRESETS: dict[float, tuple[int, int]] = {2: (12, 6), 3: (12, 4), 4: (12, 3)}
 DEFAULT_BITS = 2
 
 
@@ -37,6 +38,7 @@ def choose_format(config: VQConfig, shape: tuple[int, ...]) -> CodebookFormat:
     )
 
 
+@block_threads()
 def quantize(weight: Tensor, fmt: CodebookFormat, *, seed: int = 0, restarts: int = 3, iterations: int = 15) -> dict[str, Tensor]:
     """Codes, codebook and scales of a weight.
 
@@ -58,7 +60,7 @@ def quantize(weight: Tensor, fmt: CodebookFormat, *, seed: int = 0, restarts: in
     weight = weight.float()
     scales = group_rms(weight, fmt)
     if fmt.table is not None:
-        codebooks, scales, stored = codebook_table(fmt.table).float(), scales * table_step(fmt.table), None
+        codebooks, scales, stored = codebook_table(fmt.table).to(weight), scales * table_step(fmt.table), None
     else:
         k = 1 << fmt.codebook_bits
         points, weights = sample_vectors(weight, scales, fmt, SAMPLE_PER_CENTROID * k, seed)

@@ -190,7 +190,7 @@ def test_formats_are_values():
 
 
 @pytest.mark.parametrize(
-    "fmt", [IntegerFormat(8, "row"), MinifloatFormat(("e4m3",)), CodebookFormat(1, 8, 4)], ids=lambda f: f.kind
+    "fmt", [IntegerFormat(8, "row"), MinifloatFormat(("e4m3",)), CodebookFormat(1, 8, 4)], ids=["integer", "minifloat", "codebook"]
 )
 def test_sizes_are_computed_without_allocating(fmt):
     huge = fmt.tensors(1 << 40, 1 << 20)

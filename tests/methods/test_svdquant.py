@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qdiff_diffusers.config import SVDQuantConfig
 from qdiff_diffusers.formats import IntegerFormat, LayerSpec, WeightFormat
-from qdiff_diffusers.methods import fp, rtn, svdquant
+from qdiff_diffusers.methods import rtn, svdquant
 from qdiff_diffusers.methods.low_rank import energies, rank_bits, truncated_svd
 
 
@@ -90,18 +90,23 @@ def test_warm_start_needs_no_iterations() -> None:
     assert residuals[1] < 1.001 * residuals[2] < residuals[0]
 
 
-def test_bits_go_to_the_branch_only_where_it_pays() -> None:
-    flat, steep = low_rank_weight(0, 512, 256, strength=0.0), low_rank_weight(0, 512, 256, strength=3.0)
-    assert svdquant.plan(flat, 4) == svdquant.Plan(16, 0)
-    group, rank = svdquant.plan(steep, 4)
-    assert rank >= 3 and group > 16
-    config = SVDQuantConfig(bits=4)
-    for weight in (flat, steep):
-        stored, tensors = svdquant.quantize_config(weight, config)
-        rank = tensors["low_rank_down"].shape[0] if "low_rank_down" in tensors else 0
-        assert LayerSpec(stored, rank=rank).bits_per_weight((512, 256)) <= 4.5 + 1e-3
-        plain = fp.quantize(weight, fp.formats_for(4))
-        assert error(weight, stored, tensors) <= error(weight, *plain) * (1 + 1e-6)
+def test_bits_go_where_they_lower_the_error() -> None:
+    flat, steep = low_rank_weight(0, 512, 256, strength=0.0), low_rank_weight(0, 512, 256, strength=3.0, rank=5)
+    assert svdquant.plan(flat, 4, min_rank=0) == svdquant.Plan(16, 0)
+    assert svdquant.plan(flat, 4) == svdquant.Plan(32, 2)
+    assert svdquant.plan(steep, 4) == svdquant.Plan(64, 4)
+    assert svdquant.plan(low_rank_weight(0, 8, 8), 4) == svdquant.Plan(64, 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_default_keeps_its_budget_and_beats_plain_rounding(bits: int) -> None:
+    for strength in (0.0, 3.0):
+        weight = low_rank_weight(0, 512, 256, strength=strength)
+        stored, tensors = svdquant.quantize_config(weight, SVDQuantConfig(bits=bits))
+        rank = tensors["low_rank_down"].shape[0]
+        assert LayerSpec(stored, rank=rank).bits_per_weight((512, 256)) <= bits + 0.5 + 1e-3
+        baseline = error(weight, *rtn.quantize(weight, bits=bits))
+        assert error(weight, stored, tensors) < (0.92 if strength == 0 else 0.4) * baseline
 
 
 def test_default_rank_scales_with_the_layer() -> None:

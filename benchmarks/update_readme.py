@@ -1,0 +1,38 @@
+"""Put the committed result tables into README.md, between its ``<!-- table: NAME -->`` and ``<!-- end -->`` marks.
+
+    python benchmarks/update_readme.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def filled(text: str) -> str:
+    """The README with every marked table as ``results/<name>.md`` has it."""
+
+    def table(match: re.Match[str]) -> str:
+        content = (RESULTS / f"{match[1]}.md").read_text().strip()
+        return f"<!-- table: {match[1]} -->\n{content}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail if the README is not up to date")
+    args = parser.parse_args()
+    text = README.read_text()
+    if args.check and filled(text) != text:
+        raise SystemExit("README.md does not show the committed results; run python benchmarks/update_readme.py")
+    README.write_text(filled(text))
+
+
+if __name__ == "__main__":
+    main()
