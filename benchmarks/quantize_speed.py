@@ -27,7 +27,7 @@ from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuant
 CONFIGS: dict[str, QDiffConfig] = {
     "rtn": RTNConfig(bits=4),
     "fp": FPConfig(bits=4),
-    "svdquant": SVDQuantConfig(bits=4, rank=32),
+    "svdquant": SVDQuantConfig(weight_format="int4", group_size=64, rank=32),
     "vq": VQConfig(bits=2),
     "aq": AQConfig(bits=2),
 }

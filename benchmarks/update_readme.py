@@ -1,6 +1,6 @@
 """Put the committed result tables into README.md, between its ``<!-- table: NAME -->`` and ``<!-- end -->`` marks.
 
-    python benchmarks/update_readme.py [--check]
+python benchmarks/update_readme.py [--check]
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Make the universal codebooks that ship with the package: additive codebooks for vectors of independent random numbers.
+"""Make the universal codebooks that ship with the package: additive codebooks for vectors of independent N(0, 1) numbers.
 
     python tools/make_codebook_tables.py [--only NAME ...] [--output FILE] [--check]
 
 A weight matrix whose rows were rotated by a Hadamard transform and divided by their scale looks like Gaussian noise, whatever
-the model, so one codebook made here serves every layer and need not be stored with any ("gauss" tables). Weights of small or
-briefly trained models, still near their uniform initialisation, are easier to quantize unrotated ("flat" tables).
+the model, so one codebook made here serves every layer and need not be stored with any.
 
 Codebooks are fitted on fresh random samples in every round (nothing to overfit), with sufficient statistics averaged over the
 last rounds, and rounded to int8 with one step per table, which the weight's scale absorbs.
@@ -29,13 +28,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qdiff_diffusers.methods.additive import codeword_gram, decode, encode, residual_kmeans, solve_damped
-from qdiff_diffusers.methods.kmeans import nearest
+from qdiff_diffusers.methods.nearest import nearest
 from qdiff_diffusers.methods.vectors import integer_codebooks
 
 OUTPUT = Path(__file__).parents[1] / "qdiff_diffusers" / "formats" / "codebook_tables.safetensors"
 SEED = 20250601
 CHECK_BEAM = 16
-FLAT_NOISE = 0.25  # share of Gaussian noise in the variance of flat weights
 
 
 class Table(NamedTuple):
@@ -45,7 +43,6 @@ class Table(NamedTuple):
         noise: standard deviation, in quantization errors, of the noise that blurs the first assignments, falling to zero. It
             helps k-means out of poor optima when there are few dimensions (12 bits, d = 3: 1% less error), not otherwise.
         rounds: of fitting; ``points`` fresh vectors each.
-        source: "gauss", or "flat" for weights near their uniform initialisation (kurtosis 2.3), which are not worth rotating.
     """
 
     num_codebooks: int
@@ -54,11 +51,10 @@ class Table(NamedTuple):
     points: int
     rounds: int
     noise: float = 0.0
-    source: str = "gauss"
 
     @property
     def name(self) -> str:
-        return f"{self.source}_{self.num_codebooks}x{self.codebook_bits}_d{self.vector_size}"
+        return f"gauss_{self.num_codebooks}x{self.codebook_bits}_d{self.vector_size}"
 
     @property
     def bits(self) -> float:
@@ -72,42 +68,32 @@ class Table(NamedTuple):
 TABLES = (
     Table(4, 8, 24, 12000, 120, 0.4),  # 1.33 bits
     Table(2, 8, 12, 40000, 120, 0.4),
-    Table(4, 8, 16, 20000, 250, 0.4),  # 2 bits
+    Table(4, 8, 16, 20000, 150, 0.4),  # 2 bits
     Table(2, 8, 8, 40000, 150, 0.5),
-    Table(1, 12, 6, 120000, 200),
+    Table(1, 12, 6, 120000, 150),
     Table(1, 8, 4, 100000, 300),
-    Table(6, 8, 16, 16000, 250, 0.4),  # 3 bits
-    Table(1, 12, 4, 120000, 200),
-    Table(4, 8, 8, 24000, 400, 0.4),  # 4 bits
-    Table(1, 12, 3, 120000, 250, 0.5),
-    Table(2, 8, 12, 40000, 100, 0.4, "flat"),  # 1.33 bits
-    Table(3, 8, 10, 24000, 120, 0.4, "flat"),  # 2.4 bits
-    Table(1, 12, 5, 120000, 100, 0.0, "flat"),
-    Table(2, 10, 6, 60000, 60, 0.4, "flat"),  # 3.33 bits
-    Table(1, 10, 3, 60000, 200, 0.5, "flat"),
-    Table(3, 10, 7, 40000, 50, 0.4, "flat"),  # 4.29 bits
-    Table(1, 13, 3, 160000, 100, 0.5, "flat"),  # 4.33 bits
+    Table(3, 8, 10, 24000, 90, 0.4),  # 2.4 bits
+    Table(1, 12, 5, 120000, 80),
+    Table(6, 8, 16, 16000, 150, 0.4),  # 3 bits
+    Table(1, 12, 4, 120000, 150),
+    Table(2, 10, 6, 60000, 45, 0.4),  # 3.33 bits
+    Table(1, 10, 3, 60000, 150, 0.5),
+    Table(4, 8, 8, 24000, 200, 0.4),  # 4 bits
+    Table(1, 12, 3, 120000, 150, 0.5),
+    Table(3, 10, 7, 40000, 35, 0.4),  # 4.29 bits
+    Table(1, 13, 3, 160000, 60, 0.5),  # 4.33 bits
 )
-
-
-def draw(source: str, count: int, dimensions: int) -> Tensor:
-    """Vectors of independent numbers of unit variance, ``[count, dimensions]``."""
-    normal = torch.randn(count, dimensions)
-    if source == "gauss":
-        return normal
-    uniform = (torch.rand(count, dimensions) * 2 - 1) * 3**0.5
-    return uniform * (1 - FLAT_NOISE) ** 0.5 + normal * FLAT_NOISE**0.5
 
 
 def fit_single(table: Table) -> Tensor:
     """k-means, with running sums over fresh samples. ``[1, k, d]``."""
     k, d = 1 << table.codebook_bits, table.vector_size
     # Cells of an optimal code are as dense as the d/(d+2)-th power of the density: a wider Gaussian.
-    centroids = draw(table.source, k, d) * (((d + 2) / d) ** 0.5 if table.source == "gauss" else 1)
+    centroids = torch.randn(k, d) * ((d + 2) / d) ** 0.5
     total, count = torch.zeros(k, d), torch.zeros(k)
     for i in range(table.rounds):
         done = i / table.rounds
-        points = draw(table.source, table.points, d)
+        points = torch.randn(table.points, d)
         codes = nearest(blurred(points, table, done), centroids)[0]
         keep = 0.0 if done < 0.1 else 0.5 if done < 0.3 else 0.8 if done < 0.6 else 0.95 if done < 0.8 else 0.98
         total = (total * keep).index_add_(0, codes, points)
@@ -119,11 +105,11 @@ def fit_single(table: Table) -> Tensor:
 def fit_additive(table: Table) -> tuple[Tensor, Tensor, Tensor]:
     """Codebooks ``[M, k, d]`` and the averaged normal equations ``gram [Mk, Mk]``, ``right [Mk, d]`` of the last rounds."""
     m, k, d = table.num_codebooks, 1 << table.codebook_bits, table.vector_size
-    codebooks, _ = residual_kmeans(draw(table.source, 80 * k, d), m, k, seed=SEED)
+    codebooks, _ = residual_kmeans(torch.randn(80 * k, d), m, k, seed=SEED)
     gram, right = torch.zeros(m * k, m * k, dtype=torch.float64), torch.zeros(m * k, d, dtype=torch.float64)
     for i in range(table.rounds):
         done = i / table.rounds
-        points = draw(table.source, table.points, d)
+        points = torch.randn(table.points, d)
         codes = encode(blurred(points, table, done), codebooks, 16 if done < 0.7 else 32)
         keep = 0.7 if done < 0.5 else 0.95
         gram = gram * keep + codeword_gram(codes, k)
@@ -165,11 +151,11 @@ def make(table: Table) -> tuple[Tensor, float]:
     return round_in_turn(*fit_additive(table))
 
 
-def source_mse(codebooks: Tensor, step: float, source: str, beam: int = CHECK_BEAM, weights: int = 1 << 20) -> float:
-    """Mean squared error per coordinate on fresh vectors."""
+def gaussian_mse(codebooks: Tensor, step: float, beam: int = CHECK_BEAM, weights: int = 1 << 20) -> float:
+    """Mean squared error per coordinate on fresh Gaussian vectors."""
     torch.manual_seed(SEED + 1)
     values = codebooks.float() * step
-    points = draw(source, weights // values.shape[2], values.shape[2])
+    points = torch.randn(weights // values.shape[2], values.shape[2])
     return float((points - decode(encode(points, values, beam), values)).square().mean())
 
 
@@ -193,7 +179,7 @@ def main() -> None:
             codebooks, step = tensors[table.name], json.loads(metadata[table.name])["step"]
         else:
             codebooks, step = make(table)
-        mse = source_mse(codebooks, step, table.source)
+        mse = gaussian_mse(codebooks, step)
         seconds = time.perf_counter() - start
         over = table.bits_over(mse)
         print(f"{table.name:16} {table.bits:.3f} bits  mse {mse:.5f}  {over:+.3f} bits over  {seconds:.0f} s", flush=True)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kmeans import BLOCK_WEIGHTS, ScoreBlock, assign, augment, kmeans, rows_in_flight
+from .kmeans import kmeans
+from .nearest import BLOCK_WEIGHTS, ScoreBlock, assign, augment, rows_in_flight
 from .threads import map_blocks
 
 DIRECT_UNKNOWNS = 2048  # codebook entries up to which the normal equations are factorised; beyond, block after block

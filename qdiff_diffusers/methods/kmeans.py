@@ -1,22 +1,12 @@
-"""k-means for weight vectors: nearest centroids at the speed of a matrix product, k-means++ seeds and Lloyd iterations.
-
-Nearest-centroid search is what codebook quantization spends its time on. ``argmax`` along rows costs four times as much as
-the product that makes the scores, so the index is written into the low mantissa bits of each score and a plain ``amax``
-finds both. What is compared is ``-|x - c|**2 / 2`` itself, so the bits given up are relative to the distance: with blocks of
-1,024 centroids, two distances that differ by less than 1e-4 of their size may be swapped.
-"""
+"""k-means for weight vectors: k-means++ seeds, Lloyd iterations and Lloyd-Max levels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .threads import map_blocks
+from .nearest import nearest
 
-BLOCK = 1024  # centroids per product; 2.1e9 scores/s per core at 6 dimensions, 4,096 at once: 1.1e9 (out of the L2 cache)
-SCORES = 1 << 17  # float32 scores in flight per thread, half of a 1 MB L2 cache
-GPU_SCORES = 1 << 26
-BLOCK_WEIGHTS = 1 << 16  # coordinates that one thread takes at a time
 SAMPLE_PER_CENTROID = 256  # the codebook of a sample of n vectors per entry costs about 1/n more error than that of all vectors
 
 
@@ -107,80 +97,6 @@ def cluster_means(points: Tensor, codes: Tensor, centroids: Tensor, weights: Ten
     count = torch.bincount(codes, weights, minlength=k).to(points.dtype)[:, None]
     total = torch.zeros_like(centroids).index_add_(0, codes, points if weights is None else points * weights[:, None])
     return torch.where(count > 0, total / count.clamp_min(1e-30), centroids)
-
-
-def assign(points: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centroid of each point: int64 ``[N]`` for points ``[N, d]`` and centroids ``[k, d]``, float32."""
-    return nearest(points, centroids)[0]
-
-
-def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int64 ``[N]`` and squared distances float32 ``[N]`` to the nearest centroids, both within 1e-4 of the distance."""
-    if points.shape[1] == 1:
-        return _nearest_scalar(points, centroids)
-    parts = map_blocks(lambda part: _nearest(points[part], centroids), points, BLOCK_WEIGHTS)
-    return torch.cat([codes for codes, _ in parts]), torch.cat([distances for _, distances in parts])
-
-
-def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    width = min(BLOCK, len(centroids))
-    blocks = [ScoreBlock(part, width) for part in centroids.split(BLOCK)]
-    rows = rows_in_flight(width, points.device)
-    buffer = points.new_empty(min(rows, len(points)), width)
-    inputs = augment(points)
-    best = points.new_empty(len(blocks), len(points))
-    for start in range(0, len(points), rows):
-        part = inputs[start : start + rows]
-        for block, scores in zip(blocks, best, strict=True):
-            torch.amax(block.scores(part, buffer), 1, out=scores[start : start + rows])
-    score, which = best.max(0)
-    codes = (score.view(torch.int32) & blocks[0].index_mask).long() + which * BLOCK
-    return codes.clamp_max_(len(centroids) - 1), (score * -2).clamp_min_(0)
-
-
-def rows_in_flight(k: int, device: torch.device) -> int:
-    """How many points to score against ``k`` entries at a time."""
-    return max(64, (SCORES if device.type == "cpu" else GPU_SCORES) // k)
-
-
-class ScoreBlock:
-    """Scores of codebook entries ``[k, d]``, with each entry's index in the low bits of its scores.
-
-    Attributes:
-        index_mask: selects the index bits of a score's int32 pattern: enough for ``capacity`` (by default k) entries.
-    """
-
-    def __init__(self, entries: Tensor, capacity: int = 0) -> None:
-        k = len(entries)
-        bias = entries.square().sum(1) * -0.5
-        self.matrix = torch.stack([*entries.unbind(1), torch.ones_like(bias), bias])
-        self.index_mask = (1 << max(1, (max(k, capacity) - 1).bit_length())) - 1
-        self._index = torch.arange(k, dtype=torch.int32, device=entries.device)
-
-    def scores(self, inputs: Tensor, buffer: Tensor) -> Tensor:
-        """``-|x - c|**2 / 2`` with index bits, ``[n, k]``, in ``buffer [>= n, >= k]``; inputs from :func:`augment`."""
-        k = self.matrix.shape[1]
-        out = buffer[: len(inputs)] if buffer.shape[1] == k else buffer.flatten()[: len(inputs) * k].view(len(inputs), k)
-        torch.mm(inputs, self.matrix, out=out)
-        out.view(torch.int32).bitwise_and_(~self.index_mask).bitwise_or_(self._index)
-        return out
-
-
-def augment(points: Tensor) -> Tensor:
-    """``[N, d] -> [N, d + 2]``: two more columns let one product with ``ScoreBlock.matrix`` give the whole distance."""
-    n, d = points.shape
-    out = points.new_empty(n, d + 2)
-    out[:, :d] = points
-    out[:, d] = points.square().sum(1).mul_(-0.5)
-    out[:, d + 1] = 1
-    return out
-
-
-def _nearest_scalar(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """One dimension: a binary search among the midpoints of the sorted centroids."""
-    levels, order = centroids[:, 0].sort()
-    rank = torch.bucketize(points[:, 0].contiguous(), (levels[1:] + levels[:-1]) / 2)
-    return order[rank], (points[:, 0] - levels[rank]).square_()
 
 
 def _lloyd_max(values: Tensor, k: int, weights: Tensor | None, iterations: int) -> Tensor:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
+
+import torch
 from torch import Tensor
 
 from ..config import VQConfig
 from ..formats import CodebookFormat, codebook_table
-from .kmeans import SAMPLE_PER_CENTROID, assign, kmeans
+from .kmeans import SAMPLE_PER_CENTROID, kmeans
+from .nearest import EntryIndex, assign
 from .threads import block_threads
-from .vectors import codebook_format, encode_matrix, group_rms, sample_vectors, stored_codebooks, table_step
+from .vectors import Encoder, codebook_format, encode_matrix, group_rms, sample_vectors, stored_codebooks, table_step
 
 # Nominal bits -> (codebook_bits, vector_size). Those fitted to a layer are VQ4DiT's own at 2 and 3 bits.
 LAYER_PRESETS: dict[float, tuple[int, int]] = {2: (8, 4), 3: (6, 2), 4: (8, 2), 8: (8, 1)}
 SHARED_PRESETS: dict[float, tuple[int, int]] = {2: (12, 6), 3: (12, 4), 4: (12, 3)}
 DEFAULT_BITS = 2
+INDEX_FROM = 1024  # entries of a codebook that is searched through an index
 
 
 def choose_format(config: VQConfig, shape: tuple[int, ...]) -> CodebookFormat:
@@ -67,4 +72,15 @@ def quantize(weight: Tensor, fmt: CodebookFormat, *, seed: int = 0, restarts: in
         fitted = kmeans(points, k, iterations=iterations, restarts=restarts, seed=seed, weights=weights)
         stored, step = stored_codebooks(fitted[None], fmt)
         codebooks, scales = stored.float(), scales * step
-    return encode_matrix(weight, fmt, scales, codebooks, stored, lambda points: assign(points, codebooks[0])[:, None])
+    if codebooks.shape[1] < INDEX_FROM or weight.device.type != "cpu":
+        search: Encoder = partial(assign, centroids=codebooks[0])
+    else:
+        search = (table_index(fmt.table) if fmt.table is not None else EntryIndex(codebooks[0])).assign
+    return encode_matrix(weight, fmt, scales, codebooks, stored, lambda points: search(points)[:, None])
+
+
+@lru_cache(maxsize=16)
+def table_index(name: str) -> EntryIndex:
+    """The index of a universal codebook takes 0.1 s to make, so it is kept."""
+    with torch.inference_mode(False):
+        return EntryIndex(codebook_table(name)[0].float())

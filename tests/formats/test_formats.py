@@ -141,7 +141,7 @@ def test_stored_bits_per_weight_count_everything(fmt, bits):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: IntegerFormat(1),
+        lambda: IntegerFormat(0),
         lambda: IntegerFormat(9),
         lambda: IntegerFormat(4.0),
         lambda: IntegerFormat(True),

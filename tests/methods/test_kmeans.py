@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from qdiff_diffusers.config import VQConfig
 from qdiff_diffusers.errors import ConfigError
-from qdiff_diffusers.formats import CodebookFormat
+from qdiff_diffusers.formats import CodebookFormat, codebook_table
 from qdiff_diffusers.methods import vq
-from qdiff_diffusers.methods.kmeans import assign, kmeans, lloyd, nearest, seed_centroids
+from qdiff_diffusers.methods.kmeans import kmeans, lloyd, seed_centroids
+from qdiff_diffusers.methods.nearest import EntryIndex, assign, nearest
 from qdiff_diffusers.methods.vectors import table_step
 
 
@@ -52,6 +53,21 @@ def test_lloyd_error_never_rises(n, k, d, seed, weighted):
         centroids, error = lloyd(points, centroids, 1, weights)
         errors.append(error)
     assert all(after <= before * (1 + 1e-4) + 1e-6 for before, after in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("name", ["gauss_1x12_d3", "gauss_1x12_d4", "gauss_1x12_d6"])
+def test_index_finds_what_an_exhaustive_search_finds(name):
+    entries = codebook_table(name)[0].float() * table_step(name)
+    points = torch.randn(10_000, entries.shape[1]) * 1.1
+    codes, distances = nearest(points, entries)
+    found = EntryIndex(entries).assign(points)
+    assert (found == codes).float().mean() > 0.999
+    assert float((points - entries[found]).square().sum() / distances.sum()) < 1.001
+
+
+def test_index_of_few_distinct_entries():
+    entries = torch.randn(3, 4).repeat(500, 1)
+    assert torch.equal(entries[EntryIndex(entries).assign(entries)], entries)
 
 
 def test_kmeans_finds_separated_clusters():

@@ -35,6 +35,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes must lie in 0..{(1 << bits) - 1}, got {int(codes.min())}..{int(codes.max())}")
     if bits == 8:
         return codes.to(torch.uint8).view(torch.int8)
+    if bits < 8:
+        return _pack_pairwise(codes, bits)[..., : packed_bytes(count, bits)].contiguous()
     padded = F.pad(codes.to(torch.int32), (0, -count % 8)).unflatten(-1, (-1, 8))
     out = torch.zeros(*padded.shape[:-1], bits, dtype=torch.int32, device=codes.device)
     for position in range(8):
@@ -60,6 +62,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     _check_bits(bits)
     if packed.shape[-1] != packed_bytes(count, bits):
         raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, got {packed.shape[-1]}")
+    if bits < 8:
+        return _unpack_pairwise(packed, bits)[..., :count].to(torch.int32)
     data = packed.contiguous().view(torch.uint8).to(torch.int32)
     if bits == 8:
         return data
@@ -73,6 +77,35 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
             value = value | (data[..., byte] << ((byte - first) * 8 - shift))
         out[..., position] = value & ((1 << bits) - 1)
     return out.flatten(-2)[..., :count]
+
+
+# Eight codes of less than 8 bits fill as many bytes as a code has bits. They are merged in pairs, in words that double from 8
+# to 64 bits (little-endian, as all of torch's platforms): three passes over few bytes instead of eight over many.
+_WORDS = ((torch.int16, 8), (torch.int32, 16), (torch.int64, 32))
+
+
+def _pack_pairwise(codes: Tensor, bits: int) -> Tensor:
+    """int8 ``[..., ceil(count / 8) * bits]``."""
+    words = F.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % 8))
+    held = bits
+    for dtype, width in _WORDS:
+        pair = words.contiguous().view(dtype)
+        low = (1 << held) - 1
+        words = (pair & low) | ((pair >> (width - held)) & (low << held))
+        held *= 2
+    return words.contiguous().view(torch.int8).unflatten(-1, (-1, 8))[..., :bits].flatten(-2)
+
+
+def _unpack_pairwise(packed: Tensor, bits: int) -> Tensor:
+    """uint8, at least as many codes as the bytes hold."""
+    data = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    words = F.pad(data, (0, 8 - bits)).contiguous().view(torch.int64).squeeze(-1)
+    held = bits * 4
+    for (_, width), dtype in zip(reversed(_WORDS), (torch.int32, torch.int16, torch.uint8), strict=True):
+        low = (1 << held) - 1
+        words = ((words & low) | ((words & (low << held)) << (width - held))).view(dtype)
+        held //= 2
+    return words
 
 
 def _check_bits(bits: int) -> None:

@@ -70,7 +70,8 @@ def decode(
 
     Args:
         codes: int8 ``[rows, bytes]``, packed codes ``sign | exponent | mantissa``.
-        scales: ``[rows or 1, groups]``: float16, float32 or float8_e4m3fn, or int8 holding E8M0 exponents (value ``2**(byte - 127)``).
+        scales: ``[rows or 1, groups]``: float16, float32 or float8_e4m3fn, or int8 holding E8M0 exponents
+            (value ``2**(byte - 127)``).
             With two encodings the sign of a scale picks the group's encoding: + the first, - the second.
         tensor_scale: float32 ``[1]`` or ``None``, a second level above the scales (NVFP4).
         encodings: one or two comma-separated names of equal width.
