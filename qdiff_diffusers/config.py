@@ -66,7 +66,7 @@ class QDiffConfig(QuantizationConfigMixin):
     compute_dtype: str | None = None
     seed: int = 0
 
-    quant_method: ClassVar[QDiffMethod] = QDiffMethod.QDIFF
+    quant_method: ClassVar[QDiffMethod] = QDiffMethod.QDIFF  # type: ignore[misc, assignment]
     method_name: ClassVar[str] = ""
     bit_choices: ClassVar[tuple[float, ...]] = ()
     activation_choices: ClassVar[tuple[str, ...]] = ("int8", "fp8")

@@ -64,9 +64,9 @@ def check_loaded(model: nn.Module) -> None:
             if tensor.is_meta and not hasattr(module, "_hf_hook"):  # accelerate keeps offloaded tensors in its hook
                 raise CheckpointError(f"tensor {name}.{leaf} was never loaded; the checkpoint is incomplete")
         table = getattr(module.spec.format, "table", None)
-        if table is not None and not module.scales.is_meta:
+        if table is not None and not module.packed_tensors()["scales"].is_meta:
             # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
-            module.codebooks = codebook_table(table).to(module.scales.device)
+            module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device)
 
 
 def release_checkpoint(model: nn.Module) -> None:

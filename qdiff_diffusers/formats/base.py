@@ -75,7 +75,8 @@ def group_columns(group_size: GroupSize, columns: int) -> int:
 
 
 def check_group_size(group_size: GroupSize) -> None:
-    if group_size not in ("row", "tensor") and (not _is_int(group_size) or group_size < 1):
+    valid = group_size >= 1 and not isinstance(group_size, bool) if isinstance(group_size, int) else group_size in ("row", "tensor")
+    if not valid:
         raise ValueError(f'group_size must be a positive integer, "row" or "tensor", got {group_size!r}')
 
 

@@ -91,7 +91,7 @@ def write_cards_on_upload() -> None:
         return original(self, working_dir, repo_id, *args, **kwargs)
 
     upload.writes_qdiff_cards = True  # type: ignore[attr-defined]
-    PushToHubMixin._upload_folder = upload
+    PushToHubMixin._upload_folder = upload  # type: ignore[method-assign]
 
 
 def _is_quantized(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .base import CONV2D_OPS, PackedLayer
 
 
-class QDiffConv2d(PackedLayer, nn.Conv2d):
+class QDiffConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
     """``nn.Conv2d`` (groups = 1, zero padding) whose kernel stays packed as rows ``[out, kh*kw*in]``."""
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .base import LINEAR_OPS, PackedLayer
 
 
-class QDiffLinear(PackedLayer, nn.Linear):
+class QDiffLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
     """``nn.Linear`` whose weight stays packed. Being a subclass, PEFT, group offloading and layerwise casting recognise it."""
 
     @property

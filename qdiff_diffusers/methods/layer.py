@@ -50,7 +50,8 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> Quant
         tensors["low_rank_down"] = down.to(torch.float16)
     rank = tensors["low_rank_down"].shape[0] if "low_rank_down" in tensors else 0
     spec = LayerSpec(weight_format, rank=rank, rotation=block, activations=config.activations or "none")
-    tensors = {name: tensors[name] for name in spec.tensors(shape)}
+    # With the strides and the memory of a tensor read from a file: BLAS rounds [1, n] of stride (1, 1) and of (n, 1) differently.
+    tensors = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in spec.tensors(shape)}
     return QuantizedWeight(spec, tensors, relative_error(matrix, spec, tensors, shape))
 
 

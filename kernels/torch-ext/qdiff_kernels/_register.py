@@ -78,8 +78,7 @@ def _register_linear(name: str, weight_schema: str, decode: Decoder, count: int)
 
     @implementation(f"{op}_input_gradient", "torch")
     def gradient_torch(gradient: Tensor, *args: Any) -> Tensor:
-        *args, columns = args
-        weight, extras = args[:count], Extras(*args[count:])
+        weight, extras, columns = args[:count], Extras(*args[count:-1]), args[-1]
         return reference.linear_input_gradient(gradient, decode(*weight, columns, gradient.dtype), extras)
 
     def run_gradient(gradient: Tensor, *args: Any) -> Tensor:
@@ -136,8 +135,8 @@ def _register_conv2d(name: str, weight_schema: str, decode: Decoder, count: int)
 
     @implementation(f"{op}_input_gradient", "torch")
     def gradient_torch(gradient: Tensor, *args: Any) -> Tensor:
-        *args, x_shape = args
-        weight, extras, window = split(tuple(args))
+        x_shape = args[-1]
+        weight, extras, window = split(args[:-1])
         columns = x_shape[1] * window.kernel_size[0] * window.kernel_size[1]
         dense = decode(*weight, columns, gradient.dtype)
         return reference.conv2d_input_gradient(gradient, dense, x_shape, window, extras)

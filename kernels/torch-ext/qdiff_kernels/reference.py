@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from .activations import dequantize_activations, quantize_activations
 from .hadamard import rotate, unrotate
@@ -112,7 +113,7 @@ def conv2d_input_gradient(gradient: Tensor, weight: Tensor, x_shape: list[int], 
 
     def through(kernel: Tensor, grad: Tensor) -> Tensor:
         kernel = kernel_layout(kernel.to(grad.dtype), window.kernel_size)
-        return torch.nn.grad.conv2d_input(x_shape, kernel, grad, window.stride, window.padding, window.dilation)
+        return conv2d_input(x_shape, kernel, grad, window.stride, window.padding, window.dilation)
 
     grad = through(weight, gradient)
     if extras.rotation:
