@@ -30,8 +30,10 @@ REFERENCE_SHAPE = (3072, 3072)
 PRESETS: list[tuple[str, QDiffConfig]] = [
     *((f"rtn {b} g64", RTNConfig(bits=b)) for b in (2, 3, 4, 8)),
     *((f"aq {b:g}", AQConfig(bits=b)) for b in (1.5, 2, 3, 4)),
-    ("aq 2, effort 3", AQConfig(bits=2, effort=3)),
+    ("aq 2, effort 0", AQConfig(bits=2, effort=0)),
+    ("aq 2, least squares", AQConfig(bits=2, unbiased=False)),
     *((f"vq {b:g}", VQConfig(bits=b)) for b in (2, 3, 4, 8)),
+    ("vq 2, least squares", VQConfig(bits=2, unbiased=False)),
     ("vq 2, no row scales", VQConfig(bits=2, row_scales=False)),
     ("vq 2, no rotation", VQConfig(bits=2, rotation=False)),
     *((f"fp {b:g}", FPConfig(bits=b)) for b in (3, 4, 5, 6, 8)),
@@ -56,7 +58,7 @@ def heavy(rows: int = 1024, columns: int = 3072) -> Tensor:
     return weight + low_rank * 0.15
 
 
-def real(path: Path, limit: int = 12) -> Iterator[Tensor]:
+def real(path: Path, limit: int = 6) -> Iterator[Tensor]:
     """The ``limit`` largest 2-D weights of a checkpoint, embedding tables left out."""
     with safe_open(path, "pt") as file:
         shapes = {k: file.get_slice(k).get_shape() for k in file.keys() if k.endswith("weight") and "embed" not in k}  # noqa: SIM118

@@ -322,6 +322,6 @@ def test_quantizing_without_low_memory_loading_is_refused(dense):
 
 
 def test_a_config_given_for_a_quantized_checkpoint_does_not_change_it(single):
-    """diffusers warns and uses what is stored."""
-    model = DIT.from_pretrained(single, quantization_config=RTNConfig(bits=8))
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        model = DIT.from_pretrained(single, quantization_config=RTNConfig(bits=8))
     assert torch.equal(tiny_models.run(model, "dit"), tiny_models.run(DIT.from_pretrained(single), "dit"))

@@ -74,7 +74,7 @@ def test_settings_of_a_method_may_be_given_by_name():
         (lambda: AQConfig(bits=5), "5"),
         (lambda: VQConfig(bits=1.5), "1.5"),
         (lambda: FPConfig(bits=16), "16"),
-        (lambda: RTNConfig(bits=1), "1"),
+        (lambda: RTNConfig(bits=9), "9"),
         (lambda: SVDQuantConfig(bits="4"), "'4'"),
         (lambda: AQConfig(activations="int4"), "int4"),
         (lambda: FPConfig(activations="int16"), "int16"),

@@ -16,7 +16,7 @@ MAX_WORKERS = 8  # each holds its own torch: about half a gigabyte
 
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("demo"),
-    images: Annotated[int, typer.Option(min=1, help="Images per row.")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="Images per row.")] = 10,
     only: Annotated[str | None, typer.Option(help="Methods to show, such as aq,vq.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the set of images.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,

@@ -33,9 +33,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     count = codes.shape[-1]
     if count and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ValueError(f"codes must lie in 0..{(1 << bits) - 1}, got {int(codes.min())}..{int(codes.max())}")
-    if bits == 8:
+    if bits == 8 or not count:
         return codes.to(torch.uint8).view(torch.int8)
-    if bits < 8:
+    if bits < 8 and count:
         return _pack_pairwise(codes, bits)[..., : packed_bytes(count, bits)].contiguous()
     padded = F.pad(codes.to(torch.int32), (0, -count % 8)).unflatten(-1, (-1, 8))
     out = torch.zeros(*padded.shape[:-1], bits, dtype=torch.int32, device=codes.device)
@@ -62,7 +62,9 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     _check_bits(bits)
     if packed.shape[-1] != packed_bytes(count, bits):
         raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, got {packed.shape[-1]}")
-    if bits < 8:
+    if not packed.numel():
+        return packed.new_empty(*packed.shape[:-1], count, dtype=torch.int32)
+    if bits < 8 and count:
         return _unpack_pairwise(packed, bits)[..., :count].to(torch.int32)
     data = packed.contiguous().view(torch.uint8).to(torch.int32)
     if bits == 8:
