@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from common import write
+from common import RESULTS, write
 from diffusers import DiTTransformer2DModel
 
 from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
@@ -107,12 +107,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(CONFIGS))
     parser.add_argument("--layers", type=int, default=28, help="blocks; fewer for a quick look")
+    parser.add_argument("--keep", action="store_true", help="keep the earlier results of other methods")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one[0], Path(args.one[1]))))
         return
-    rows = []
+    rows = json.loads((RESULTS / "quantize_speed.json").read_text())["rows"] if args.keep else []
+    rows = [row for row in rows if row["method"] not in args.methods.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), args.layers)
         for method in args.methods.split(","):
@@ -120,12 +122,18 @@ def main() -> None:
             out = subprocess.run(command, capture_output=True, text=True)
             if out.returncode:
                 raise SystemExit(out.stderr)
-            rows.append(json.loads(out.stdout.splitlines()[-1]))
+            rows.append({"layers": args.layers} | json.loads(out.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
-    columns = [("method", "method", ""), ("layer", "format", ""), ("bits", "stored bits", ".3f"), ("seconds", "seconds", ".1f")]
+    columns = [
+        ("method", "method", ""),
+        ("layers", "blocks", ""),
+        ("layer", "format", ""),
+        ("bits", "stored bits", ".3f"),
+        ("seconds", "seconds", ".1f"),
+    ]
     columns += [("speed", "Mweights/s", ".1f"), ("peak_mb", "peak MB", ".0f"), ("peak_ratio", "peak / largest file", ".2f")]
     columns += [("resident_mb", "resident MB", ".0f"), ("disk_mb", "on disk MB", ".0f"), ("reload_seconds", "reload s", ".2f")]
-    write("quantize_speed", rows, columns, shard_mb=rows[0]["shard_mb"], layers=args.layers)
+    write("quantize_speed", rows, columns)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@
 error)``, what a Gaussian source needs for that error. Three kinds of weights: Gaussian; heavy-tailed (Student t with 5 degrees of
 freedom, log-normal row scales, six outlier input channels, a rank-8 component); real (2-D weights of a trained checkpoint, by
 default the bundled demo transformer's blocks).
+
+Scales are the least-squares ones here (``unbiased=False``). By default a relative error D becomes D / (1 - D) in exchange for
+weights that keep their gain, which is 0.06 bits at 2 bits and nothing above 3.
 """
 
 from __future__ import annotations
@@ -31,9 +34,7 @@ PRESETS: list[tuple[str, QDiffConfig]] = [
     *((f"rtn {b} g64", RTNConfig(bits=b)) for b in (2, 3, 4, 8)),
     *((f"aq {b:g}", AQConfig(bits=b)) for b in (1.5, 2, 3, 4)),
     ("aq 2, effort 0", AQConfig(bits=2, effort=0)),
-    ("aq 2, least squares", AQConfig(bits=2, unbiased=False)),
     *((f"vq {b:g}", VQConfig(bits=b)) for b in (2, 3, 4, 8)),
-    ("vq 2, least squares", VQConfig(bits=2, unbiased=False)),
     ("vq 2, no row scales", VQConfig(bits=2, row_scales=False)),
     ("vq 2, no rotation", VQConfig(bits=2, rotation=False)),
     *((f"fp {b:g}", FPConfig(bits=b)) for b in (3, 4, 5, 6, 8)),
@@ -43,11 +44,11 @@ PRESETS: list[tuple[str, QDiffConfig]] = [
 ]
 
 
-def gaussian(rows: int = 1024, columns: int = 3072) -> Tensor:
+def gaussian(rows: int = 256, columns: int = 3072) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def heavy(rows: int = 1024, columns: int = 3072) -> Tensor:
+def heavy(rows: int = 256, columns: int = 3072) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     normal = torch.randn(rows, columns, generator=generator)
     chi = torch.randn(5, rows, columns, generator=generator).square().sum(0)
@@ -84,6 +85,7 @@ def main() -> None:
     sources = {"gaussian": [gaussian()], "heavy": [heavy()], "real": list(real(args.real))}
     rows = []
     for name, config in PRESETS:
+        config.unbiased = False
         row: dict[str, object] = {"preset": name}
         for source, weights in sources.items():
             start = time.perf_counter()

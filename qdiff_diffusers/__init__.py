@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .api import quantize
 from .checkpoint import CheckpointInfo, LayerInfo, inspect_checkpoint
 from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from .errors import CheckpointError, ConfigError, QDiffError
@@ -22,6 +23,7 @@ __all__ = [
     "SVDQuantConfig",
     "VQConfig",
     "inspect_checkpoint",
+    "quantize",
     "register",
 ]
 

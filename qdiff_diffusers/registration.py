@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from diffusers.quantizers import auto as diffusers_auto
-from diffusers.utils import is_transformers_available
+from diffusers.utils import is_transformers_available, is_transformers_version, logging
 
 from .config import QDiffConfig, QDiffMethod
 from .hub.cards import write_cards_on_upload
 from .quantizer import QDiffQuantizer
+
+logger = logging.get_logger(__name__)
 
 
 def register() -> None:
@@ -16,8 +18,12 @@ def register() -> None:
     diffusers_auto.AUTO_QUANTIZER_MAPPING[name] = QDiffQuantizer
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QDiffConfig
     write_cards_on_upload()
-    if is_transformers_available():
-        _register_with_transformers(name)
+    if not is_transformers_available():
+        return
+    if is_transformers_version("<", "5.0"):
+        logger.warning("qdiff quantizes and loads text encoders with transformers 5.0 or newer only; please upgrade it")
+        return
+    _register_with_transformers(name)
 
 
 def _register_with_transformers(name: str) -> None:

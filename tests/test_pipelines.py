@@ -367,3 +367,12 @@ def test_an_unquantized_pipeline_is_left_alone(dit_pipeline, tmp_path):
     pipe = DiTPipeline.from_pretrained(folder)
     assert not packed(pipe.transformer)
     assert not getattr(pipe.transformer, "is_quantized", False)
+
+
+def test_an_old_transformers_is_named_and_the_rest_still_works(monkeypatch, caplog):
+    from qdiff_diffusers import registration
+
+    monkeypatch.setattr(registration, "is_transformers_version", lambda operation, version: True)
+    monkeypatch.setattr(registration.logger, "warning", lambda message: caplog.records.append(message))
+    registration.register()
+    assert "transformers 5.0" in caplog.records[-1]
