@@ -69,13 +69,17 @@ def real(path: Path, limit: int = 6) -> Iterator[Tensor]:
 
 
 def bits_over(config: QDiffConfig, weights: list[Tensor]) -> tuple[float, float]:
-    """(stored bits on the reference layer, bits over the limit) from the mean log error over some weights."""
-    need, stored = [], 0.0
+    """(stored bits on the last weight's reference layer, mean bits over the limit).
+
+    Codebooks, scales and codes are counted on the reference layer. A low-rank branch is fitted to the layer at hand, so with
+    one everything is counted on that.
+    """
+    over, stored = [], 0.0
     for weight in weights:
         spec, _, error = quantize_weight(weight, config)
-        need.append(0.5 * math.log2(1 / error))
-        stored = spec.bits_per_weight(REFERENCE_SHAPE)
-    return stored, stored - sum(need) / len(need)
+        stored = spec.bits_per_weight(tuple(weight.shape) if spec.rank else REFERENCE_SHAPE)
+        over.append(stored - 0.5 * math.log2(1 / error))
+    return stored, sum(over) / len(over)
 
 
 def main() -> None:
