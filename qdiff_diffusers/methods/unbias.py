@@ -3,7 +3,7 @@
 A quantizer with the least squared error makes weights shorter: its error is orthogonal to the quantized weight Q, so
 ``<Q, W> = |Q|^2 = (1 - D) |W|^2`` with D the relative error, and every layer's output loses the same share of its gain. Unlike
 the rest of the error these losses do not average out over channels, layers and steps. Scaling by ``|W|^2 / <Q, W>`` restores the
-gain and raises the squared error only from D to D / (1 - D). On the demo model it is worth 0.4 dB at 4 bits, 1.5 dB at 3.
+gain and raises the squared error only from D to D / (1 - D).
 """
 
 from __future__ import annotations
