@@ -58,3 +58,14 @@ def test_the_choice_is_restored_after_an_error(doubling_linear):
 def test_a_forced_implementation_that_an_op_lacks_is_an_error_by_name():
     with use("warp"), pytest.raises(ValueError, match=r"integer_linear has no implementation 'warp'; it has .*torch"):
         call(torch.randn(2, 64))
+
+
+def test_an_implementation_that_declines_passes_the_call_on(monkeypatch):
+    monkeypatch.setitem(dispatch._implementations, "integer_linear", dict(dispatch._implementations["integer_linear"]))
+    implementation("integer_linear", "cpu")(lambda *arguments: NotImplemented)
+    x = torch.randn(2, 64)
+    with use("torch"):
+        expected = call(x)
+    assert torch.equal(call(x), expected)
+    with use("cpu"), pytest.raises(ValueError, match="integer_linear: the implementation 'cpu' does not take these arguments"):
+        call(x)

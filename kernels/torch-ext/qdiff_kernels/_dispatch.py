@@ -1,7 +1,8 @@
 """Which implementation of an op runs on which device.
 
 Every op has a torch implementation, which is its specification. Faster ones register beside it under their own name and are
-preferred in the order of ``PREFERENCE``. ``use("torch")`` forces one, for debugging and for measuring.
+preferred in the order of ``PREFERENCE``; one that does not take a call's dtypes or shapes returns ``NotImplemented`` and the next
+one is asked. ``use("torch")`` forces one, for debugging and for measuring.
 """
 
 from __future__ import annotations
@@ -42,9 +43,18 @@ def chosen(op: str, device_type: str) -> str:
     return "torch"
 
 
-def select(op: str, device_type: str) -> Callable[..., Any]:
-    """The function that runs ``op`` on ``device_type``."""
-    return _implementations[op][chosen(op, device_type)]
+def run(op: str, device_type: str, *args: Any) -> Any:
+    """Run ``op`` with the first implementation for ``device_type`` that takes these arguments."""
+    available = _implementations[op]
+    if _forced is not None:
+        result = available[chosen(op, device_type)](*args)
+        if result is NotImplemented:
+            raise ValueError(f"{op}: the implementation {_forced!r} does not take these arguments")
+        return result
+    for name in (*PREFERENCE.get(device_type, ()), "torch"):
+        if name in available and (result := available[name](*args)) is not NotImplemented:
+            return result
+    raise AssertionError(f"the torch implementation of {op} refused")
 
 
 def implementations() -> dict[str, dict[str, str]]:

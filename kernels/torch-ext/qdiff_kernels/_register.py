@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from ._dispatch import implementation, select
+from . import _dispatch, reference
+from ._dispatch import implementation
 from ._ops import add_op_namespace_prefix
 from .reference import Extras, Window
 
@@ -47,7 +47,7 @@ def _register_dequantize(name: str, weight_schema: str, decode: Decoder) -> Call
     implementation(op, "torch")(decode)
 
     def run(codes: Tensor, *rest: Any) -> Tensor:
-        return select(op, codes.device.type)(codes, *rest)
+        return _dispatch.run(op, codes.device.type, codes, *rest)
 
     custom = _custom_op(op, f"({weight_schema}, SymInt columns, ScalarType dtype) -> Tensor", run)
 
@@ -68,7 +68,7 @@ def _register_linear(name: str, weight_schema: str, decode: Decoder, count: int)
         return reference.linear(x, decode(*weight, x.shape[-1], reference.compute_dtype(x, extras)), extras)
 
     def run(x: Tensor, *args: Any) -> Tensor:
-        return select(op, x.device.type)(x, *args)
+        return _dispatch.run(op, x.device.type, x, *args)
 
     custom = _custom_op(op, f"(Tensor x, {weight_schema}, {EXTRAS_SCHEMA}) -> Tensor", run)
 
@@ -82,7 +82,7 @@ def _register_linear(name: str, weight_schema: str, decode: Decoder, count: int)
         return reference.linear_input_gradient(gradient, decode(*weight, columns, gradient.dtype), extras)
 
     def run_gradient(gradient: Tensor, *args: Any) -> Tensor:
-        return select(f"{op}_input_gradient", gradient.device.type)(gradient, *args)
+        return _dispatch.run(f"{op}_input_gradient", gradient.device.type, gradient, *args)
 
     gradient_schema = f"(Tensor gradient, {weight_schema}, {EXTRAS_SCHEMA}, SymInt columns) -> Tensor"
     input_gradient = _custom_op(f"{op}_input_gradient", gradient_schema, run_gradient)
@@ -123,7 +123,7 @@ def _register_conv2d(name: str, weight_schema: str, decode: Decoder, count: int)
         return reference.conv2d(x, decode(*weight, columns, reference.compute_dtype(x, extras)), window, extras)
 
     def run(x: Tensor, *args: Any) -> Tensor:
-        return select(op, x.device.type)(x, *args)
+        return _dispatch.run(op, x.device.type, x, *args)
 
     custom = _custom_op(op, f"(Tensor x, {weight_schema}, {EXTRAS_SCHEMA}, {WINDOW_SCHEMA}) -> Tensor", run)
 
@@ -142,7 +142,7 @@ def _register_conv2d(name: str, weight_schema: str, decode: Decoder, count: int)
         return reference.conv2d_input_gradient(gradient, dense, x_shape, window, extras)
 
     def run_gradient(gradient: Tensor, *args: Any) -> Tensor:
-        return select(f"{op}_input_gradient", gradient.device.type)(gradient, *args)
+        return _dispatch.run(f"{op}_input_gradient", gradient.device.type, gradient, *args)
 
     gradient_schema = f"(Tensor gradient, {weight_schema}, {EXTRAS_SCHEMA}, {WINDOW_SCHEMA}, SymInt[] x_shape) -> Tensor"
     input_gradient = _custom_op(f"{op}_input_gradient", gradient_schema, run_gradient)
