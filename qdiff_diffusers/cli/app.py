@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .bench import bench
 from .console import errors, print_error
 from .demo import demo
 from .doctor import doctor
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (demo, quantize, inspect, doctor):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -31,7 +31,7 @@ def demo(
             images=images,
             methods=methods,
             seed=seed,
-            device=_check_device(device),
+            device=check_device(device),
             workers=_workers(device),
             progress=progress,
         )
@@ -43,7 +43,12 @@ def demo(
         typer.echo(f"  {output / name}")
 
 
-def _check_device(device: str | None) -> str | None:
+def check_device(device: str | None) -> str | None:
+    """``device`` if torch can use it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     import torch
 
     if device is not None:

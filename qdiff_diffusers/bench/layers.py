@@ -1,0 +1,250 @@
+"""Single layers: every contender at every shape and number of tokens."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from . import ours, peers
+from .contenders import Contender, plain, resident_bytes, select
+from .results import Results
+from .timing import Race, Spread, describe_failure, make_timer, race
+
+LINEAR = ("1152x1152", "1152x4608", "3072x3072", "3072x12288", "12288x3072", "3072x18432")
+CONV = tuple(f"conv{channels}@{pixels}" for channels in (320, 640, 1280) for pixels in (64, 32, 16))
+TOKENS = (1, 2, 16, 64, 256, 1024, 4096)
+ADALN = "3072x18432"  # a modulation: one row for each image of the batch
+CONV_BATCH = 2
+COLD_TOKENS = 64  # up to this many, reading the weight from memory is what takes the time
+GRAPH_TOKENS = 16  # up to this many, launching is what takes the time on a GPU
+CHECKED_ROWS = 16
+BROKEN = 1.0  # relative error of a result that has nothing to do with the layer
+
+Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A linear layer ``columns`` -> ``rows``, or a 3x3 convolution of as many channels over square images of ``pixels``."""
+
+    name: str
+    columns: int
+    rows: int
+    pixels: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """``INxOUT`` or ``convCHANNELS@PIXELS``.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
+            return cls(text, int(match[1]), int(match[2]))
+        if match := re.fullmatch(r"conv([1-9]\d*)@([1-9]\d*)", text):
+            return cls(text, int(match[1]), int(match[1]), int(match[2]))
+        raise ConfigError(f"unknown shape {text!r}; write INxOUT such as 3072x12288, or convCHANNELS@PIXELS such as conv640@32")
+
+    def tokens(self, wanted: Sequence[int]) -> list[int]:
+        """The numbers of tokens to measure at: one for a convolution, 1 and 2 for an adaLN layer."""
+        if self.pixels:
+            return [CONV_BATCH * self.pixels**2]
+        if self.name == ADALN:
+            return [m for m in wanted if m <= 2] or [1, 2]
+        return list(wanted)
+
+    def layer(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """A layer with Student-t weights (5 degrees of freedom, the tails of trained ones), the same in every run."""
+        generator = torch.Generator().manual_seed(self.rows * 31 + self.columns)
+        made = nn.Conv2d(self.columns, self.rows, 3, padding=1) if self.pixels else nn.Linear(self.columns, self.rows)
+        weight = made.weight.data
+        normal = torch.randn(weight.shape, generator=generator)
+        chi = torch.randn((5, *weight.shape), generator=generator).square_().sum(0)
+        weight.copy_(normal * (chi / 5).rsqrt_() * weight[0].numel() ** -0.5)
+        return made.to(device, dtype).requires_grad_(False)
+
+    def input(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        generator = torch.Generator().manual_seed(tokens)
+        shape = (CONV_BATCH, self.columns, self.pixels, self.pixels) if self.pixels else (tokens, self.columns)
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def contenders_for(device: torch.device, packer: ours.Packer, only: Sequence[str] | None) -> list[Contender]:
+    """Everyone, or those that ``only`` selects."""
+    return select([*plain(), *ours.contenders(packer, device), *peers.contenders(device)], only)
+
+
+def count_cells(shapes: Sequence[Shape], tokens: Sequence[int], only: Sequence[str] | None, device: torch.device) -> int:
+    """Number of cells of a run, for a progress bar."""
+    each = len(contenders_for(device, ours.Packer(), only))
+    return each * sum(len(shape.tokens(tokens)) for shape in shapes)
+
+
+@torch.no_grad()
+def run_layers(
+    results: Results,
+    shapes: Sequence[Shape],
+    tokens: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: float,
+    only: Sequence[str] | None = None,
+    advance: Advance = lambda what: None,
+) -> None:
+    """Measure what ``results`` does not hold yet; it is written after each shape and number of tokens.
+
+    Args:
+        budget: seconds to spend on each contender, shape and number of tokens.
+        advance: called for each of them, with its name.
+    """
+    for shape in shapes:
+        bench = _Bench(shape, results, device, dtype, budget, advance)
+        contenders = contenders_for(device, ours.Packer(), only)
+        counts = shape.tokens(tokens)
+        for contender in contenders:
+            bench.prepare(contender, counts)
+        for count in counts:
+            bench.measure(count)
+            results.write()
+
+
+class _Bench:
+    """One shape: the dense layer, and the contenders built from it."""
+
+    def __init__(
+        self, shape: Shape, results: Results, device: torch.device, dtype: torch.dtype, budget: float, advance: Advance
+    ) -> None:
+        self.shape, self.results, self.device, self.dtype, self.budget = shape, results, device, dtype, budget
+        self.advance = advance
+        self.layer = shape.layer(device, dtype)
+        self.built: dict[str, tuple[Contender, nn.Module, dict[str, Any]]] = {}
+
+    def prepare(self, contender: Contender, counts: Sequence[int]) -> None:
+        """Build a contender, or write down why it cannot be."""
+        wanted = [count for count in counts if self.results.missing(self.key(contender, count))]
+        for _ in range(len(counts) - len(wanted)):
+            self.advance(contender.name)
+        if not wanted:
+            return
+        row = {"shape": self.shape.name, "contender": contender.name, "family": contender.family, "bits": contender.bits}
+        reason = contender.unavailable(self.device)
+        if reason is None and not isinstance(self.layer, contender.layers):
+            reason = "does not do convolutions"
+        if reason is None:
+            start = time.perf_counter()
+            try:
+                module = contender.build(self.layer)
+            except Exception as error:
+                reason = describe_failure(error)
+        if reason is not None:
+            for count in wanted:
+                self.results.add(self.key(contender, count), **row, tokens=count, reason=reason)
+                self.advance(contender.name)
+            return
+        size = resident_bytes(module)
+        row |= {"bytes": size, "stored_bits": ours.stored_bits(module) or 8 * size / self.layer.weight.numel()}  # type: ignore[operator]
+        row |= {"build_seconds": time.perf_counter() - start, "format": ours.describe(module), "note": contender.note}
+        self.built[contender.name] = (contender, module, row)
+
+    def key(self, contender: Contender, count: int) -> tuple[str, ...]:
+        return ("layer", self.shape.name, str(count), contender.name)
+
+    def measure(self, count: int) -> None:
+        """Check and time every contender at one number of tokens."""
+        x = self.shape.input(count, self.device, self.dtype)
+        cells: dict[str, dict[str, Any]] = {}
+        for name, (contender, module, row) in self.built.items():
+            if self.results.missing(self.key(contender, count)):
+                lookup = ours.lookup_share(module, count)
+                cells[name] = row | {"tokens": count, "lookup_share": lookup} | self._check(module, x)
+        functions = {name: self._call(self.built[name][1], x) for name, cell in cells.items() if not cell.get("reason")}
+        timer = make_timer(self.device, cold=count <= COLD_TOKENS)
+        for name, entry in race(functions, self._call(self.layer, x), timer, self.budget, advance=self.advance).items():
+            cells[name] |= describe_race(entry)
+        if self.device.type == "cuda" and count <= GRAPH_TOKENS:
+            self._measure_graphs(functions, self._call(self.layer, x), cells)
+        for name, cell in cells.items():
+            self.results.add(self.key(self.built[name][0], count), **cell)
+
+    def _measure_graphs(
+        self, functions: dict[str, Callable[[], Any]], baseline: Callable[[], Any], cells: dict[str, dict[str, Any]]
+    ) -> None:
+        """The same from CUDA graphs, where launching costs next to nothing."""
+        graphs = {}
+        for name, function in functions.items():
+            try:
+                graphs[name] = capture(function)
+            except Exception as error:
+                cells[name]["graph"] = {"reason": describe_failure(error)}
+        for name, entry in race(graphs, capture(baseline), make_timer(self.device, cold=True), self.budget).items():
+            cells[name]["graph"] = describe_race(entry)
+
+    def _call(self, module: nn.Module, x: Tensor) -> Callable[[], Any]:
+        def call() -> Any:
+            with torch.no_grad():
+                return module(x)
+
+        return call
+
+    def _check(self, module: nn.Module, x: Tensor) -> dict[str, Any]:
+        """Relative error of the output against float64 with the original weight; a result that is no result says why."""
+        try:
+            output = module(x)
+            error = self._error(module, x, output)
+        except Exception as failure:
+            self.advance("")
+            return {"reason": describe_failure(failure)}
+        if error <= BROKEN:
+            return {"error": error}
+        self.advance("")
+        return {"error": None, "reason": f"broken: its output is {100 * error:.0f} % off"}
+
+    def _error(self, module: nn.Module, x: Tensor, output: Tensor) -> float:
+        """On a few evenly spaced tokens, or on a corner of the image that is large enough to have an inside."""
+        stands_for = getattr(getattr(module, "_orig_mod", module), "stands_for", lambda weight: weight)
+        assert isinstance(self.layer.weight, Tensor) and isinstance(self.layer.bias, Tensor)
+        weight, bias = stands_for(self.layer.weight).double(), self.layer.bias.double()
+        if self.shape.pixels:
+            corner = min(self.shape.pixels, 8)
+            expected = F.conv2d(F.pad(x[:1, :, :corner, :corner].double(), (1, 0, 1, 0)), weight, bias)
+            found = output[:1, :, : expected.shape[2], : expected.shape[3]].double()
+        else:
+            rows = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_ROWS)).long().to(x.device)
+            expected, found = F.linear(x[rows].double(), weight, bias), output[rows].double()
+        return float((found - expected).norm() / expected.norm())
+
+
+def describe_race(entry: Race) -> dict[str, Any]:
+    """What a cell keeps of a race."""
+    if entry.failure is not None or not entry.seconds:
+        return {"reason": entry.failure or "was not timed"}
+    return {
+        "rounds": len(entry.seconds),
+        "ms": asdict(Spread.of([1e3 * seconds for seconds in entry.seconds])),
+        "baseline_ms": asdict(Spread.of([1e3 * seconds for seconds in entry.baseline])),
+        "ratio": asdict(Spread.of(entry.ratios)),
+        "best_ratio": min(entry.baseline) / min(entry.seconds),
+    }
+
+
+def capture(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A CUDA graph of one call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay

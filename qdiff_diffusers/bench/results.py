@@ -1,0 +1,107 @@
+"""What was measured, kept in a JSON file that a later run can go on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..evaluation.machine import cpu_count, machine_facts, package_version
+from .peers import distributions
+
+Cell = dict[str, Any]
+# Facts that may differ between the cells of one file.
+INCIDENTAL = ("date", "load_average", "budget")
+
+
+def facts(device: torch.device, dtype: torch.dtype, budget: float) -> dict[str, Any]:
+    """Machine, versions, date, commit, threads and the load before the run."""
+    peers = {name: found for name in distributions() if (found := package_version(name))}
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return machine_facts(device) | {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "peers": peers,
+        "load_average": load,
+        "budget": budget,
+    }
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this package lies in, with a + if there are changes; ``None`` for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
+
+    try:
+        head, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    except OSError:
+        return None
+    return f"{head}+" if head and changed else head or None
+
+
+def busy(run: dict[str, Any]) -> bool:
+    """Whether something else used more than a quarter of a core when the run began."""
+    return (run.get("load_average") or 0) > max(0.25, 0.05 * cpu_count())
+
+
+class Results:
+    """Cells of one run, by what identifies them; written after every group.
+
+    Args:
+        path: of the JSON file, without its suffix.
+        run: the facts of this run.
+        resume: keep the cells of an earlier run with the same facts.
+
+    Raises:
+        ConfigError: there is a file to resume, and it is not one of these.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any], resume: bool = False) -> None:
+        self.path, self.facts = path, run
+        self.cells: dict[tuple[str, ...], Cell] = {}
+        self.dropped: list[str] = []
+        if resume and self.json.exists():
+            self._resume()
+
+    @property
+    def json(self) -> Path:
+        return self.path.with_name(self.path.name + ".json")
+
+    def _resume(self) -> None:
+        try:
+            stored = json.loads(self.json.read_text())
+            before, cells = stored["facts"], stored["cells"]
+            keyed = {tuple(cell["key"]): cell for cell in cells}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.json} is not a file of this benchmark; move it away or leave out --resume") from error
+        names = sorted((set(before) | set(self.facts)) - set(INCIDENTAL))
+        self.dropped = [name for name in names if before.get(name) != self.facts.get(name)]
+        if not self.dropped:
+            self.cells = keyed
+
+    def missing(self, key: Sequence[str]) -> bool:
+        return tuple(key) not in self.cells
+
+    def add(self, key: Sequence[str], **cell: Any) -> None:
+        self.cells[tuple(key)] = {"key": list(key)} | cell
+
+    def write(self) -> None:
+        """Write the JSON file beside its place and rename it."""
+        self.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"facts": self.facts, "cells": list(self.cells.values())}, indent=1)
+        temporary = self.json.with_name(self.json.name + ".part")
+        temporary.write_text(text + "\n")
+        temporary.replace(self.json)

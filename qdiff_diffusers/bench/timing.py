@@ -1,0 +1,176 @@
+"""Times of several functions in alternating order, each beside the baseline of the same moment.
+
+Every round calls each function once, forwards in even rounds and backwards in odd ones, with the baseline timed anew every few
+calls. A machine that slows down for a while slows both sides of a ratio; what is left of it the median drops.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+Function = Callable[[], Any]
+BASELINE_EVERY = 4  # calls between two of the baseline's: a slice of 10 ms does not separate them at small layers
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+SLOW_ROUNDS = 2  # for what takes more than the whole budget in one call
+DEFAULT_CACHE_BYTES = 64 << 20
+
+
+class Timer(Protocol):
+    """Seconds of one call."""
+
+    def __call__(self, function: Function) -> float: ...
+
+
+class CpuTimer:
+    """Wall-clock time of one call.
+
+    Args:
+        flush: bytes to read before each call, so that weights come from memory as they do inside a model; 0 for none.
+        clock: seconds, rising.
+    """
+
+    def __init__(self, flush: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.buffer = torch.ones(flush // 4) if flush else None
+        self.clock = clock
+
+    def __call__(self, function: Function) -> float:
+        if self.buffer is not None:
+            self.buffer.sum()
+        start = self.clock()
+        function()
+        return self.clock() - start
+
+
+class CudaTimer:
+    """Time between two CUDA events around one call, the L2 cache overwritten before it."""
+
+    def __init__(self, flush: int = 256 << 20) -> None:
+        self.buffer = torch.empty(flush, dtype=torch.int8, device="cuda")
+
+    def __call__(self, function: Function) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.buffer.zero_()  # also gives the CPU a head start, so that eager launches queue up behind it
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def make_timer(device: torch.device, cold: bool) -> Timer:
+    """The timer of a device. ``cold``: on a CPU, empty the caches before each call; a GPU's L2 is always emptied."""
+    if device.type == "cuda":
+        return CudaTimer()
+    return CpuTimer(2 * cache_bytes() if cold else 0)
+
+
+def cache_bytes() -> int:
+    """Size of the CPU's largest cache."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        units = {"K": 1 << 10, "M": 1 << 20}
+        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text))
+    return max(sizes, default=DEFAULT_CACHE_BYTES)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, quartiles and minimum of a sample."""
+
+    median: float
+    q1: float
+    q3: float
+    low: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+        return cls(statistics.median(values), quartiles[0], quartiles[2], min(values))
+
+    @property
+    def relative(self) -> float:
+        """Distance of the quartiles over the median."""
+        return (self.q3 - self.q1) / self.median if self.median else 0.0
+
+
+@dataclass
+class Race:
+    """What :func:`race` measured of one function: seconds, and baseline seconds beside each of them; or why it failed."""
+
+    seconds: list[float] = field(default_factory=list)
+    baseline: list[float] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def ratios(self) -> list[float]:
+        """Speed relative to the baseline, round by round; above 1 is faster."""
+        return [base / own for base, own in zip(self.baseline, self.seconds, strict=True)]
+
+
+def race(
+    functions: Mapping[str, Function],
+    baseline: Function,
+    timer: Timer,
+    budget: float,
+    *,
+    advance: Callable[[str], None] = lambda name: None,
+    max_rounds: int = MAX_ROUNDS,
+) -> dict[str, Race]:
+    """Time every function in turn, many rounds.
+
+    Args:
+        functions: what to time, called once before so that nothing is left to compile; one that raises drops out and says why.
+        baseline: what the ratios are to.
+        budget: seconds to spend on each function; the number of its rounds follows from a first call.
+        advance: called with the name of each function after that call.
+    """
+    races = {name: Race() for name in functions}
+    timer(baseline)
+    rounds = {}
+    for name, function in functions.items():
+        rounds[name] = _plan(races[name], function, timer, budget, max_rounds)
+        advance(name)
+    for i in range(max(rounds.values(), default=0)):
+        turn = [name for name in functions if rounds[name] > i and races[name].failure is None]
+        _round(turn if i % 2 == 0 else turn[::-1], functions, races, baseline, timer)
+    return races
+
+
+def _round(turn: list[str], functions: Mapping[str, Function], races: dict[str, Race], baseline: Function, timer: Timer) -> None:
+    beside = 0.0
+    for i, name in enumerate(turn):
+        if i % BASELINE_EVERY == 0:
+            beside = timer(baseline)
+        try:
+            seconds = timer(functions[name])
+        except Exception as error:
+            races[name].failure = describe_failure(error)
+            continue
+        races[name].seconds.append(seconds)
+        races[name].baseline.append(beside)
+
+
+def _plan(entry: Race, function: Function, timer: Timer, budget: float, max_rounds: int) -> int:
+    """The number of rounds that fit the budget, by one call."""
+    try:
+        seconds = timer(function)
+    except Exception as error:
+        entry.failure = describe_failure(error)
+        return 0
+    if seconds > budget:
+        return min(SLOW_ROUNDS, max_rounds)
+    return min(max_rounds, max(MIN_ROUNDS, int(budget / max(seconds, 1e-9))))
+
+
+def describe_failure(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

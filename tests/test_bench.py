@@ -1,0 +1,323 @@
+"""The speed benchmarks: order and ratios of the timing, peers that fail, reports, resuming, and the command's errors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from qdiff_diffusers.bench import layers, ours, peers
+from qdiff_diffusers.bench.contenders import Contender, plain, resident_bytes, select
+from qdiff_diffusers.bench.layers import Shape, run_layers
+from qdiff_diffusers.bench.report import layers_markdown
+from qdiff_diffusers.bench.results import Results, busy, facts
+from qdiff_diffusers.bench.timing import BASELINE_EVERY, CpuTimer, Race, Spread, race
+from qdiff_diffusers.cli import main
+from qdiff_diffusers.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that functions move on; ``load`` slows everything that runs."""
+
+    def __init__(self) -> None:
+        self.now, self.load, self.calls = 0.0, 1.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def function(self, name: str, seconds: float):
+        def call() -> None:
+            self.calls.append(name)
+            self.now += seconds * self.load
+
+        return call
+
+
+def run_race(clock: Clock, speeds: dict[str, float], budget: float = 1.0) -> dict[str, Race]:
+    functions = {name: clock.function(name, seconds) for name, seconds in speeds.items()}
+    return race(functions, clock.function("bf16", 0.125), CpuTimer(clock=clock), budget)
+
+
+class TestTiming:
+    def test_rounds_alternate_their_direction(self):
+        clock = Clock()
+        run_race(clock, {"a": 0.125, "b": 0.125}, budget=0.5)
+        assert clock.calls == ["bf16", "a", "b", *["bf16", "a", "b", "bf16", "b", "a"] * 2]
+
+    def test_the_baseline_is_timed_anew_every_few_calls(self):
+        clock = Clock()
+        run_race(clock, {f"f{i}": 0.125 for i in range(BASELINE_EVERY + 1)}, budget=0.375)
+        assert clock.calls.count("bf16") == 1 + 2 * 3
+
+    def test_the_budget_decides_the_rounds(self):
+        races = run_race(Clock(), {"fast": 0.0625, "even": 0.25, "slow": 5.0})
+        assert {name: len(entry.seconds) for name, entry in races.items()} == {"fast": 16, "even": 4, "slow": 2}
+
+    def test_a_ratio_is_to_the_baseline_of_the_same_round(self):
+        """The machine slows down tenfold half-way; the medians of the times would say 0.1 or 1 depending on the rounds."""
+        clock = Clock()
+
+        def twice_as_fast() -> None:
+            clock.now += 0.05 * clock.load
+            clock.load = 10.0 if len(clock.calls) > 8 else 1.0
+
+        entry = race({"f": twice_as_fast}, clock.function("bf16", 0.1), CpuTimer(clock=clock), 1.0)["f"]
+        assert len(set(entry.baseline)) > 1
+        assert Spread.of(entry.ratios).median == pytest.approx(2.0)
+
+    def test_a_function_that_fails_drops_out_and_says_why(self):
+        clock = Clock()
+
+        def fail() -> None:
+            raise RuntimeError("no kernel for this shape\nmore")
+
+        races = race({"bad": fail, "a": clock.function("a", 0.1)}, clock.function("bf16", 0.1), CpuTimer(clock=clock), 1.0)
+        assert races["bad"].failure == "RuntimeError: no kernel for this shape"
+        assert len(races["a"].seconds) == 10
+
+    def test_spread_of_a_single_value(self):
+        assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 2.0)
+
+    def test_quartiles(self):
+        spread = Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
+        assert (spread.median, spread.q1, spread.q3, spread.low) == (3.0, 2.0, 4.0, 1.0)
+        assert spread.relative == pytest.approx(2 / 3)
+
+
+class TestContenders:
+    def test_only_takes_families_names_and_the_beginnings_of_names(self):
+        everyone = [*plain(), *ours.contenders(ours.Packer(), CPU), *peers.contenders(CPU)]
+        assert {c.family for c in select(everyone, ["ours"])} == {"ours"}
+        assert [c.name for c in select(everyone, ["qdiff-aq2"])] == ["qdiff-aq2", "qdiff-aq2-a8"]
+        assert [c.name for c in select(everyone, ["quanto-int4"])] == ["quanto-int4"]
+        assert select(everyone, None) == everyone
+
+    def test_names_are_unique(self):
+        names = [c.name for c in (*plain(), *ours.contenders(ours.Packer(), CPU), *peers.contenders(CPU))]
+        assert len(names) == len(set(names))
+
+    def test_a_missing_peer_says_what_to_install(self):
+        contender = Contender("x", "x", lambda layer: layer, 4, "some-package", ("no_such_module.inside",))
+        assert contender.unavailable(CPU) == "not installed: pip install some-package"
+
+    def test_a_peer_for_gpus_is_not_tried_on_a_cpu(self):
+        assert [c.unavailable(CPU) for c in peers.contenders(CPU) if c.family == "gemlite"] == ["does not run on cpu"] * 3
+
+    def test_building_leaves_the_dense_layer_alone(self):
+        layer = nn.Linear(64, 64)
+        before = layer.weight.clone()
+        for contender in ours.contenders(ours.Packer(), CPU)[:1]:
+            contender.build(layer)
+        assert type(layer) is nn.Linear and torch.equal(layer.weight, before)
+
+    def test_bytes_count_every_tensor_once(self):
+        model = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 4))
+        model[1].weight = model[0].weight
+        model.state = {"scales": [torch.zeros(10, dtype=torch.float16)]}
+        assert resident_bytes(model) == 4 * (32 + 4 + 4) + 20
+
+
+class TestOurs:
+    @pytest.mark.parametrize("preset", sorted(ours.PRESETS))
+    def test_a_preset_multiplies_by_the_weight_it_stands_for(self, preset):
+        layer = nn.Linear(64, 300, bias=False).requires_grad_(False)
+        packed = ours.Packer(whole_model=True).convert(_copy(layer), preset, None)
+        assert packed.weight_shape == (300, 64)
+        rows = packed.stands_for(layer.weight)
+        assert torch.equal(rows[ours.ROWS :], layer.weight[: 300 - ours.ROWS])
+        error = (packed.dequantize() - rows).norm() / rows.norm()
+        assert float(error) < {2: 0.5, 3: 0.3, 4: 0.2, 6: 0.05, 8: 0.04}[int(preset[-1])]
+
+    def test_both_kinds_of_activations_share_one_quantization(self):
+        packer = ours.Packer()
+        first, second = (packer.convert(nn.Linear(64, 64), "int4", activations) for activations in (None, "int8"))
+        assert first.codes.data_ptr() == second.codes.data_ptr()
+        assert (first.spec.activations, second.spec.activations) == ("none", "int8")
+
+    def test_layers_of_a_model_do_not_share_memory(self):
+        packer = ours.Packer(whole_model=True)
+        first, second = (packer.convert(nn.Linear(64, 64), "int4", None) for _ in range(2))
+        assert first.codes.data_ptr() != second.codes.data_ptr()
+
+
+def _copy(layer: nn.Linear) -> nn.Linear:
+    out = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    out.load_state_dict(layer.state_dict())
+    return out
+
+
+class TestShapes:
+    def test_linear_and_convolution(self):
+        assert Shape.parse("3072x12288") == Shape("3072x12288", 3072, 12288)
+        assert Shape.parse("conv640@32") == Shape("conv640@32", 640, 640, 32)
+
+    def test_an_adaln_layer_sees_one_row_per_image(self):
+        assert Shape.parse(layers.ADALN).tokens([1, 2, 16, 64]) == [1, 2]
+        assert Shape.parse(layers.ADALN).tokens([16]) == [1, 2]
+
+    def test_a_convolution_has_its_own_number_of_tokens(self):
+        assert Shape.parse("conv320@16").tokens([1, 16]) == [512]
+
+    @pytest.mark.parametrize("text", ["3072", "3072x", "0x4", "conv320", "conv@3", "-1x4", ""])
+    def test_anything_else_is_refused(self, text):
+        with pytest.raises(ConfigError, match="INxOUT"):
+            Shape.parse(text)
+
+
+def measure(results: Results, *, shapes: str = "64x32", only=("torch", "qdiff-int4"), monkeypatch=None, extra=()) -> Results:
+    if monkeypatch is not None:
+        everyone = lambda device, packer, only: [*select([*plain(), *ours.contenders(packer, device)], only), *extra]  # noqa: E731
+        monkeypatch.setattr(layers, "contenders_for", everyone)
+    shape = Shape.parse(shapes)
+    run_layers(results, [shape], [1, 3], device=CPU, dtype=torch.bfloat16, budget=1e-3, only=list(only))
+    return results
+
+
+@pytest.fixture
+def run_facts(monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0, 0))
+    return facts(CPU, torch.bfloat16, 1e-3)
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    """Compiling takes longer than everything else here."""
+    monkeypatch.setattr("qdiff_diffusers.bench.contenders.compiled", lambda module: module)
+
+
+class TestLayers:
+    def test_every_cell_has_error_time_and_ratio(self, tmp_path, run_facts):
+        results = measure(Results(tmp_path / "layers", run_facts))
+        assert len(results.cells) == 2 * 4
+        for cell in results.cells.values():
+            assert cell["error"] < (0.2 if cell["family"] == "ours" else 0.01)
+            assert cell["ms"]["low"] <= cell["ms"]["median"] and cell["ratio"]["median"] > 0 and cell["rounds"] >= 2
+        stored = json.loads((tmp_path / "layers.json").read_text())
+        assert len(stored["cells"]) == 8 and stored["facts"]["threads"] == torch.get_num_threads()
+
+    def test_convolutions(self, tmp_path, run_facts):
+        results = measure(Results(tmp_path / "layers", run_facts), shapes="conv16@4", only=["torch", "qdiff-int8"])
+        assert [cell["tokens"] for cell in results.cells.values()] == [32] * 4
+        assert all(cell["error"] < 0.05 for cell in results.cells.values())
+
+    def test_peers_that_fail_become_rows(self, tmp_path, run_facts, monkeypatch):
+        def refuse(layer):
+            raise ImportError("built for another torch")
+
+        class Nonsense(nn.Linear):
+            def forward(self, x):
+                return super().forward(x) * math.nan
+
+        class Moody(nn.Linear):
+            def forward(self, x):
+                if len(x) > 1:
+                    raise RuntimeError("one token only")
+                return super().forward(x)
+
+        def become(cls):
+            def convert(layer):
+                layer.__class__ = cls
+                return layer
+
+            return convert
+
+        extra = [
+            Contender("absent", "absent", refuse, 4, "absent", ("no_such_module",)),
+            Contender("refuses", "refuses", refuse, 4),
+            Contender("nonsense", "nonsense", become(Nonsense), 4),
+            Contender("moody", "moody", become(Moody), 4),
+        ]
+        results = measure(Results(tmp_path / "layers", run_facts), only=["torch"], monkeypatch=monkeypatch, extra=extra)
+        reasons = {(c["contender"], c["tokens"]): c.get("reason") for c in results.cells.values()}
+        assert reasons["absent", 1] == "not installed: pip install absent"
+        assert reasons["refuses", 3] == "ImportError: built for another torch"
+        assert reasons["nonsense", 1].startswith("broken")
+        assert reasons["moody", 1] is None and "one token only" in reasons["moody", 3]
+        report = layers_markdown(results)
+        assert "- absent: not installed: pip install absent" in report
+        assert "M=3: RuntimeError: one token only" in report
+
+    def test_progress_counts_every_cell_once(self, tmp_path, run_facts):
+        shapes, seen = [Shape.parse("64x32")], []
+        total = layers.count_cells(shapes, [1, 3], ["torch", "gemlite", "qdiff-fp4"], CPU)
+        settings = {"device": CPU, "dtype": torch.bfloat16, "budget": 1e-3, "only": ["torch", "gemlite", "qdiff-fp4"]}
+        run_layers(Results(tmp_path / "layers", run_facts), shapes, [1, 3], advance=seen.append, **settings)
+        assert len(seen) == total == 2 * 7
+
+    def test_the_report_has_a_table_per_shape(self, tmp_path, run_facts):
+        results = measure(Results(tmp_path / "layers", run_facts))
+        report = layers_markdown(measure(results, shapes="32x64"))
+        assert "### 64x32" in report and "### 32x64" in report
+        heads = next(line for line in report.splitlines() if line.startswith("| contender"))
+        rows = [line for line in report.splitlines() if line.startswith("| qdiff-int4 ")]
+        assert "M=1 " in heads and "M=3 " in heads and len(rows) == 2
+        assert {line.count("|") for line in report.splitlines() if line.startswith("|")} == {heads.count("|")}
+
+    def test_a_busy_machine_is_named(self, tmp_path, run_facts):
+        run_facts["load_average"] = 3.5
+        assert busy(run_facts)
+        report = layers_markdown(measure(Results(tmp_path / "layers", run_facts), only=["torch"]))
+        assert "The machine was busy: load 3.5" in report
+
+
+class TestResume:
+    def test_measured_cells_are_kept(self, tmp_path, run_facts):
+        before = measure(Results(tmp_path / "layers", run_facts), only=["qdiff-int4"])
+        times = {key: cell["ms"] for key, cell in before.cells.items()}
+        after = measure(Results(tmp_path / "layers", run_facts, resume=True), only=["qdiff-int4", "qdiff-int8"])
+        assert len(after.cells) == 8
+        assert all(after.cells[key]["ms"] == ms for key, ms in times.items())
+
+    def test_other_facts_start_anew_and_say_which(self, tmp_path, run_facts):
+        measure(Results(tmp_path / "layers", run_facts), only=["qdiff-int4"])
+        results = Results(tmp_path / "layers", run_facts | {"threads": 96, "date": "2001-01-01"}, resume=True)
+        assert results.cells == {} and results.dropped == ["threads"]
+
+    def test_a_foreign_file_is_refused(self, tmp_path, run_facts):
+        (tmp_path / "layers.json").write_text('{"rows": []}')
+        with pytest.raises(ConfigError, match="leave out --resume"):
+            Results(tmp_path / "layers", run_facts, resume=True)
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (["--shapes", "big"], "INxOUT"),
+            (["--tokens", "1,two"], "'two'"),
+            (["--tokens", "0"], "'0'"),
+            (["--tokens", ","], "','"),
+            (["--only", "ourz"], "'ourz'"),
+            (["--dtype", "int8"], "bfloat16"),
+            (["--budget", "0"], "budget"),
+            (["--device", "toaster"], "toaster"),
+        ],
+    )
+    def test_a_mistake_costs_one_line(self, options, said, tmp_path, capsys):
+        assert run("bench", "layers", "-o", tmp_path / "out", *options) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qdiff: ")]
+        assert len(lines) == 1 and said in lines[0]
+        assert not (tmp_path / "out").exists()
+
+    def test_layers_prints_the_table_and_writes_both_files(self, tmp_path, capsys):
+        arguments = ["--shapes", "64x32", "--tokens", "2", "--only", "torch,qdiff-int4", "--budget", "0.001", "--device", "cpu"]
+        assert run("bench", "layers", *arguments, "-o", tmp_path) == 0
+        out = capsys.readouterr().out
+        assert "qdiff-int4" in out and str(tmp_path / "layers.md") in out
+        assert (tmp_path / "layers.md").read_text() in out
+
+    def test_list_names_every_contender(self, capsys):
+        assert run("bench", "list", "--device", "cpu") == 0
+        out = capsys.readouterr().out
+        assert all(word in out for word in ("qdiff-svd4-a4", "torchao-int8", "gemlite-int4", "does not run on cpu"))
