@@ -16,6 +16,9 @@ def doubling_linear(monkeypatch):
     """A stand-in for a faster kernel, registered for the CPU: twice the right answer, so that it shows when it ran."""
     monkeypatch.setitem(dispatch._implementations, "integer_linear", dict(dispatch._implementations["integer_linear"]))
     reference = dispatch._implementations["integer_linear"]["torch"]
+    monkeypatch.setitem(
+        dispatch._implementations, "integer_conv2d", {"torch": dispatch._implementations["integer_conv2d"]["torch"]}
+    )
     implementation("integer_linear", "cpu")(lambda *arguments: 2 * reference(*arguments))
 
 

@@ -6,6 +6,8 @@ tensors and sizes only; nothing here knows a model, a checkpoint or a quantizati
 
 from __future__ import annotations
 
+from . import cpu
+from . import gpu as gpu
 from ._dispatch import implementation, implementations, use
 from .activations import dequantize_activations, quantize_activations
 from .bitpack import pack_bits, packed_bytes, unpack_bits
@@ -19,6 +21,7 @@ __all__ = [
     "codebook_conv2d",
     "codebook_dequantize",
     "codebook_linear",
+    "cpu",
     "dequantize_activations",
     "implementation",
     "implementations",

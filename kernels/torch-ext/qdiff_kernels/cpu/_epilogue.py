@@ -1,0 +1,56 @@
+"""Integer sums of an INT8 product -> results: token scale, row scale, bias and rounding in one pass."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, types
+from torch import Tensor
+
+from ._simd import fetch_add, read_f32, read_i32, write
+from ._threads import TASK, run_job
+from ._weights import NAMES
+
+TASKS, TOKENS, ROWS, SUMS, TOKEN_SCALES, ROW_SCALES, BIAS, Y, Y_STRIDE, LENGTH = range(2, 12)
+PER_TASK = 8  # tokens in a task
+
+
+def scale_sums(sums: Tensor, token_scales: Tensor, row_scales: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """``y = sums * token_scales * row_scales + bias``.
+
+    Args:
+        sums: int32 ``[tokens, rows]``, contiguous. token_scales: float32 ``[tokens]``. row_scales, bias: float32 ``[rows]``.
+        y: ``[tokens, rows]`` with contiguous rows, written.
+    """
+    tokens, rows = sums.shape
+    tasks = -(-tokens // PER_TASK)
+    job = np.zeros(LENGTH, np.int64)
+    addresses = sums.data_ptr(), token_scales.data_ptr(), row_scales.data_ptr(), 0 if bias is None else bias.data_ptr()
+    job[2:] = (tasks, tokens, rows, *addresses, y.data_ptr(), y.stride(0))
+    threads = min(torch.get_num_threads(), tasks) if tokens * rows > 1 << 14 else 1
+    run_job(_kernel(NAMES[y.dtype], bias is not None).ctypes, job, threads)
+
+
+@lru_cache(maxsize=8)
+def _kernel(out: str, biased: bool) -> Any:
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
+    def kernel(raw: Any) -> None:
+        job = carray(raw, (LENGTH,), np.int64)
+        header, rows = job.ctypes.data, job[ROWS]
+        sums, row_scales, bias, y = job[SUMS], job[ROW_SCALES], job[BIAS], job[Y]
+        task = fetch_add(header + 8 * TASK, 1)
+        while task < job[TASKS]:
+            for token in range(task * PER_TASK, min((task + 1) * PER_TASK, job[TOKENS])):
+                scale = read_f32(job[TOKEN_SCALES], token)
+                first, to = token * rows, token * job[Y_STRIDE]
+                for r in range(rows):
+                    value = np.float32(read_i32(sums, first + r)) * (scale * read_f32(row_scales, r))
+                    if biased:
+                        value += read_f32(bias, r)
+                    write(y, to + r, value, out)
+            task = fetch_add(header + 8 * TASK, 1)
+
+    return kernel

@@ -1,0 +1,137 @@
+"""``<format>_linear`` on the CPU: which way a product is taken, by the number of tokens and the kind of activations.
+
+- Few tokens: the packed weight is decoded four rows at a time into the first-level cache and multiplied there.
+- INT8 activations: chunks of the weight are decoded to INT8 with a scale per row and multiplied by ``torch._int_mm``, at twice
+  the speed of bfloat16. Weights of up to six bits that are not integers times a row scale are rounded once more, to the
+  row's INT8 grid, an error of about 1% of the weight's standard deviation.
+- Else: chunks of the weight are decoded to bfloat16 (float32 for float16 and float32 inputs) and multiplied by torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import KINDS
+from ..reference import Extras
+from ._activations import Operands, prepare
+from ._epilogue import scale_sums
+from ._thresholds import few_tokens
+from ._weights import KINDS as DTYPES
+from ._weights import NAMES, Weight, decode, run_weight
+
+CHUNK_BYTES = 8 << 20  # of decoded weight between the decoder and the product: small enough to stay in a shared cache
+LEAST_ROWS = 512  # in a chunk: shorter products are slower
+ROUNDED_BITS = 6  # widest weights that may be rounded to INT8 once more
+
+
+def linear(x: Tensor, weight: Weight, extras: Extras) -> Any:
+    """x ``[..., columns]`` -> ``[..., rows]``, or ``NotImplemented``."""
+    if not takes(x, extras):
+        return NotImplemented
+    rows = weight.codes.shape[0]
+    tokens = x.reshape(-1, weight.columns)
+    y = torch.empty(tokens.shape[0], rows, dtype=x.dtype)
+    if tokens.shape[0] <= few_tokens(weight.kind, weight.bits_per_weight, extras.activations):
+        _multiply_packed(tokens, weight, extras, y)
+    elif extras.activations == "int8" and (weight.exact_int8 or weight.bits_per_weight <= ROUNDED_BITS):
+        _multiply_int8(tokens, weight, extras, y)
+    else:
+        _multiply_decoded(tokens, weight, extras, y)
+    return y.view(*x.shape[:-1], rows)
+
+
+def takes(x: Tensor, extras: Extras) -> bool:
+    """Whether the kernels take this input."""
+    channels = x.shape[-1]
+    return bool(
+        x.dtype in DTYPES
+        and x.numel()
+        and x.device.type == "cpu"
+        and extras.activations in KINDS
+        and (not extras.rotation or channels % extras.rotation == 0)
+    )
+
+
+def operand_dtype(x: Tensor, activations: str) -> torch.dtype:
+    """bfloat16 for bfloat16 inputs and for quantized ones, whose codes it holds exactly; else float32."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 or activations != "none" else torch.float32
+
+
+def _branch(x: Tensor, extras: Extras) -> tuple[Tensor, Tensor] | None:
+    """The low-rank branch as two factors, ``[tokens, rank]`` and ``[rows, rank]``."""
+    if extras.low_rank_down is None or extras.low_rank_up is None:
+        return None
+    return F.linear(x, extras.low_rank_down.to(x.dtype)), extras.low_rank_up.to(x.dtype)
+
+
+def _operands(x: Tensor, extras: Extras, dtype: torch.dtype, pad: int = 1) -> Operands:
+    return prepare(x, extras.smooth, extras.rotation, extras.activations, dtype, pad)
+
+
+def _multiply_packed(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
+    dtype = operand_dtype(x, extras.activations)
+    operands = _operands(x, extras, dtype, 32 if dtype == torch.bfloat16 else 16)
+    branch = _branch(x, extras)
+    addend = None if branch is None else F.linear(*branch).float()
+    bias = None if extras.bias is None else extras.bias.float().contiguous()
+    run_weight(
+        weight,
+        NAMES[dtype],
+        TOKENS=x.shape[0],
+        X=operands.values.data_ptr(),
+        X_STRIDE=operands.values.stride(0) * operands.values.element_size(),
+        Y=y.data_ptr(),
+        Y_KIND=DTYPES[y.dtype],
+        BIAS=_address(bias),
+        TOKEN_SCALES=_address(operands.scales),
+        ADDEND=_address(addend),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _chunk_rows(weight: Weight, size: int) -> int:
+    return max(LEAST_ROWS, CHUNK_BYTES // (weight.columns * size))
+
+
+def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
+    operands = _operands(x, extras, torch.int8)
+    assert operands.scales is not None
+    bias = None if extras.bias is None else extras.bias.float().contiguous()
+    rows, step = y.shape[1], _chunk_rows(weight, 1)
+    dense = torch.empty(min(step, rows), weight.columns, dtype=torch.int8)
+    scales = torch.empty(min(step, rows))
+    for first in range(0, rows, step):
+        part = decode(weight, torch.int8, first, min(step, rows - first), dense, scales)
+        last = first + len(part)
+        sums = torch._int_mm(operands.values, part.t())
+        scale_sums(sums, operands.scales, scales, None if bias is None else bias[first:last], y[:, first:last])
+    branch = _branch(x, extras)
+    if branch is not None:
+        y.addmm_(branch[0], branch[1].t())
+
+
+def _multiply_decoded(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
+    dtype = operand_dtype(x, extras.activations)
+    operands = _operands(x, extras, dtype)
+    rows, step = y.shape[1], _chunk_rows(weight, dtype.itemsize)
+    out = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
+    dense = torch.empty(min(step, rows), weight.columns, dtype=dtype)
+    for first in range(0, rows, step):
+        part = decode(weight, dtype, first, min(step, rows - first), dense)
+        torch.mm(operands.values, part.t(), out=out[:, first : first + len(part)])
+    if operands.scales is not None:
+        out.mul_(operands.scales[:, None])
+    branch = _branch(x, extras)
+    if branch is not None:
+        out.addmm_(branch[0].to(dtype), branch[1].to(dtype).t())
+    if extras.bias is not None:
+        out.add_(extras.bias)
+    if out is not y:
+        y.copy_(out)

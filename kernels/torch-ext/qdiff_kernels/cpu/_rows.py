@@ -1,0 +1,121 @@
+"""Compiled helpers of the weight kernels: scales of a row, products with tokens, results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from . import _job as J
+from ._simd import fast_dot, read_bf16, read_f16, read_f32, read_u8, write
+from ._vector import multiply
+
+TABLE_FACTOR, TABLE_SPAN = 256, 257
+
+compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@compiled
+def fill_scales(kind: Any, source: Any, first: Any, count: Any, table: Any, target: Any) -> None:
+    """Scales ``first .. first + count - 1`` as float32 at ``target``."""
+    factor = read_f32(table, TABLE_FACTOR)
+    if kind == J.BYTE:
+        for i in range(count):
+            write(target, i, read_f32(table, read_u8(source, first + i)), "float32")
+    elif kind == J.FLOAT16:
+        for i in range(count):
+            write(target, i, read_f16(source, first + i) * factor, "float32")
+    elif kind == J.BFLOAT16:
+        for i in range(count):
+            write(target, i, read_bf16(source, first + i) * factor, "float32")
+    else:
+        for i in range(count):
+            write(target, i, read_f32(source, first + i) * factor, "float32")
+
+
+@compiled
+def rescale_to_int8(scales: Any, zeros: Any, count: Any, span: Any, top: Any) -> Any:
+    """Divide a row's scales (and zeros) so that its levels become int8; returns what was divided by.
+
+    ``span``: the largest level over 127, or the unit of which all levels are multiples. ``top``: the largest code, with zeros.
+    """
+    largest = 0.0
+    for i in range(count):
+        scale = read_f32(scales, i)
+        if zeros == 0:
+            largest = max(largest, abs(scale))
+        else:
+            zero = read_f32(zeros, i)
+            largest = max(largest, abs(zero) / 127.0, abs(scale * top + zero) / 127.0)
+    unit = largest if zeros != 0 else largest * span
+    if unit == 0.0:
+        unit = 1.0
+    inverse = 1.0 / unit
+    for i in range(count):
+        write(scales, i, read_f32(scales, i) * inverse, "float32")
+        if zeros != 0:
+            write(zeros, i, read_f32(zeros, i) * inverse, "float32")
+    return unit
+
+
+@compiled
+def spread(values: Any, groups: Any, group_size: Any, blocks: Any, target: Any) -> None:
+    """One value per group of columns -> one per 16 columns, float32; ``group_size`` is a multiple of 16 if there are groups."""
+    if groups == 1:
+        for b in range(blocks):
+            write(target, b, read_f32(values, 0), "float32")
+        return
+    per_group = group_size // 16
+    for g in range(groups):
+        for b in range(g * per_group, min((g + 1) * per_group, blocks)):
+            write(target, b, read_f32(values, g), "float32")
+
+
+@compiled
+def finish(sums: Any, width: Any, token: Any, row: Any, count: Any, job: Any) -> None:
+    """Results of ``count`` rows and ``width`` tokens from their sums: token scale, bias, addend, rounding."""
+    rows, y = job[J.ROWS], job[J.Y]
+    for t in range(width):
+        scale = read_f32(job[J.TOKEN_SCALES], token + t) if job[J.TOKEN_SCALES] else 1.0
+        for r in range(count):
+            value = read_f32(sums, r * width + t) * scale
+            at = (token + t) * rows + row + r
+            if job[J.ADDEND]:
+                value += read_f32(job[J.ADDEND], at)
+            if job[J.BIAS]:
+                value += read_f32(job[J.BIAS], row + r)
+            if job[J.Y_KIND] == J.BFLOAT16:
+                write(y, at, value, "bfloat16")
+            elif job[J.Y_KIND] == J.FLOAT16:
+                write(y, at, value, "float16")
+            else:
+                write(y, at, value, "float32")
+
+
+def _make_products(out: str, fast: bool) -> Any:
+    @compiled
+    def products(rows: Any, stride: Any, row: Any, count: Any, sums: Any, job: Any) -> None:
+        """Multiply four decoded rows, of which ``count`` exist, by all tokens."""
+        steps = stride // 64
+        x, x_stride, tokens = job[J.X], job[J.X_STRIDE], job[J.TOKENS]
+        token = 0
+        while tokens - token >= 4:
+            multiply(rows, stride, x + token * x_stride, x_stride, steps, sums, 4, 4, out, fast)
+            finish(sums, 4, token, row, count, job)
+            token += 4
+        left = tokens - token
+        at = x + token * x_stride
+        if left == 3:
+            multiply(rows, stride, at, x_stride, steps, sums, 4, 3, out, fast)
+        elif left == 2:
+            multiply(rows, stride, at, x_stride, steps, sums, 4, 2, out, fast)
+        elif left == 1:
+            multiply(rows, stride, at, x_stride, steps, sums, 4, 1, out, fast)
+        if left:
+            finish(sums, left, token, row, count, job)
+
+    return products
+
+
+products_float32 = _make_products("float32", False)
+products_bfloat16 = _make_products("bfloat16", fast_dot())

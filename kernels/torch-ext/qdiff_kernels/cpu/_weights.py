@@ -1,0 +1,233 @@
+"""From the ops' arguments to a kernel and its job: what a packed weight is to the compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..bitpack import packed_bytes
+from ..minifloat import encoding_bits, levels, scale_values
+from . import _job as J
+from ._kernels import codebook_kernel, levels_kernel, scratch_bytes
+from ._threads import run_job
+
+KINDS = {torch.float32: J.FLOAT32, torch.float16: J.FLOAT16, torch.bfloat16: J.BFLOAT16}
+NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+TASK_WEIGHTS = 1 << 16  # weights in a task: some twenty microseconds of work
+
+
+class Weight(NamedTuple):
+    """A packed weight as the kernels take it."""
+
+    kind: str  # name of the format
+    kernel: Callable[[str], Any]  # compiled kernel for rows of a type
+    bits_per_weight: float
+    columns: int
+    codes: Tensor  # int8 [rows, bytes]
+    scales: Tensor  # [rows or 1, groups]
+    group_size: int
+    table: Tensor  # levels or codebooks, as the kernel reads them
+    span: float  # a scale times this is the unit of an int8 row
+    exact_int8: bool  # whether int8 rows are exact
+    zeros: Tensor | None = None
+    factor: float = 1.0  # of all scales
+    vector_size: int = 1
+
+
+def run_weight(weight: Weight, out: str, **fields: Any) -> None:
+    """Run the weight's kernel. ``fields``: positions of the job by name, as ``TARGET=address``."""
+    rows = weight.codes.shape[0]
+    if not rows or not weight.columns:
+        return
+    threads = torch.get_num_threads()
+    per_task = max(J.ROW_BLOCK, min(TASK_WEIGHTS // weight.columns, rows // (4 * threads)) // J.ROW_BLOCK * J.ROW_BLOCK)
+    tasks = -(-rows // per_task)
+    threads = min(threads, tasks)
+    groups = weight.scales.shape[1]
+    size = scratch_bytes(weight.columns, groups, weight.codes.shape[1])
+    scratch = torch.empty(size * threads + 64, dtype=torch.int8)
+    table, kind = _scale_table(weight.scales.dtype, weight.factor, weight.span)
+    job = np.zeros(J.LENGTH, np.int64)
+    job[2:21] = (
+        tasks,
+        per_task,
+        rows,
+        weight.columns,
+        weight.codes.data_ptr(),
+        weight.codes.shape[1],
+        weight.scales.data_ptr(),
+        kind,
+        groups if weight.scales.shape[0] > 1 else 0,
+        groups,
+        weight.group_size if groups > 1 else weight.columns,
+        table.data_ptr(),
+        0 if weight.zeros is None else weight.zeros.data_ptr(),
+        weight.table.data_ptr(),
+        0,
+        0,
+        0,
+        -(-scratch.data_ptr() // 64) * 64,
+        size,
+    )
+    job[J.VECTOR_SIZE] = weight.vector_size
+    for name, value in fields.items():
+        job[getattr(J, name)] = value
+    run_job(weight.kernel(out).ctypes, job, threads)
+
+
+def decode(
+    weight: Weight,
+    dtype: torch.dtype,
+    first: int = 0,
+    count: int | None = None,
+    target: Tensor | None = None,
+    row_scales: Tensor | None = None,
+) -> Tensor:
+    """Dense rows ``first .. first + count - 1``, ``[count, columns]``, at the start of ``target`` if given.
+
+    An int8 result goes with ``row_scales`` (float32 ``[count]``, written), which its rows are to be multiplied by.
+    """
+    part = weight if count is None else rows_of(weight, first, count)
+    rows = part.codes.shape[0]
+    dense = torch.empty(rows, weight.columns, dtype=dtype) if target is None else target[:rows]
+    scales_at = 0 if row_scales is None else row_scales.data_ptr()
+    stride = dense.stride(0) * dense.element_size()
+    run_weight(part, NAMES[dtype], TARGET=dense.data_ptr(), TARGET_STRIDE=stride, ROW_SCALES=scales_at)
+    return dense
+
+
+def rows_of(weight: Weight, first: int, count: int) -> Weight:
+    """Consecutive rows as a weight of their own."""
+    part = slice(first, first + count)
+    scales = weight.scales[part] if weight.scales.shape[0] > 1 else weight.scales
+    zeros = weight.zeros[part] if weight.zeros is not None and weight.zeros.shape[0] > 1 else weight.zeros
+    return weight._replace(codes=weight.codes[part], scales=scales, zeros=zeros)
+
+
+@lru_cache(maxsize=256)
+def _scale_table(dtype: torch.dtype, factor: float, span: float) -> tuple[Tensor, int]:
+    """Float32 ``[258]``: value of each scale byte, the factor of other scales, the int8 span. And the kind of scales."""
+    with torch.inference_mode(False):
+        values = torch.zeros(258)
+        kind = KINDS.get(dtype, J.BYTE)
+        if kind == J.BYTE:
+            every = torch.arange(256, dtype=torch.uint8).view(dtype)
+            values[:256] = scale_values(every, torch.float32) * factor
+        values[256], values[257] = factor, span
+        return values, kind
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _check_bytes(codes: Tensor, count: int, bits: int) -> None:
+    if codes.shape[-1] != packed_bytes(count, bits):
+        raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, got {codes.shape[-1]}")
+
+
+def integer_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int) -> Weight | None:
+    """Arguments of ``integer_dequantize``; ``None`` if the kernels do not take them."""
+    if not 1 <= bits <= 8 or (zeros is not None and (zeros.shape != scales.shape or zeros.dtype != scales.dtype)):
+        return None
+    _check_bytes(codes, columns, bits)
+    table, span, exact = _integer_table(bits, zeros is not None)
+    exact = exact and zeros is None and scales.shape[1] == 1
+    shared = zeros is not None
+
+    def kernel(out: str) -> Any:
+        return levels_kernel(bits, False, shared, out)
+
+    zeros = None if zeros is None else _readable(zeros)
+    span = 1.0 if exact else span
+    return Weight(
+        "integer", kernel, bits, columns, _readable(codes), _readable(scales), group_size, table, span, exact, zeros=zeros
+    )
+
+
+@lru_cache(maxsize=16)
+def _integer_table(bits: int, zeros: bool) -> tuple[Tensor, float, bool]:
+    first = 0 if zeros else -(1 << (bits - 1))
+    values = tuple(float(first + code) for code in range(1 << bits))
+    return _level_table((values,)), max(abs(v) for v in values) / 127, True
+
+
+def minifloat_weight(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, encodings: str, group_size: int, columns: int
+) -> Weight | None:
+    """Arguments of ``minifloat_dequantize``; ``None`` if the kernels do not take them."""
+    names = encodings.split(",")
+    bits = 1 + sum(encoding_bits(names[0]))
+    factor = 1.0 if tensor_scale is None else float(tensor_scale)
+    if len(names) > 2 or (len(names) == 2 and factor < 0):
+        return None
+    _check_bytes(codes, columns, bits)
+    table, span, exact = _minifloat_table(encodings)
+    exact = exact and scales.shape[1] == 1
+    two = len(names) == 2
+
+    def kernel(out: str) -> Any:
+        return levels_kernel(bits, two, False, out)
+
+    span = span if exact else _largest(encodings) / 127
+    rest = columns, _readable(codes), _readable(scales), group_size, table, span, exact
+    return Weight("minifloat", kernel, bits, *rest, factor=factor)
+
+
+@lru_cache(maxsize=64)
+def _largest(encodings: str) -> float:
+    return max(abs(value) for name in encodings.split(",") for value in levels(name))
+
+
+@lru_cache(maxsize=64)
+def _minifloat_table(encodings: str) -> tuple[Tensor, float, bool]:
+    tables = tuple(levels(name) for name in encodings.split(","))
+    unit = 1.0
+    values = [abs(v) for table in tables for v in table]
+    while any(v / unit % 1 for v in values):
+        unit /= 2
+    exact = max(values) / unit <= 127
+    return _level_table(tables), unit, exact
+
+
+def _level_table(tables: tuple[tuple[float, ...], ...]) -> Tensor:
+    """bfloat16 levels, one table after the other, repeated to at least 32 entries for a word shuffle."""
+    with torch.inference_mode(False):
+        values = torch.tensor([v for table in tables for v in table], dtype=torch.bfloat16)
+        return values.repeat(max(1, 32 // len(values)))
+
+
+def codebook_weight(codes: Tensor, codebooks: Tensor, scales: Tensor, group_size: int, columns: int) -> Weight | None:
+    """Arguments of ``codebook_dequantize``; ``None`` if the kernels do not take them."""
+    num_codebooks, entries, vector_size = codebooks.shape
+    bits = entries.bit_length() - 1
+    integer = codebooks.dtype == torch.int8
+    lanes = 1 << max(0, vector_size - 1).bit_length()
+    if lanes > 64 or bits > 16 or num_codebooks > 8 or (scales.shape[1] > 1 and group_size % vector_size):
+        return None
+    vectors = -(-columns // vector_size)
+    _check_bytes(codes, vectors * num_codebooks, bits)
+    table = codebooks.to(torch.int16 if integer else torch.float32)
+    if lanes != vector_size:
+        table = torch.nn.functional.pad(table, (0, lanes - vector_size))
+    exact = integer and scales.shape[1] == 1
+
+    def kernel(out: str) -> Any:
+        return codebook_kernel(bits, num_codebooks, lanes, integer, out)
+
+    span = 1.0 if exact else float(codebooks.float().abs().amax(1).sum(0).max()) / 127
+    bits_per_weight = num_codebooks * bits / vector_size
+    rest = columns, _readable(codes), _readable(scales), group_size, _readable(table), span, exact
+    return Weight("codebook", kernel, bits_per_weight, *rest, vector_size=vector_size)
+
+
+WEIGHTS: dict[str, Callable[..., Weight | None]] = {
+    "codebook": codebook_weight,
+    "minifloat": minifloat_weight,
+    "integer": integer_weight,
+}
