@@ -6,13 +6,15 @@ import json
 import math
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 
-from qdiff_diffusers.bench import layers, ours, peers
+from qdiff_diffusers.bench import layers, models, ours, peers
 from qdiff_diffusers.bench.contenders import Contender, plain, resident_bytes, select
 from qdiff_diffusers.bench.layers import Shape, run_layers
-from qdiff_diffusers.bench.report import layers_markdown
+from qdiff_diffusers.bench.models import MODELS, Model, fill, run_models
+from qdiff_diffusers.bench.report import layers_markdown, models_markdown
 from qdiff_diffusers.bench.results import Results, busy, facts
 from qdiff_diffusers.bench.timing import BASELINE_EVERY, CpuTimer, Race, Spread, race
 from qdiff_diffusers.cli import main
@@ -187,7 +189,8 @@ def run_facts(monkeypatch):
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
     """Compiling takes longer than everything else here."""
-    monkeypatch.setattr("qdiff_diffusers.bench.contenders.compiled", lambda module: module)
+    for place in ("contenders", "models"):
+        monkeypatch.setattr(f"qdiff_diffusers.bench.{place}.compiled", lambda module: module)
 
 
 class TestLayers:
@@ -284,6 +287,75 @@ class TestResume:
             Results(tmp_path / "layers", run_facts, resume=True)
 
 
+@pytest.fixture
+def tiny(monkeypatch) -> str:
+    """A DiT of two tiny blocks among the models."""
+
+    def inputs(device, dtype):
+        given = tiny_models.dit_inputs()
+        return given | {"hidden_states": given["hidden_states"].to(dtype)}
+
+    monkeypatch.setitem(MODELS, "tiny", Model(tiny_models.dit, inputs, "two tiny blocks"))
+    return "tiny"
+
+
+class TestModels:
+    def measure(self, results: Results, only: list[str]) -> Results:
+        run_models(results, ["tiny"], device=CPU, dtype=torch.bfloat16, budget=1e-3, only=only)
+        return results
+
+    def test_a_packed_model_is_timed_beside_the_dense_one(self, tiny, tmp_path, run_facts):
+        results = self.measure(Results(tmp_path / "models", run_facts), ["torch", "qdiff-int4"])
+        cells = {cell["contender"]: cell for cell in results.cells.values()}
+        assert set(cells) == {"torch", "torch-compile", "qdiff-int4", "qdiff-int4-a8"}
+        packed = cells["qdiff-int4-a8"]
+        assert packed["layers"] > 10 and packed["ratio"]["median"] > 0 and packed["rounds"] >= 2
+        assert packed["bytes"] < packed["dense_bytes"] == cells["torch"]["bytes"]
+        assert "int8 activations" in packed["format"]
+        assert json.loads((tmp_path / "models.json").read_text())["cells"]
+
+    def test_the_report_has_time_speed_and_memory(self, tiny, tmp_path, run_facts):
+        report = models_markdown(self.measure(Results(tmp_path / "models", run_facts), ["qdiff-fp4", "gemlite"]))
+        row = next(line for line in report.splitlines() if line.startswith("| qdiff-fp4 "))
+        assert "### tiny" in report and "e1m2uz" in row
+        assert "- gemlite-int4: does not run on cpu" in report
+
+    def test_a_peer_that_fails_becomes_a_row(self, tiny, tmp_path, run_facts, monkeypatch):
+        def refuse(layer):
+            raise ValueError("blocks of 256")
+
+        def infinite(layer):
+            layer.weight.fill_(math.inf)
+            return layer
+
+        broken = [Contender("refuses", "refuses", refuse, 4), Contender("infinite", "infinite", infinite, 4)]
+        monkeypatch.setattr(models, "contenders_for", lambda device, packer, only: [*broken, *plain()[:1]])
+        results = self.measure(Results(tmp_path / "models", run_facts), [])
+        reasons = {cell["contender"]: cell.get("reason") for cell in results.cells.values()}
+        assert reasons["refuses"] == "ValueError: blocks of 256" and "not finite" in reasons["infinite"]
+        assert reasons["torch"] is None  # what the peers did to their copies is not seen here
+
+    def test_resuming_keeps_what_was_measured(self, tiny, tmp_path, run_facts):
+        first = self.measure(Results(tmp_path / "models", run_facts), ["qdiff-int8"])
+        again = self.measure(Results(tmp_path / "models", run_facts, resume=True), ["qdiff-int8", "torch"])
+        assert len(again.cells) == 4
+        assert all(again.cells[key] == cell for key, cell in first.cells.items())
+
+    @pytest.mark.parametrize("name", sorted(MODELS))
+    def test_every_model_can_be_made(self, name):
+        with torch.device("meta"):
+            model = MODELS[name].make()
+        billions = sum(p.numel() for p in model.parameters()) / 1e9
+        assert billions == pytest.approx({"dit-xl-2": 0.75, "flux-slice": 1.03, "flux": 11.9, "sdxl-unet": 2.57}[name], rel=0.02)
+
+    def test_filled_models_have_small_weights_and_finite_outputs(self):
+        model = fill(tiny_models.dit, CPU, torch.bfloat16)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        given = tiny_models.dit_inputs()
+        output = model(given["hidden_states"].bfloat16(), given["timestep"], given["class_labels"]).sample
+        assert output.isfinite().all() and output.std() > 0
+
+
 def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as end:
         main([str(argument) for argument in arguments])
@@ -316,6 +388,15 @@ class TestCommand:
         out = capsys.readouterr().out
         assert "qdiff-int4" in out and str(tmp_path / "layers.md") in out
         assert (tmp_path / "layers.md").read_text() in out
+
+    def test_models_prints_the_table(self, tiny, tmp_path, capsys):
+        arguments = ["--model", tiny, "--only", "qdiff-int4", "--budget", "0.001", "--device", "cpu"]
+        assert run("bench", "models", *arguments, "-o", tmp_path) == 0
+        assert "qdiff-int4-a8" in capsys.readouterr().out and (tmp_path / "models.md").exists()
+
+    def test_an_unknown_model_is_named(self, tmp_path, capsys):
+        assert run("bench", "models", "--model", "dalle", "-o", tmp_path / "out") == 2
+        assert "'dalle'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
     def test_list_names_every_contender(self, capsys):
         assert run("bench", "list", "--device", "cpu") == 0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +51,7 @@ def layers(
     counts, words = _counts(tokens), _words(only) if only else None
     place, kind = _prepare(device, dtype, threads, budget)
     results = _results(output / "layers", place, kind, budget, resume)
-    with progress_bars() as progress:
+    with _quiet(), progress_bars() as progress:
         task = progress.add_task("layers", total=count_cells(wanted, counts, words, place))
         run_layers(
             results,
@@ -62,6 +66,44 @@ def layers(
     _finish(results, layers_markdown(results))
 
 
+@bench.command()
+def models(
+    model: Annotated[list[str] | None, typer.Option(help="dit-xl-2, flux-slice, flux or sdxl-unet.")] = None,
+    only: Only = None,
+    output: Output = Path("bench"),
+    device: Device = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    budget: Budget = 10,
+    resume: Resume = False,
+) -> None:
+    """Time one step of whole models with random weights at their real shapes."""
+    from ..bench.layers import contenders_for
+    from ..bench.models import find_model, run_models
+    from ..bench.ours import Packer
+    from ..bench.report import models_markdown
+
+    names = model or ["dit-xl-2"]
+    words = _words(only) if only else None
+    for name in names:
+        find_model(name)
+    place, kind = _prepare(device, dtype, threads, budget)
+    total = len(contenders_for(place, Packer(), words)) * len(names)
+    results = _results(output / "models", place, kind, budget, resume)
+    with _quiet(), progress_bars() as progress:
+        task = progress.add_task("models", total=total)
+        run_models(
+            results,
+            names,
+            device=place,
+            dtype=kind,
+            budget=budget,
+            only=words,
+            advance=lambda what: progress.update(task, advance=1, description=what),
+        )
+    _finish(results, models_markdown(results))
+
+
 @bench.command("list")
 def list_contenders(device: Device = None) -> None:
     """Name every contender, and say what is missing for those that cannot run here."""
@@ -72,6 +114,19 @@ def list_contenders(device: Device = None) -> None:
     console = stdout()
     for contender in contenders_for(place, Packer(), None):
         console.print(f"{contender.name:<26} {contender.family:<14} {contender.unavailable(place) or ''}", highlight=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the peers' warnings and log lines, of which some come with every call, out of the terminal."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _prepare(device: str | None, dtype: str, threads: int | None, budget: float) -> tuple[torch.device, torch.dtype]:
