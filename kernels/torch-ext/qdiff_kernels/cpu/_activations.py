@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray
 from torch import Tensor
 
 from ..activations import FP8_MAX, INT4_GROUP
 from ..hadamard import rotation_signs
+from ._compile import SOURCE, helper, kernel
 from ._simd import SIZES, bits_float, fetch_add, float_bits, read_bf16, read_f16, read_f32, rint, write, zero_bytes
 from ._threads import SLOT, TASK, run_job
 from ._weights import KINDS, NAMES
@@ -69,11 +70,11 @@ def prepare(
         0 if scales is None else scales.data_ptr(),
         scratch.data_ptr(),
     )
-    run_job(_kernel(activations, NAMES[dtype], fold or activations == "int4").ctypes, job, threads)
+    run_job(_kernel(activations, NAMES[dtype], fold or activations == "int4"), job, threads)
     return Operands(values, scales)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@helper
 def load_token(kind: Any, source: Any, first: Any, count: Any, target: Any) -> None:
     """One token as float32."""
     if kind == BFLOAT16:
@@ -87,7 +88,7 @@ def load_token(kind: Any, source: Any, first: Any, count: Any, target: Any) -> N
             write(target, i, read_f32(source, first + i), "float32")
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@helper
 def transform_token(values: Any, count: Any, smooth: Any, signs: Any, block: Any) -> None:
     """Divide by the smoothing vector and rotate, in place: signs, then butterflies in each block."""
     if smooth:
@@ -109,7 +110,7 @@ def transform_token(values: Any, count: Any, smooth: Any, signs: Any, block: Any
         half *= 2
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@helper
 def step_of(values: Any, first: Any, last: Any, limit: Any) -> Any:
     """Largest magnitude over ``limit``: 1 where that is zero, not a number where any value is not."""
     largest = np.int32(0)
@@ -119,7 +120,7 @@ def step_of(values: Any, first: Any, last: Any, limit: Any) -> Any:
     return np.float32(1.0) if step == 0 else step
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@helper
 def round_e4m3(value: Any) -> Any:
     """Nearest E4M3 number, half to even; ``value`` lies within its range."""
     exponent = max((float_bits(value) >> np.int32(23)) & np.int32(0xFF), np.int32(127 - 6))
@@ -129,12 +130,13 @@ def round_e4m3(value: Any) -> Any:
 
 @lru_cache(maxsize=16)
 def _kernel(activations: str, out: str, fold: bool) -> Any:
-    size = SIZES[out]
+    source, size = SOURCE, SIZES[out]
     limit = {"none": 0.0, "int8": 127.0, "fp8": FP8_MAX, "int4": 7.0}[activations]
     grouped, quantized, fp8 = activations == "int4", activations != "none", activations == "fp8"
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(raw: Any) -> None:
+    @kernel
+    def entry(raw: Any) -> None:
+        _ = source
         job = carray(raw, (LENGTH,), np.int64)
         header, columns = job.ctypes.data, job[COLUMNS]
         values = job[SCRATCH] + fetch_add(header + 8 * SLOT, 1) * (columns + 64) * 4
@@ -160,4 +162,4 @@ def _kernel(activations: str, out: str, fold: bool) -> Any:
                 zero_bytes(target + columns * size, job[STRIDE] - columns * size)
             task = fetch_add(header + 8 * TASK, 1)
 
-    return kernel
+    return entry

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, types
+from numba import carray
 from torch import Tensor
 
+from ._compile import SOURCE, kernel
 from ._simd import fetch_add, read_f32, read_i32, write
 from ._threads import TASK, run_job
 from ._weights import NAMES
@@ -31,13 +32,16 @@ def scale_sums(sums: Tensor, token_scales: Tensor, row_scales: Tensor, bias: Ten
     addresses = sums.data_ptr(), token_scales.data_ptr(), row_scales.data_ptr(), 0 if bias is None else bias.data_ptr()
     job[2:] = (tasks, tokens, rows, *addresses, y.data_ptr(), y.stride(0))
     threads = min(torch.get_num_threads(), tasks) if tokens * rows > 1 << 14 else 1
-    run_job(_kernel(NAMES[y.dtype], bias is not None).ctypes, job, threads)
+    run_job(_kernel(NAMES[y.dtype], bias is not None), job, threads)
 
 
 @lru_cache(maxsize=8)
 def _kernel(out: str, biased: bool) -> Any:
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(raw: Any) -> None:
+    source = SOURCE
+
+    @kernel
+    def entry(raw: Any) -> None:
+        _ = source
         job = carray(raw, (LENGTH,), np.int64)
         header, rows = job.ctypes.data, job[ROWS]
         sums, row_scales, bias, y = job[SUMS], job[ROW_SCALES], job[BIAS], job[Y]
@@ -53,4 +57,4 @@ def _kernel(out: str, biased: bool) -> Any:
                     write(y, to + r, value, out)
             task = fetch_add(header + 8 * TASK, 1)
 
-    return kernel
+    return entry

@@ -11,19 +11,19 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray
 
 from . import _job as J
+from ._compile import SOURCE, helper, inlined, kernel
 from ._rows import TABLE_SPAN, fill_scales, products_bfloat16, products_float32, rescale_to_int8, spread
 from ._simd import SIZES, copy_bytes, fast_lookup, fetch_add, read_bf16, read_f32, read_u8, write, zero_bytes
 from ._vector import BLOCK, add_entries, decode_levels
 
-ENTRY = types.void(types.voidptr)
 SUMS_BYTES = 256
 SLACK = 256  # bytes past a decoded row that a vector may write to
 
 
-@njit(nogil=True, cache=True)
+@helper
 def scale_room(columns: Any, groups: Any) -> Any:
     """Bytes for one float32 per group or per 16 columns, whichever are more."""
     return (max(groups, columns // 16 + 2) * 4 + 63) // 64 * 64
@@ -35,7 +35,7 @@ def scratch_bytes(columns: int, groups: int, code_bytes: int) -> int:
     return _round_up(rows + SUMS_BYTES + 4 * scale_room.py_func(columns, groups) + code_bytes + SLACK, 4096)
 
 
-@njit(inline="always")
+@inlined
 def products(decoded: Any, stride: Any, first: Any, count: Any, sums: Any, job: Any, out: Any) -> None:
     """Multiply decoded rows by all tokens."""
     if out == "float32":
@@ -44,7 +44,7 @@ def products(decoded: Any, stride: Any, first: Any, count: Any, sums: Any, job: 
         products_bfloat16(decoded, stride, first, count, sums, job)
 
 
-@njit(inline="always")
+@inlined
 def read_code(codes: Any, bit: Any, bits: Any) -> Any:
     """The code of up to 8 bits at position ``bit``; no byte without a part of it is read."""
     code = read_u8(codes, bit // 8)
@@ -62,7 +62,7 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-@njit(inline="always")
+@inlined
 def decode_level_row(
     job: Any, row: Any, scratch: Any, target: Any, bits: Any, two: Any, zeros: Any, out: Any, size: Any, simd: Any
 ) -> None:
@@ -95,7 +95,7 @@ def decode_level_row(
             write(target, c, level * scale + zero, out)
 
 
-@njit(inline="always")
+@inlined
 def row_scales(job: Any, row: Any, scales: Any, zero_values: Any, zeros: Any, out: Any, top: Any) -> None:
     """A row's scales and zeros in float32; for int8 rows divided by the number they are stored to be multiplied by."""
     kind, groups, table, first = job[J.SCALE_KIND], job[J.GROUPS], job[J.SCALE_TABLE], row * job[J.SCALE_STRIDE]
@@ -116,10 +116,11 @@ def levels_kernel(bits: int, two: bool, zeros: bool, out: str) -> Any:
         out: "bfloat16", "float32", "float16" or "int8", what rows are decoded to.
     """
     simd = fast_lookup() and bits + two <= 8
-    size, unit = SIZES[out], (BLOCK if out == "bfloat16" else 16)
+    source, size, unit = SOURCE, SIZES[out], (BLOCK if out == "bfloat16" else 16)
 
-    @cfunc(ENTRY, cache=True, error_model="numpy")
-    def kernel(raw: Any) -> None:
+    @kernel
+    def entry(raw: Any) -> None:
+        _ = source
         job = carray(raw, (J.LENGTH,), np.int64)
         header, rows, columns, tokens = job.ctypes.data, job[J.ROWS], job[J.COLUMNS], job[J.TOKENS]
         stride = (columns + unit - 1) // unit * unit * size
@@ -139,7 +140,7 @@ def levels_kernel(bits: int, two: bool, zeros: bool, out: str) -> Any:
                     products(decoded, stride, first, count, sums, job, out)
             task = fetch_add(header + 8 * J.TASK, 1)
 
-    return kernel
+    return entry
 
 
 @lru_cache(maxsize=64)
@@ -153,10 +154,11 @@ def codebook_kernel(bits: int, num_codebooks: int, lanes: int, integer: bool, ou
         integer: whether the tables are int16 (from int8 codebooks) rather than float32.
         out: as in :func:`levels_kernel`.
     """
-    size, unit = SIZES[out], (BLOCK if out == "bfloat16" else 16)
+    source, size, unit = SOURCE, SIZES[out], (BLOCK if out == "bfloat16" else 16)
 
-    @cfunc(ENTRY, cache=True, error_model="numpy")
-    def kernel(raw: Any) -> None:
+    @kernel
+    def entry(raw: Any) -> None:
+        _ = source
         job = carray(raw, (J.LENGTH,), np.int64)
         header, rows, columns, tokens = job.ctypes.data, job[J.ROWS], job[J.COLUMNS], job[J.TOKENS]
         groups, group_size, vector_size = job[J.GROUPS], job[J.GROUP_SIZE], job[J.VECTOR_SIZE]
@@ -193,4 +195,4 @@ def codebook_kernel(bits: int, num_codebooks: int, lanes: int, integer: bool, ou
                     products(decoded, stride, first, count, sums, job, out)
             task = fetch_add(header + 8 * J.TASK, 1)
 
-    return kernel
+    return entry

@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Weight, extras: Extras) -> Any:
     y = torch.empty(tokens.shape[0], rows, dtype=x.dtype)
     if tokens.shape[0] <= few_tokens(weight.kind, weight.bits_per_weight, extras.activations):
         _multiply_packed(tokens, weight, extras, y)
-    elif extras.activations == "int8" and (weight.exact_int8 or weight.bits_per_weight <= ROUNDED_BITS):
+    elif extras.activations == "int8" and (weight.bits_per_weight <= ROUNDED_BITS or weight.int8()[1]):
         _multiply_int8(tokens, weight, extras, y)
     else:
         _multiply_decoded(tokens, weight, extras, y)

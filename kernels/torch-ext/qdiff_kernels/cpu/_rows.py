@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from . import _job as J
+from ._compile import helper
 from ._simd import fast_dot, read_bf16, read_f16, read_f32, read_u8, write
 from ._vector import multiply
 
 TABLE_FACTOR, TABLE_SPAN = 256, 257
 
-compiled = njit(nogil=True, cache=True, error_model="numpy")
 
-
-@compiled
+@helper
 def fill_scales(kind: Any, source: Any, first: Any, count: Any, table: Any, target: Any) -> None:
     """Scales ``first .. first + count - 1`` as float32 at ``target``."""
     factor = read_f32(table, TABLE_FACTOR)
@@ -33,7 +30,7 @@ def fill_scales(kind: Any, source: Any, first: Any, count: Any, table: Any, targ
             write(target, i, read_f32(source, first + i) * factor, "float32")
 
 
-@compiled
+@helper
 def rescale_to_int8(scales: Any, zeros: Any, count: Any, span: Any, top: Any) -> Any:
     """Divide a row's scales (and zeros) so that its levels become int8; returns what was divided by.
 
@@ -58,7 +55,7 @@ def rescale_to_int8(scales: Any, zeros: Any, count: Any, span: Any, top: Any) ->
     return unit
 
 
-@compiled
+@helper
 def spread(values: Any, groups: Any, group_size: Any, blocks: Any, target: Any) -> None:
     """One value per group of columns -> one per 16 columns, float32; ``group_size`` is a multiple of 16 if there are groups."""
     if groups == 1:
@@ -71,7 +68,7 @@ def spread(values: Any, groups: Any, group_size: Any, blocks: Any, target: Any) 
             write(target, b, read_f32(values, g), "float32")
 
 
-@compiled
+@helper
 def finish(sums: Any, width: Any, token: Any, row: Any, count: Any, job: Any) -> None:
     """Results of ``count`` rows and ``width`` tokens from their sums: token scale, bias, addend, rounding."""
     rows, y = job[J.ROWS], job[J.Y]
@@ -93,7 +90,7 @@ def finish(sums: Any, width: Any, token: Any, row: Any, count: Any, job: Any) ->
 
 
 def _make_products(out: str, fast: bool) -> Any:
-    @compiled
+    @helper
     def products(rows: Any, stride: Any, row: Any, count: Any, sums: Any, job: Any) -> None:
         """Multiply four decoded rows, of which ``count`` exist, by all tokens."""
         steps = stride // 64

@@ -100,13 +100,11 @@ def to_stored(builder: Any, value: Any, out: str) -> Any:
     if out != "int8":
         return builder.fptrunc(value, vector(kind, count) if count else kind)
     suffix = f"v{count}f32" if count else "f32"
+    for name, limit in (("minnum", 127.0), ("maxnum", -128.0)):  # not a number becomes 127: its row's scale says what it was
+        bound = ir.Constant(vector(F32, count), [limit] * count) if count else F32(limit)
+        value = call(builder, f"llvm.{name}.{suffix}", value.type, value, bound)
     rounded = call(builder, f"llvm.rint.{suffix}", value.type, value)
-    wide = vector(I32, count) if count else I32
-    number = call(builder, f"llvm.fptosi.sat.{suffix.replace('f32', 'i32')}.{suffix}", wide, rounded)
-    for name, limit in (("smin", 127), ("smax", -128)):
-        bound = constant_vector(I32, [limit] * count) if count else I32(limit)
-        number = call(builder, f"llvm.{name}.{suffix.replace('f32', 'i32')}", wide, number, bound)
-    return builder.trunc(number, vector(I8, count) if count else I8)
+    return builder.fptosi(rounded, vector(I8, count) if count else I8)
 
 
 @intrinsic

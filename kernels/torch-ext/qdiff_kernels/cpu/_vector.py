@@ -43,7 +43,7 @@ def decode_levels(
     width, pair, shifted, name = (t.literal_value for t in (bits, two, zeros, out))
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        levels = _look_up(builder, *arguments[:4], bits=width, two=pair)
+        levels = _look_up(builder, arguments, width, pair)
         words = builder.bitcast(levels, vector(I32, 16))
         halves = (builder.shl(words, constant_vector(I32, [16] * 16)), builder.and_(words, constant_vector(I32, [0xFFFF0000] * 16)))
         results = []
@@ -60,8 +60,9 @@ def decode_levels(
     return types.void(i64, i64, f32, f32, f32, f32, i64, bits, two, zeros, out), codegen
 
 
-def _look_up(builder: Any, source: Any, table: Any, scale0: Any, scale1: Any, bits: int, two: bool) -> Any:
+def _look_up(builder: Any, arguments: Any, bits: int, two: bool) -> Any:
     """``<32 x i16>``: bfloat16 levels of columns 0, 16, 1, 17, ..."""
+    source, table, scale0, scale1 = arguments[:4]
     columns = [c // 2 + 16 * (c % 2) for c in range(32)]
     packed = load(builder, source, vector(I8, 4 * bits))
     packed = builder.shuffle_vector(packed, packed, constant_vector(I32, [min(i, 4 * bits - 1) for i in range(64)]))

@@ -18,6 +18,7 @@ from ._threads import run_job
 
 KINDS = {torch.float32: J.FLOAT32, torch.float16: J.FLOAT16, torch.bfloat16: J.BFLOAT16}
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+SATURATED = 132  # largest sum of int8 entries that is cut to 127: the shared tables' few outermost, by at most 4%
 TASK_WEIGHTS = 1 << 16  # weights in a task: some twenty microseconds of work
 
 
@@ -32,8 +33,7 @@ class Weight(NamedTuple):
     scales: Tensor  # [rows or 1, groups]
     group_size: int
     table: Tensor  # levels or codebooks, as the kernel reads them
-    span: float  # a scale times this is the unit of an int8 row
-    exact_int8: bool  # whether int8 rows are exact
+    int8: Callable[[], tuple[float, bool]]  # a scale times this is the unit of an int8 row; whether such rows are exact
     zeros: Tensor | None = None
     factor: float = 1.0  # of all scales
     vector_size: int = 1
@@ -51,7 +51,7 @@ def run_weight(weight: Weight, out: str, **fields: Any) -> None:
     groups = weight.scales.shape[1]
     size = scratch_bytes(weight.columns, groups, weight.codes.shape[1])
     scratch = torch.empty(size * threads + 64, dtype=torch.int8)
-    table, kind = _scale_table(weight.scales.dtype, weight.factor, weight.span)
+    table, kind = _scale_table(weight.scales.dtype, weight.factor, weight.int8()[0] if out == "int8" else 0.0)
     job = np.zeros(J.LENGTH, np.int64)
     job[2:21] = (
         tasks,
@@ -77,7 +77,7 @@ def run_weight(weight: Weight, out: str, **fields: Any) -> None:
     job[J.VECTOR_SIZE] = weight.vector_size
     for name, value in fields.items():
         job[getattr(J, name)] = value
-    run_job(weight.kernel(out).ctypes, job, threads)
+    run_job(weight.kernel(out), job, threads)
 
 
 def decode(
@@ -144,10 +144,9 @@ def integer_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: in
         return levels_kernel(bits, False, shared, out)
 
     zeros = None if zeros is None else _readable(zeros)
-    span = 1.0 if exact else span
-    return Weight(
-        "integer", kernel, bits, columns, _readable(codes), _readable(scales), group_size, table, span, exact, zeros=zeros
-    )
+    unit = 1.0 if exact else span
+    rest = columns, _readable(codes), _readable(scales), group_size, table, lambda: (unit, exact)
+    return Weight("integer", kernel, bits, *rest, zeros=zeros)
 
 
 @lru_cache(maxsize=16)
@@ -174,8 +173,8 @@ def minifloat_weight(
     def kernel(out: str) -> Any:
         return levels_kernel(bits, two, False, out)
 
-    span = span if exact else _largest(encodings) / 127
-    rest = columns, _readable(codes), _readable(scales), group_size, table, span, exact
+    unit = span if exact else _largest(encodings) / 127
+    rest = columns, _readable(codes), _readable(scales), group_size, table, lambda: (unit, exact)
     return Weight("minifloat", kernel, bits, *rest, factor=factor)
 
 
@@ -215,14 +214,17 @@ def codebook_weight(codes: Tensor, codebooks: Tensor, scales: Tensor, group_size
     table = codebooks.to(torch.int16 if integer else torch.float32)
     if lanes != vector_size:
         table = torch.nn.functional.pad(table, (0, lanes - vector_size))
-    exact = integer and scales.shape[1] == 1
+
+    def int8() -> tuple[float, bool]:
+        largest = float(codebooks.float().abs().amax(1).sum(0).max())  # of a sum, should one vector have the largest entries
+        exact = integer and scales.shape[1] == 1 and largest <= SATURATED
+        return 1.0 if exact else largest / 127, exact
 
     def kernel(out: str) -> Any:
         return codebook_kernel(bits, num_codebooks, lanes, integer, out)
 
-    span = 1.0 if exact else float(codebooks.float().abs().amax(1).sum(0).max()) / 127
     bits_per_weight = num_codebooks * bits / vector_size
-    rest = columns, _readable(codes), _readable(scales), group_size, _readable(table), span, exact
+    rest = columns, _readable(codes), _readable(scales), group_size, _readable(table), int8
     return Weight("codebook", kernel, bits_per_weight, *rest, vector_size=vector_size)
 
 

@@ -1,0 +1,243 @@
+"""The compiled CPU implementation against the layer's definition in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import oracle
+import pytest
+import torch
+from qdiff_kernels import implementations, pack_bits, use
+from qdiff_kernels.integer import integer_linear
+
+pytest.importorskip("numba")
+
+ROWS, COLUMNS = 37, 208  # no multiple of a row block, a vector of 32 columns, or a group of 64
+EXTRAS = ["plain", "bias+low_rank+smooth+rotation", "int8", "bias+low_rank+smooth+rotation+int8", "rotation+fp8", "low_rank+int4"]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+FEW, MANY = (1, 2, 3, 17), (33, 70)  # tokens on either side of every threshold
+
+
+@lru_cache(maxsize=64)
+def weight_of(variant: str, rows: int = ROWS, columns: int = COLUMNS) -> oracle.Packed:
+    return oracle.packed_weight(variant, rows, columns)
+
+
+def run(weight: oracle.Packed, x: torch.Tensor, extras: dict) -> torch.Tensor:
+    with use("cpu"):
+        return oracle.LINEAR[weight.kind](x, *weight.arguments, *extras.values())
+
+
+def tolerance(dtype: torch.dtype, extras: dict) -> float:
+    """A value halfway between two INT4 codes may be rounded either way, which shows where a dot product is short."""
+    coarse = {"none": 0.0, "int4": 5e-2}.get(extras["activations"], 2e-2)
+    return max(coarse, TOLERANCE[dtype])
+
+
+@pytest.fixture(params=["few", "many"])
+def path(request, monkeypatch):
+    """Force the packed product, or decoding for torch, whatever the number of tokens."""
+    from qdiff_kernels.cpu import _linear
+
+    limit = 10**9 if request.param == "few" else 0
+    monkeypatch.setattr(_linear, "few_tokens", lambda *_: limit)
+    return request.param
+
+
+def test_every_op_runs_compiled_on_the_cpu():
+    for op, row in implementations().items():
+        assert row["cpu"] == "cpu", op
+
+
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("variant", oracle.VARIANTS)
+def test_linear_matches_the_definition_on_either_path(variant, extras, path):
+    weight, chosen = weight_of(variant), oracle.make_extras(extras, ROWS, COLUMNS, COLUMNS)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(9, COLUMNS).to(dtype)
+        y = run(weight, x, chosen)
+        assert (y.shape, y.dtype) == ((9, ROWS), dtype)
+        assert oracle.relative_error(y, oracle.linear(x, weight.dense, chosen)) < tolerance(dtype, chosen)
+
+
+@pytest.mark.parametrize("tokens", [*FEW, *MANY])
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("variant", ["codebook-2x8-d8", "codebook-3x5-d3-int8", "e2m1-g16-e4m3-two-level", "int4-g64", "int8-row"])
+def test_any_number_of_tokens(variant, extras, tokens):
+    weight, chosen = weight_of(variant), oracle.make_extras(extras, ROWS, COLUMNS, COLUMNS)
+    for dtype in TOLERANCE:
+        x = torch.randn(tokens, COLUMNS).to(dtype)
+        error = oracle.relative_error(run(weight, x, chosen), oracle.linear(x, weight.dense, chosen))
+        assert error < tolerance(dtype, chosen), dtype
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 33), (2, 65), (9, 129), (5, 320)], ids=str)
+@pytest.mark.parametrize("activations", ["plain", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("variant", oracle.VARIANTS)
+def test_sizes_that_fill_no_group_and_no_vector(variant, activations, shape, path):
+    weight = weight_of(variant, *shape)
+    chosen = oracle.make_extras(f"bias+low_rank+{activations}", *shape, shape[1], rank=1)
+    x = torch.randn(3, shape[1]).bfloat16()
+    assert oracle.relative_error(run(weight, x, chosen), oracle.linear(x, weight.dense, chosen)) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("variant", oracle.VARIANTS)
+def test_dequantize_rounds_the_exact_value_once(variant, dtype):
+    weight = weight_of(variant)
+    with use("cpu"):
+        dense = oracle.DEQUANTIZE[weight.kind](*weight.arguments, COLUMNS, dtype)
+    exact = weight.dense
+    assert ((dense.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6 * exact.abs().max()).all()
+
+
+@pytest.mark.parametrize("extras", ["plain", "bias+low_rank+smooth+rotation+int8", "int4"])
+def test_non_contiguous_inputs_give_the_result_of_a_copy(extras):
+    weight, chosen = weight_of("e2m1-g32-e8m0", 6, 64), oracle.make_extras(extras, 6, 64, 64)
+    for x in (
+        torch.randn(64, 9).T,
+        torch.randn(5, 4, 64).transpose(0, 1),
+        torch.randn(4, 128)[:, ::2],
+        torch.randn(64).expand(3, 64),
+    ):
+        y = run(weight, x, chosen)
+        assert y.is_contiguous()
+        assert torch.allclose(y, run(weight, x.contiguous(), chosen), atol=1e-5)  # torch's own product of the branch differs
+
+
+@pytest.mark.parametrize("variant", oracle.VARIANTS)
+def test_non_contiguous_weights_are_read_by_value(variant, path):
+    weight = weight_of(variant)
+    strided = tuple(a.T.contiguous().T if isinstance(a, torch.Tensor) and a.ndim == 2 else a for a in weight.arguments)
+    x = torch.randn(2, COLUMNS)
+    assert torch.equal(run(weight._replace(arguments=strided), x, oracle.NO_EXTRAS), run(weight, x, oracle.NO_EXTRAS))
+
+
+@pytest.mark.parametrize("activations", ["none", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_not_a_number_reaches_the_output_of_its_token_only(activations, dtype, path):
+    weight, chosen = weight_of("int4-g64"), oracle.NO_EXTRAS | {"activations": activations}
+    x = torch.randn(3, COLUMNS).to(dtype)
+    x[1, 7] = float("nan")
+    y = run(weight, x, chosen)
+    assert torch.isfinite(y[[0, 2]]).all()
+    assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-40, 1e-30, 1e30])
+@pytest.mark.parametrize("activations", ["none", "int8", "fp8", "int4"])
+def test_magnitudes_at_the_edges_of_float32(activations, magnitude, path):
+    weight, chosen = weight_of("int4-g64"), oracle.NO_EXTRAS | {"activations": activations}
+    x = torch.randn(2, COLUMNS).sign() * magnitude
+    y = run(weight, x, chosen)
+    expected = oracle.linear(x, weight.dense, chosen)
+    allowed = 2e-2 * float(expected.abs().max()) + (1e-36 if magnitude < 1e-37 else 0.0)  # denormals may count as zero
+    assert float((y.double() - expected).abs().max()) <= allowed
+
+
+def test_the_largest_bfloat16_does_not_overflow_inside(path):
+    weight = weight_of("e2m1-g16-e4m3-two-level")
+    x = torch.zeros(2, COLUMNS).bfloat16()
+    x[:, 3] = torch.finfo(torch.bfloat16).max
+    y = run(weight, x, oracle.NO_EXTRAS)
+    expected = oracle.linear(x, weight.dense, oracle.NO_EXTRAS)
+    within = expected.abs() < 3e38
+    assert torch.isfinite(y[within]).all()
+
+
+def test_extreme_scales_of_a_row_leave_its_neighbours_alone(path):
+    codes = pack_bits(torch.randint(0, 16, (3, 64)), 4)
+    scales = torch.tensor([[0.0], [6e-8], [65504.0]]).half()
+    x = torch.randn(2, 64).bfloat16()
+    for activations in ("none", "int8"):
+        extras = oracle.NO_EXTRAS | {"activations": activations}
+        with use("cpu"):
+            y = integer_linear(x, codes, scales, None, 4, 64, *extras.values())
+        with use("torch"):
+            expected = integer_linear(x.float(), codes, scales, None, 4, 64, *extras.values())
+        for row in range(3):
+            assert oracle.relative_error(y[:, row], expected[:, row].double()) < 2e-2
+
+
+@pytest.mark.parametrize("extras", ["plain", "int8", "smooth+rotation+int8"])
+@pytest.mark.parametrize("variant", ["codebook-2x8-d8", "int4-g64", "e2m1-g16-e4m3-two-level"])
+def test_the_result_does_not_depend_on_the_number_of_threads(variant, extras, path):
+    weight, chosen = weight_of(variant, 70, 256), oracle.make_extras(extras, 70, 256, 256)
+    x = torch.randn(40, 256)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(weight, x, chosen))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_token_alone_gives_what_it_gives_among_others():
+    weight = weight_of("int4-g64")
+    x = torch.randn(7, COLUMNS).bfloat16()
+    together = run(weight, x, oracle.NO_EXTRAS)
+    assert all(torch.equal(run(weight, x[i : i + 1], oracle.NO_EXTRAS), together[i : i + 1]) for i in range(2, 7))
+
+
+def test_several_python_threads_may_call_at_once(path):
+    weight, chosen = weight_of("codebook-2x8-d8"), oracle.make_extras("smooth+rotation+int8", ROWS, COLUMNS, COLUMNS)
+    inputs = [torch.randn(5, COLUMNS) for _ in range(24)]
+    expected = [run(weight, x, chosen) for x in inputs]
+    with ThreadPoolExecutor(6) as pool:
+        actual = list(pool.map(lambda x: oracle.LINEAR[weight.kind](x, *weight.arguments, *chosen.values()), inputs))
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_threads_without_openmp_give_the_same_result(monkeypatch, path):
+    from qdiff_kernels.cpu import _threads
+
+    weight, x = weight_of("int4-g64", 70, 256), torch.randn(40, 256)
+    before = torch.get_num_threads()
+    expected = run(weight, x, oracle.NO_EXTRAS)
+    monkeypatch.setattr(_threads, "_gomp_parallel", lambda: None)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(run(weight, x, oracle.NO_EXTRAS), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_the_kernels_do_not_take_runs_on_torch():
+    weight = weight_of("int4-g64")
+    x = torch.randn(2, COLUMNS, dtype=torch.float64)
+    assert (
+        oracle.relative_error(oracle.LINEAR["integer"](x, *weight.arguments, *oracle.NO_EXTRAS.values()), x @ weight.dense.T)
+        < 1e-12
+    )
+    with pytest.raises(ValueError, match="does not take"):
+        run(weight, x, oracle.NO_EXTRAS)
+
+
+@pytest.mark.parametrize("geometry", [(1, 1, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (1, 2, 0, 1)], ids=str)
+@pytest.mark.parametrize("extras", ["plain", "bias+low_rank+smooth+rotation", "bias+low_rank+smooth+rotation+int8", "int4"])
+@pytest.mark.parametrize("variant", ["codebook-2x8-d8", "e2m1-g16-e4m3-two-level", "int4-g64"])
+def test_conv2d_matches_the_definition(variant, extras, geometry):
+    kernel, stride, padding, dilation = geometry
+    columns = 32 * kernel * kernel
+    weight = weight_of(variant, 7, columns)
+    chosen = oracle.make_extras(extras, 7, columns, 32)
+    window = tuple([value] * 2 for value in (kernel, stride, padding, dilation))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 32, 9, 6).to(dtype)
+        with use("cpu"):
+            y = oracle.CONV2D[weight.kind](x, *weight.arguments, *chosen.values(), *window)
+        assert y.dtype == dtype
+        assert y.is_contiguous()
+        assert oracle.relative_error(y, oracle.conv2d(x, weight.dense, chosen, window)) < tolerance(dtype, chosen)
+
+
+def test_importing_the_package_does_not_import_numba():
+    code = "import sys, qdiff_kernels; assert 'numba' not in sys.modules and 'llvmlite' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

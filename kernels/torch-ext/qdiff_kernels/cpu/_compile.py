@@ -1,0 +1,33 @@
+"""How kernels are compiled and kept: once per machine, under a key that changes with any of their sources.
+
+numba's own key covers the file of the cached function, not the files of what it calls. So only whole kernels are cached, and each
+holds a digest of this folder in its closure, which is part of the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import cfunc, njit, types
+
+SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+ENTRY = types.void(types.voidptr)
+
+helper: Any = njit(nogil=True, error_model="numpy")
+"""Decorator of functions that kernels call."""
+
+inlined: Any = njit(inline="always")
+"""Decorator of functions that take literals: they are typed anew in every kernel."""
+
+
+def kernel(function: Callable[[Any], None]) -> Any:
+    """Compile ``function(address of a job)``; reads the compiled code from numba's cache if there is one for this source."""
+    try:
+        return cfunc(ENTRY, cache=True, error_model="numpy")(function).ctypes
+    except RuntimeError as error:  # neither the package's folder nor the user's cache folder can be written
+        if "cannot cache" not in str(error):
+            raise
+        return cfunc(ENTRY, error_model="numpy")(function).ctypes
