@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import qdiff_kernels
 import tiny_models
 import torch
 from torch import nn
@@ -92,10 +93,10 @@ class TestTiming:
 
 
 class TestContenders:
-    def test_only_takes_families_names_and_the_beginnings_of_names(self):
+    def test_only_takes_families_names_and_patterns(self):
         everyone = [*plain(), *ours.contenders(ours.Packer(), CPU), *peers.contenders(CPU)]
         assert {c.family for c in select(everyone, ["ours"])} == {"ours"}
-        assert [c.name for c in select(everyone, ["qdiff-aq2"])] == ["qdiff-aq2", "qdiff-aq2-a8"]
+        assert [c.name for c in select(everyone, ["qdiff-aq2*"])] == ["qdiff-aq2", "qdiff-aq2-a8"]
         assert [c.name for c in select(everyone, ["quanto-int4"])] == ["quanto-int4"]
         assert select(everyone, None) == everyone
 
@@ -171,7 +172,7 @@ class TestShapes:
             Shape.parse(text)
 
 
-def measure(results: Results, *, shapes: str = "64x32", only=("torch", "qdiff-int4"), monkeypatch=None, extra=()) -> Results:
+def measure(results: Results, *, shapes: str = "64x32", only=("torch", "qdiff-int4*"), monkeypatch=None, extra=()) -> Results:
     if monkeypatch is not None:
         everyone = lambda device, packer, only: [*select([*plain(), *ours.contenders(packer, device)], only), *extra]  # noqa: E731
         monkeypatch.setattr(layers, "contenders_for", everyone)
@@ -187,10 +188,12 @@ def run_facts(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    """Compiling takes longer than everything else here."""
+def nothing_is_compiled(monkeypatch):
+    """Compiling would take longer than everything else here."""
     for place in ("contenders", "models"):
         monkeypatch.setattr(f"qdiff_diffusers.bench.{place}.compiled", lambda module: module)
+    with qdiff_kernels.use("torch"):
+        yield
 
 
 class TestLayers:
@@ -204,7 +207,7 @@ class TestLayers:
         assert len(stored["cells"]) == 8 and stored["facts"]["threads"] == torch.get_num_threads()
 
     def test_convolutions(self, tmp_path, run_facts):
-        results = measure(Results(tmp_path / "layers", run_facts), shapes="conv16@4", only=["torch", "qdiff-int8"])
+        results = measure(Results(tmp_path / "layers", run_facts), shapes="conv16@4", only=["torch", "qdiff-int8*"])
         assert [cell["tokens"] for cell in results.cells.values()] == [32] * 4
         assert all(cell["error"] < 0.05 for cell in results.cells.values())
 
@@ -247,8 +250,8 @@ class TestLayers:
 
     def test_progress_counts_every_cell_once(self, tmp_path, run_facts):
         shapes, seen = [Shape.parse("64x32")], []
-        total = layers.count_cells(shapes, [1, 3], ["torch", "gemlite", "qdiff-fp4"], CPU)
-        settings = {"device": CPU, "dtype": torch.bfloat16, "budget": 1e-3, "only": ["torch", "gemlite", "qdiff-fp4"]}
+        total = layers.count_cells(shapes, [1, 3], ["torch", "gemlite", "qdiff-fp4*"], CPU)
+        settings = {"device": CPU, "dtype": torch.bfloat16, "budget": 1e-3, "only": ["torch", "gemlite", "qdiff-fp4*"]}
         run_layers(Results(tmp_path / "layers", run_facts), shapes, [1, 3], advance=seen.append, **settings)
         assert len(seen) == total == 2 * 7
 
@@ -270,14 +273,14 @@ class TestLayers:
 
 class TestResume:
     def test_measured_cells_are_kept(self, tmp_path, run_facts):
-        before = measure(Results(tmp_path / "layers", run_facts), only=["qdiff-int4"])
+        before = measure(Results(tmp_path / "layers", run_facts), only=["qdiff-int4*"])
         times = {key: cell["ms"] for key, cell in before.cells.items()}
-        after = measure(Results(tmp_path / "layers", run_facts, resume=True), only=["qdiff-int4", "qdiff-int8"])
+        after = measure(Results(tmp_path / "layers", run_facts, resume=True), only=["qdiff-int4*", "qdiff-int8*"])
         assert len(after.cells) == 8
         assert all(after.cells[key]["ms"] == ms for key, ms in times.items())
 
     def test_other_facts_start_anew_and_say_which(self, tmp_path, run_facts):
-        measure(Results(tmp_path / "layers", run_facts), only=["qdiff-int4"])
+        measure(Results(tmp_path / "layers", run_facts), only=["qdiff-int4*"])
         results = Results(tmp_path / "layers", run_facts | {"threads": 96, "date": "2001-01-01"}, resume=True)
         assert results.cells == {} and results.dropped == ["threads"]
 
@@ -305,7 +308,7 @@ class TestModels:
         return results
 
     def test_a_packed_model_is_timed_beside_the_dense_one(self, tiny, tmp_path, run_facts):
-        results = self.measure(Results(tmp_path / "models", run_facts), ["torch", "qdiff-int4"])
+        results = self.measure(Results(tmp_path / "models", run_facts), ["torch", "qdiff-int4*"])
         cells = {cell["contender"]: cell for cell in results.cells.values()}
         assert set(cells) == {"torch", "torch-compile", "qdiff-int4", "qdiff-int4-a8"}
         packed = cells["qdiff-int4-a8"]
@@ -336,8 +339,8 @@ class TestModels:
         assert reasons["torch"] is None  # what the peers did to their copies is not seen here
 
     def test_resuming_keeps_what_was_measured(self, tiny, tmp_path, run_facts):
-        first = self.measure(Results(tmp_path / "models", run_facts), ["qdiff-int8"])
-        again = self.measure(Results(tmp_path / "models", run_facts, resume=True), ["qdiff-int8", "torch"])
+        first = self.measure(Results(tmp_path / "models", run_facts), ["qdiff-int8*"])
+        again = self.measure(Results(tmp_path / "models", run_facts, resume=True), ["qdiff-int8*", "torch"])
         assert len(again.cells) == 4
         assert all(again.cells[key] == cell for key, cell in first.cells.items())
 
@@ -383,16 +386,16 @@ class TestCommand:
         assert not (tmp_path / "out").exists()
 
     def test_layers_prints_the_table_and_writes_both_files(self, tmp_path, capsys):
-        arguments = ["--shapes", "64x32", "--tokens", "2", "--only", "torch,qdiff-int4", "--budget", "0.001", "--device", "cpu"]
+        arguments = ["--shapes", "64x32", "--tokens", "2", "--only", "torch,qdiff-int4*", "--budget", "0.001", "--device", "cpu"]
         assert run("bench", "layers", *arguments, "-o", tmp_path) == 0
         out = capsys.readouterr().out
-        assert "qdiff-int4" in out and str(tmp_path / "layers.md") in out
-        assert (tmp_path / "layers.md").read_text() in out
+        assert "qdiff-int4" in out and str(tmp_path / "layers_cpu.md") in out
+        assert (tmp_path / "layers_cpu.md").read_text() in out
 
     def test_models_prints_the_table(self, tiny, tmp_path, capsys):
-        arguments = ["--model", tiny, "--only", "qdiff-int4", "--budget", "0.001", "--device", "cpu"]
+        arguments = ["--model", tiny, "--only", "qdiff-int4*", "--budget", "0.001", "--device", "cpu"]
         assert run("bench", "models", *arguments, "-o", tmp_path) == 0
-        assert "qdiff-int4-a8" in capsys.readouterr().out and (tmp_path / "models.md").exists()
+        assert "qdiff-int4-a8" in capsys.readouterr().out and (tmp_path / "models_cpu.md").exists()
 
     def test_an_unknown_model_is_named(self, tmp_path, capsys):
         assert run("bench", "models", "--model", "dalle", "-o", tmp_path / "out") == 2

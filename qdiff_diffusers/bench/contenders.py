@@ -6,6 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Contender:
     """One row of a benchmark.
 
     Attributes:
-        name: unique, begins with the family's or the format's name.
+        name: unique.
         family: "torch", "ours" or the peer's distribution; what ``--only`` selects by.
         convert: dense bf16 layer, which it may use up -> layer to time. Raises where the peer cannot do it.
         bits: nominal bits per weight, of the codes alone.
@@ -76,7 +77,7 @@ def plain() -> list[Contender]:
 
 
 def select(contenders: Sequence[Contender], only: Iterable[str] | None) -> list[Contender]:
-    """Those whose family or name is asked for, or whose name begins with a word of ``only`` and a dash.
+    """Those whose family is asked for, or whose name matches a word of ``only``, which may hold ``*``.
 
     Raises:
         ConfigError: a word fits none.
@@ -92,7 +93,7 @@ def select(contenders: Sequence[Contender], only: Iterable[str] | None) -> list[
 
 
 def _fits(word: str, contender: Contender) -> bool:
-    return word in (contender.family, contender.name) or contender.name.startswith(f"{word}-")
+    return word == contender.family or fnmatch(contender.name, word)
 
 
 def _found(module: str) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(help="Speed of layers and whole models beside torch and every installed peer.", no_args_is_help=True)
 
-Only = Annotated[str | None, typer.Option(help="Contenders, by family or name: ours,torchao,qdiff-aq2.")]
+Only = Annotated[str | None, typer.Option(help="Contenders, by family or name: ours,torchao,qdiff-aq2*.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder for the JSON and markdown files.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="Of the baseline and of all inputs.")]
@@ -50,7 +50,7 @@ def layers(
     wanted = [Shape.parse(name) for word in _words(shapes) for name in groups.get(word, (word,))]
     counts, words = _counts(tokens), _words(only) if only else None
     place, kind = _prepare(device, dtype, threads, budget)
-    results = _results(output / "layers", place, kind, budget, resume)
+    results = _results(output / f"layers_{place.type}", place, kind, budget, resume)
     with _quiet(), progress_bars() as progress:
         task = progress.add_task("layers", total=count_cells(wanted, counts, words, place))
         run_layers(
@@ -89,7 +89,7 @@ def models(
         find_model(name)
     place, kind = _prepare(device, dtype, threads, budget)
     total = len(contenders_for(place, Packer(), words)) * len(names)
-    results = _results(output / "models", place, kind, budget, resume)
+    results = _results(output / f"models_{place.type}", place, kind, budget, resume)
     with _quiet(), progress_bars() as progress:
         task = progress.add_task("models", total=total)
         run_models(
