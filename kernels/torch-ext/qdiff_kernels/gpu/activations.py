@@ -1,0 +1,211 @@
+"""What happens to a layer's input before the product, in one kernel: smoothing, rotation, quantization, low-rank projection.
+
+A program reads 16 tokens from memory once; 8-bit scales need the whole token first, so it walks over them again, out of cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..activations import FP8_MAX
+from ..activations import INT4_GROUP as GROUP
+from ..hadamard import rotation_signs
+from .blocks import INT4_GROUP, INTERPRETED
+from .linear import Inputs
+
+BLOCK_TOKENS = 16
+CODES = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+
+
+def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, down: Tensor | None) -> Inputs:
+    """Transform and quantize tokens.
+
+    Args:
+        x: ``[tokens, columns]``, or an image batch ``[batch, columns, height, width]``, whose pixels are the tokens.
+        smooth: ``[columns]`` the inputs are divided by.
+        rotation: Hadamard block, 0 for none.
+        activations: "none", "int8", "fp8" or "int4".
+        down: ``[rank, columns]``: projects the raw input.
+    """
+    if x.ndim == 4 and not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    columns = x.shape[1]
+    pixels = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[0]
+    tokens = x.shape[0] * pixels if x.ndim == 4 else pixels
+    strides = (x.stride(0), x.stride(3), x.stride(1)) if x.ndim == 4 else (0, x.stride(0), x.stride(1))
+    values = torch.empty(tokens, columns, device=x.device, dtype=x.dtype if activations == "none" else torch.int8)
+    groups = -(-columns // GROUP) if activations == "int4" else 1
+    scales = None if activations == "none" else torch.empty(tokens, groups, device=x.device, dtype=torch.float32)
+    rank = 0 if down is None else down.shape[0]
+    branch = None if down is None else torch.empty(tokens, rank, device=x.device, dtype=x.dtype)
+    _prepare_kernel[(triton.cdiv(tokens, BLOCK_TOKENS),)](
+        x,
+        x if smooth is None else smooth,
+        rotation_signs(columns, x.device, torch.float32) if rotation else x,
+        values,
+        values if scales is None else scales,
+        x if down is None else down,
+        values if branch is None else branch,
+        tokens,
+        columns,
+        pixels,
+        *strides,
+        groups,
+        rank,
+        CODE=CODES[activations],
+        HAS_SMOOTH=smooth is not None,
+        ROTATION=rotation,
+        RANK=max(16, triton.next_power_of_2(rank)) if rank else 0,
+        LIMIT={"int8": 127.0, "int4": 7.0}.get(activations, FP8_MAX),
+        BM=BLOCK_TOKENS,
+        BK=max(128, rotation),
+    )
+    return Inputs(values.view(torch.float8_e4m3fn) if activations == "fp8" else values, scales, branch)
+
+
+@triton.jit
+def _prepare_kernel(
+    x_ptr,
+    smooth_ptr,
+    signs_ptr,
+    values_ptr,
+    scales_ptr,
+    down_ptr,
+    branch_ptr,
+    tokens,
+    columns,
+    pixels,
+    image_stride,
+    pixel_stride,
+    column_stride,
+    groups,
+    rank,
+    CODE: tl.constexpr,
+    HAS_SMOOTH: tl.constexpr,
+    ROTATION: tl.constexpr,
+    RANK: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = token < tokens
+    token = tl.minimum(token, tokens - 1)
+    x_row = x_ptr + (token // pixels).to(tl.int64) * image_stride + (token % pixels).to(tl.int64) * pixel_stride
+    out_row = values_ptr + token.to(tl.int64) * columns
+    largest = tl.zeros([BM], dtype=tl.float32)
+    broken = tl.zeros([BM], dtype=tl.int32)
+    branch = tl.zeros([BM, RANK if RANK else 16], dtype=tl.float32)
+    for start in range(0, columns, BK):
+        column = start + tl.arange(0, BK)
+        present = (column < columns)[None, :]
+        x = tl.load(x_row[:, None] + column[None, :] * column_stride, mask=present, other=0.0)
+        if RANK:
+            index = tl.arange(0, RANK)
+            at = down_ptr + index[None, :] * columns + column[:, None]
+            down = tl.load(at, mask=(index < rank)[None, :] & (column < columns)[:, None], other=0.0)
+            branch = _product(x, down.to(x.dtype), branch)
+        t = _transform(x, smooth_ptr, signs_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK)
+        if CODE == 0:
+            tl.store(out_row[:, None] + column[None, :], t.to(x.dtype), mask=inside[:, None] & present)
+        elif CODE == 3:
+            grouped = tl.reshape(t, [BM, BK // INT4_GROUP, INT4_GROUP])
+            scale = _scale(tl.max(tl.abs(grouped), 2), tl.max((grouped != grouped).to(tl.int32), 2), LIMIT)
+            codes = tl.reshape(_round(grouped / scale[:, :, None], LIMIT), [BM, BK])
+            tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
+            group = start // INT4_GROUP + tl.arange(0, BK // INT4_GROUP)
+            at = scales_ptr + token.to(tl.int64)[:, None] * groups + group[None, :]
+            tl.store(at, scale, mask=inside[:, None] & (group < groups)[None, :])
+        else:
+            largest = tl.maximum(largest, tl.max(tl.abs(t), 1))
+            broken = tl.maximum(broken, tl.max((t != t).to(tl.int32), 1))
+    if RANK:
+        index = tl.arange(0, RANK)
+        at = branch_ptr + token.to(tl.int64)[:, None] * rank + index[None, :]
+        tl.store(at, branch.to(branch_ptr.dtype.element_ty), mask=inside[:, None] & (index < rank)[None, :])
+    if CODE == 1 or CODE == 2:
+        scale = _scale(largest, broken, LIMIT)
+        tl.store(scales_ptr + token, scale, mask=inside)
+        for start in range(0, columns, BK):
+            column = start + tl.arange(0, BK)
+            present = (column < columns)[None, :]
+            x = tl.load(x_row[:, None] + column[None, :] * column_stride, mask=present, other=0.0)
+            t = _transform(x, smooth_ptr, signs_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK) / scale[:, None]
+            codes = _round(t, LIMIT).to(tl.int32) if CODE == 1 else _e4m3_code(t)
+            tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
+
+
+@triton.jit
+def _scale(largest, broken, LIMIT: tl.constexpr):
+    """``largest / LIMIT``, 1 for a token of zeros, NaN for one that holds a NaN: it must not vanish in integer codes."""
+    scale = tl.where(largest == 0.0, 1.0, largest / LIMIT)
+    return tl.where(broken > 0, float("nan"), scale)
+
+
+@triton.jit
+def _round(value, LIMIT: tl.constexpr):
+    """To the nearest integer, ties to even: float32 of this size has no fraction."""
+    value = tl.minimum(tl.maximum(value, -LIMIT), LIMIT)
+    return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _e4m3_code(value):
+    """The byte of the nearest E4M3 number, ties to even. In integer arithmetic, since not every GPU has the type."""
+    bits = tl.minimum(tl.abs(value), 448.0).to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2**-6 the grid is uniform with steps of 2**-9, which adding 1.5 * 2**14 rounds to.
+    subnormal = (((bits.to(tl.float32, bitcast=True) + 24576.0) - 24576.0) * 512.0).to(tl.int32)
+    code = tl.where(bits < (121 << 23), subnormal, normal)
+    return tl.where(value < 0, code | 0x80, code)
+
+
+@triton.jit
+def _transform(
+    x, smooth_ptr, signs_ptr, column, columns, HAS_SMOOTH: tl.constexpr, ROTATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+):
+    """Smoothed and rotated inputs ``[BM, BK]``, float32 numbers that x's dtype holds."""
+    if HAS_SMOOTH:
+        smooth = tl.load(smooth_ptr + column, mask=column < columns, other=1.0)
+        x = (x.to(tl.float32) / smooth.to(x.dtype).to(tl.float32)[None, :]).to(x.dtype)
+    if ROTATION > 1:
+        LOG: tl.constexpr = (
+            (ROTATION >= 4) + (ROTATION >= 16) + (ROTATION >= 64) + (ROTATION >= 256)
+        )  # half of its logarithm, rounded down
+        OUTER: tl.constexpr = 2**LOG
+        INNER: tl.constexpr = ROTATION // OUTER
+        signs = tl.load(signs_ptr + column, mask=column < columns, other=1.0)
+        x = (x.to(tl.float32) * signs[None, :]).to(x.dtype)
+        # H of size OUTER * INNER is the Kronecker product of two small ones; between them the numbers are scaled.
+        x = (_hadamard(x, INNER, BM, BK) * (ROTATION**-0.5)).to(x.dtype)
+        x = tl.reshape(tl.permute(tl.reshape(x, [BM, BK // ROTATION, OUTER, INNER]), (0, 1, 3, 2)), [BM, BK])
+        x = _hadamard(x, OUTER, BM, BK).to(x.dtype)
+        x = tl.reshape(tl.permute(tl.reshape(x, [BM, BK // ROTATION, INNER, OUTER]), (0, 1, 3, 2)), [BM, BK])
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _hadamard(x, SIZE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """Unscaled Hadamard transform of every SIZE (at most 16) neighbours, as a product with a block-diagonal matrix, float32."""
+    if SIZE == 1:
+        return x.to(tl.float32)
+    else:
+        i = tl.arange(0, 16)[:, None]
+        j = tl.arange(0, 16)[None, :]
+        parity = (i % SIZE) & (j % SIZE)
+        parity = (parity ^ (parity >> 2)) & 3
+        parity = (parity ^ (parity >> 1)) & 1
+        matrix = tl.where(i // SIZE == j // SIZE, 1.0 - 2.0 * parity, 0.0).to(x.dtype)
+        sums = tl.zeros([BM * BK // 16, 16], dtype=tl.float32)
+        return tl.reshape(_product(tl.reshape(x, [BM * BK // 16, 16]), matrix, sums), [BM, BK])
+
+
+@triton.jit
+def _product(a, b, acc):
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

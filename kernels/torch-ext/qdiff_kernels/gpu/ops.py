@@ -1,0 +1,180 @@
+"""The ops' Triton implementations: which kernels run for a call, and in what order."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..reference import Extras, Window
+from . import configs, weights
+from .activations import prepare
+from .blocks import INTERPRETED
+from .conv2d import conv2d as convolve
+from .dequantize import dequantize as decode
+from .linear import Inputs, Units, plan
+from .linear import linear as multiply
+from .weights import PackedWeight
+
+WEIGHT_ARGUMENTS = {"codebook": 4, "minifloat": 5, "integer": 5}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def dequantize(kind: str, *args: Any) -> Tensor:
+    """``<format>_dequantize``."""
+    *weight, columns, dtype = args
+    if dtype not in FLOATS or not runs_on(weight[0]):
+        return NotImplemented
+    return decode(_pack(kind, weight, columns), dtype)
+
+
+def linear(kind: str, x: Tensor, *args: Any) -> Tensor:
+    """``<format>_linear``."""
+    count = WEIGHT_ARGUMENTS[kind]
+    extras = Extras(*args[count:])
+    if x.dtype not in FLOATS or not runs_on(x) or not x.numel():
+        return NotImplemented
+    weight = _pack(kind, args[:count], x.shape[-1])
+    return product(weight, x.reshape(-1, x.shape[-1]), extras).view(*x.shape[:-1], weight.rows)
+
+
+def product(weight: PackedWeight, x: Tensor, extras: Extras, config: configs.LinearConfig | None = None) -> Tensor:
+    """x ``[tokens, columns]`` -> ``[tokens, rows]``: transform, then decode and multiply at once or one after the other."""
+    if config is None:
+        given = str(x.dtype)[6:] if extras.activations == "none" else extras.activations
+        config = configs.choose(weight_name(weight), given, x.shape[0], weight.rows, weight.columns, x.device)
+    if extras.smooth is not None or extras.rotation or extras.activations != "none":
+        inputs = prepare(x, extras.smooth, extras.rotation, extras.activations, extras.low_rank_down)
+    else:
+        branch = None if extras.low_rank_down is None else x @ extras.low_rank_down.to(x.dtype).T
+        inputs = Inputs(x if x.stride(1) == 1 else x.contiguous(), None, branch)
+    units = matrix_units(x.device)
+
+    def launch(fitting: configs.LinearConfig) -> Tensor:
+        if fitting.two_pass and extras.activations != "int4":
+            return two_pass(weight, inputs, extras, fitting, x.dtype, units)
+        return multiply(weight, inputs, extras.low_rank_up, extras.bias, fitting, x.dtype, units)
+
+    return configs.fit((x.device, weight_name(weight), inputs.values.dtype, x.dtype), config, launch)
+
+
+def two_pass(
+    weight: PackedWeight, inputs: Inputs, extras: Extras, config: configs.LinearConfig, dtype: torch.dtype, units: Units
+) -> Tensor:
+    """Decode the whole weight into an operand of the matrix unit, then multiply: cheaper where many tokens share it."""
+    arithmetic = plan(weight, inputs.values.dtype, config.block_columns, dtype, units)
+    if arithmetic.operand.itemsize == 1 and weight.row_scales:
+        dense = decode(weight, arithmetic.operand, arithmetic.unit)
+        if arithmetic.operand == torch.float8_e4m3fn and _scaled_mm_takes(inputs.values, dense):
+            return _scaled_mm(weight, inputs, dense, arithmetic.unit, extras, dtype)
+        operand = weight.dense(dense, arithmetic.unit)
+        return multiply(operand, inputs, extras.low_rank_up, extras.bias, config, dtype, units)
+    if arithmetic.operand.itemsize == 1 or inputs.scales is not None:  # scales of groups are multiplied while summing
+        return multiply(weight, inputs, extras.low_rank_up, extras.bias, config, dtype, units)
+    y = F.linear(inputs.values, decode(weight, dtype), None if extras.bias is None else extras.bias.to(dtype))
+    return _add_branch(y, inputs, extras)
+
+
+def _scaled_mm(
+    weight: PackedWeight, inputs: Inputs, dense: Tensor, unit: float, extras: Extras, dtype: torch.dtype
+) -> Tensor:
+    scales = weights.scale_values(weight).expand(weight.rows, 1) / unit
+    out_dtype = dtype if dtype != torch.float32 else torch.bfloat16
+    bias = None if extras.bias is None else extras.bias.to(out_dtype)
+    y = torch._scaled_mm(inputs.values, dense.T, inputs.scales, scales.T.contiguous(), bias=bias, out_dtype=out_dtype)
+    return _add_branch(y, inputs, extras)
+
+
+def _add_branch(y: Tensor, inputs: Inputs, extras: Extras) -> Tensor:
+    if inputs.branch is None or extras.low_rank_up is None:
+        return y
+    return torch.addmm(y, inputs.branch, extras.low_rank_up.to(y.dtype).T)
+
+
+def conv2d(kind: str, x: Tensor, *args: Any) -> Tensor:
+    """``<format>_conv2d``: 1x1 as a product of pixels, else an implicit product or a decoded kernel, by size."""
+    count = WEIGHT_ARGUMENTS[kind]
+    extras, window = _split(args, count)
+    if x.dtype not in FLOATS or not runs_on(x) or not x.numel():
+        return NotImplemented
+    height, width = (reference.conv2d_output_size(n, *g) for n, *g in zip(x.shape[-2:], *window, strict=True))
+    taps = window.kernel_size[0] * window.kernel_size[1]
+    weight = _pack(kind, args[:count], x.shape[1] * taps)
+    if taps == 1 and window.stride == (1, 1) and window.padding == (0, 0):
+        y = product(weight, x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), extras)
+        return y.view(x.shape[0], height, width, weight.rows).permute(0, 3, 1, 2).contiguous()
+    pixels = x.shape[0] * height * width
+    config = configs.choose(weight_name(weight), f"conv {x.dtype}"[5:], pixels, weight.rows, weight.columns, x.device)
+    if extras.activations == "none" and config.two_pass:
+        return reference.conv2d(x, decode(weight, x.dtype), window, extras)
+
+    def launch(fitting: configs.LinearConfig) -> Tensor:
+        return convolve(weight, x, extras, window, (height, width), fitting, matrix_units(x.device).fp8)
+
+    return configs.fit((x.device, "conv", weight_name(weight), extras.activations, x.dtype), config, launch)
+
+
+def linear_input_gradient(kind: str, gradient: Tensor, *args: Any) -> Tensor:
+    """``<format>_linear_input_gradient``."""
+    count = WEIGHT_ARGUMENTS[kind]
+    if gradient.dtype not in FLOATS or not runs_on(gradient):
+        return NotImplemented
+    dense = decode(_pack(kind, args[:count], args[-1]), gradient.dtype)
+    return reference.linear_input_gradient(gradient, dense, Extras(*args[count:-1]))
+
+
+def conv2d_input_gradient(kind: str, gradient: Tensor, *args: Any) -> Tensor:
+    """``<format>_conv2d_input_gradient``."""
+    count = WEIGHT_ARGUMENTS[kind]
+    if gradient.dtype not in FLOATS or not runs_on(gradient):
+        return NotImplemented
+    extras, window = _split(args[:-1], count)
+    columns = args[-1][1] * window.kernel_size[0] * window.kernel_size[1]
+    dense = decode(_pack(kind, args[:count], columns), gradient.dtype)
+    return reference.conv2d_input_gradient(gradient, dense, args[-1], window, extras)
+
+
+def weight_name(weight: PackedWeight) -> str:
+    """Key of the tuned tables: what decoding costs depends on this."""
+    kind = ("integer", "minifloat", "codebook", "dense")[weight.kind]
+    groups = "row" if weight.row_scales else f"g{weight.group_size}"
+    shape = f"{weight.books}x{weight.bits}d{weight.vector_size}" if weight.kind == weights.CODEBOOK else str(weight.bits)
+    return f"{kind}{shape} {groups}"
+
+
+def runs_on(tensor: Tensor) -> bool:
+    """Triton runs on accelerators, and on the CPU only under its interpreter."""
+    return tensor.device.type != "cpu" or INTERPRETED.value
+
+
+@lru_cache(maxsize=16)
+def matrix_units(device: torch.device) -> Units:
+    """NVIDIA GPUs multiply E4M3 since Ada (8.9) and scaled blocks since Blackwell (10.0); the interpreter only the former."""
+    if device.type == "cpu":
+        return Units(fp8=True, block_scaled=False)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return Units(fp8=False, block_scaled=False)
+    capability = torch.cuda.get_device_capability(device)
+    return Units(fp8=capability >= (8, 9), block_scaled=capability >= (10, 0))
+
+
+def _scaled_mm_takes(values: Tensor, dense: Tensor) -> bool:
+    """Row-wise scaled products: Hopper and newer, sizes in multiples of 16."""
+    if values.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    sizes_fit = values.shape[1] % 16 == 0 and dense.shape[0] % 16 == 0
+    return sizes_fit and torch.cuda.get_device_capability(values.device) >= (9, 0)
+
+
+def _pack(kind: str, arguments: Any, columns: int) -> PackedWeight:
+    pack: Any = getattr(weights, kind)
+    return pack(*arguments, columns)
+
+
+def _split(args: Any, count: int) -> tuple[Extras, Window]:
+    end = count + len(Extras._fields)
+    return Extras(*args[count:end]), Window(*(tuple(pair) for pair in args[end:]))

@@ -1,0 +1,170 @@
+"""A packed weight as the Triton kernels are told about it: one description for all formats."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..minifloat import encoding_bits, levels
+from ..minifloat import scale_values as minifloat_scales
+
+INTEGER, MINIFLOAT, CODEBOOK, DENSE = 0, 1, 2, 3
+E2M1, E4M3 = 2 * 16 + 1 * 2, 4 * 16 + 3 * 2
+SATURATING_REACH = 150
+
+
+class PackedWeight(NamedTuple):
+    """Tensors, sizes and compile-time facts of one packed ``[rows, columns]`` weight."""
+
+    codes: Tensor  # int8 [rows, bytes]
+    table: Tensor | None  # codebooks [books, entries, vector_size]
+    scales: Tensor  # [rows or 1, groups], float8 as its bytes
+    zeros: Tensor | None  # like scales: asymmetric integers
+    tensor_scale: Tensor | None  # float32 [1]
+    columns: int
+    group_size: int  # columns that share a scale; at least ``columns`` for one per row
+    kind: int
+    bits: int
+    encoding: int = 0  # exponent_bits * 16 + mantissa_bits * 2 + uz
+    second: int = 0
+    books: int = 1
+    vector_size: int = 1
+    e8m0: bool = False
+    e4m3: bool = False
+    unit: float = 1.0  # of a dense operand
+
+    @property
+    def rows(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def row_scales(self) -> bool:
+        """Whether one scale serves a whole row, with the same meaning for every weight of it."""
+        return self.scales.shape[1] == 1 and self.zeros is None and not self.second
+
+    @property
+    def block_scaled(self) -> bool:
+        """Whether this is MXFP4 or MXFP8, which Blackwell's matrix units multiply as it is stored."""
+        return self.kind == MINIFLOAT and self.encoding in (E2M1, E4M3) and self.e8m0 and self.group_size == 32 and not self.second
+
+    @property
+    def midpoint(self) -> int:
+        """What is subtracted from an integer code before it is scaled."""
+        return 1 << (self.bits - 1) if self.kind == INTEGER and self.zeros is None else 0
+
+    def constexprs(self) -> dict[str, Any]:
+        """Compile-time arguments that every kernel with a packed weight takes."""
+        return {
+            "KIND": self.kind,
+            "BITS": self.bits,
+            "ENCODING": self.encoding,
+            "SECOND": self.second,
+            "BOOKS": self.books,
+            "VECTOR": self.vector_size,
+            "MIDPOINT": self.midpoint,
+            "GROUP": self.group_size,
+            "E8M0": self.e8m0,
+            "E4M3": self.e4m3,
+            "HAS_ZEROS": self.zeros is not None,
+        }
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Run-time arguments in the kernels' order: pointers, then the sizes of their rows."""
+        scales = self.scales
+        stride = 0 if scales.shape[0] == 1 else scales.stride(0)
+        table = self.codes if self.table is None else self.table
+        zeros = scales if self.zeros is None else self.zeros
+        return self.codes, table, scales, zeros, self.codes.stride(0), stride, scales.shape[1], self.columns
+
+    def operand_unit(self, operand: torch.dtype) -> float | None:
+        """Factor that turns every level into a number ``operand`` holds; ``None`` if it would lose precision that matters.
+
+        Integers and minifloats must be exact. Codebook entries may be rounded to int8 (about 1 % of a weight). The entries of a
+        universal table add up to a little over 127 at the most; such sums, all but never met, saturate.
+        """
+        if operand not in (torch.int8, torch.float8_e4m3fn):
+            return 1.0
+        if self.kind == DENSE:
+            return self.unit
+        if self.zeros is not None:
+            return None
+        if self.kind == CODEBOOK:
+            return _codebook_unit(self.table) if operand == torch.int8 and self.table is not None else None
+        if self.kind == INTEGER:
+            return 1.0 if operand == torch.int8 or self.bits <= 5 else None
+        return _minifloat_unit((self.encoding, self.second) if self.second else (self.encoding,), operand)
+
+    def dense(self, operand: Tensor, unit: float) -> PackedWeight:
+        """The same weight with its levels, times ``unit``, laid out in memory: ``operand [rows, columns]``."""
+        return self._replace(codes=operand, kind=DENSE, unit=unit)
+
+
+def scale_values(weight: PackedWeight) -> Tensor:
+    """The scales as float32 numbers ``[rows or 1, groups]``, the scale of the tensor multiplied in."""
+    scales = weight.scales.view(torch.float8_e4m3fn) if weight.e4m3 else weight.scales
+    values = minifloat_scales(scales, torch.float32)
+    return values if weight.tensor_scale is None else values * weight.tensor_scale
+
+
+def codebook(codes: Tensor, codebooks: Tensor, scales: Tensor, group_size: int, columns: int) -> PackedWeight:
+    books, entries, vector_size = codebooks.shape
+    bits = entries.bit_length() - 1
+    return _packed(codes, codebooks, scales, None, None, columns, group_size, CODEBOOK, bits, 0, 0, books, vector_size)
+
+
+def minifloat(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, encodings: str, group_size: int, columns: int
+) -> PackedWeight:
+    names = encodings.split(",")
+    numbers = [_encoding_number(name) for name in names]
+    bits = 1 + sum(encoding_bits(names[0]))
+    return _packed(codes, None, scales, None, tensor_scale, columns, group_size, MINIFLOAT, bits, *numbers)
+
+
+def integer(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int) -> PackedWeight:
+    return _packed(codes, None, scales, zeros, None, columns, group_size, INTEGER, bits)
+
+
+def _packed(codes: Tensor, table: Tensor | None, scales: Tensor, zeros: Tensor | None, *rest: Any) -> PackedWeight:
+    e4m3 = scales.dtype == torch.float8_e4m3fn
+    if e4m3:
+        scales, zeros = scales.view(torch.uint8), None if zeros is None else zeros.view(torch.uint8)
+    e8m0 = scales.dtype == torch.int8
+    tensors = (codes.contiguous(), None if table is None else table.contiguous(), scales.contiguous())
+    return PackedWeight(*tensors, None if zeros is None else zeros.contiguous(), *rest, e8m0=e8m0, e4m3=e4m3)
+
+
+def _encoding_number(name: str) -> int:
+    exponent_bits, mantissa_bits = encoding_bits(name)
+    return exponent_bits * 16 + mantissa_bits * 2 + name.endswith("uz")
+
+
+def _encoding_name(number: int) -> str:
+    return f"e{number // 16}m{number % 16 // 2}" + ("uz" if number % 2 else "")
+
+
+@lru_cache(maxsize=256)
+def _minifloat_unit(encodings: tuple[int, ...], operand: torch.dtype) -> float | None:
+    values = torch.tensor([v for number in encodings for v in levels(_encoding_name(number))], dtype=torch.float64)
+    return next((unit for unit in (2.0**n for n in range(-2, 8)) if _exact(values * unit, operand)), None)
+
+
+_codebook_units: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _codebook_unit(table: Tensor) -> float:
+    """Looked up by tensor, because finding it waits for the device. Codebooks do not change while a model runs."""
+    if table not in _codebook_units:
+        reach = float(table.float().abs().amax((1, 2)).sum())
+        exact = table.dtype == torch.int8 and reach <= SATURATING_REACH
+        _codebook_units[table] = 1.0 if exact else 127.0 / max(reach, 1e-30)
+    return _codebook_units[table]
+
+
+def _exact(values: Tensor, dtype: torch.dtype) -> bool:
+    limit = 127 if dtype == torch.int8 else 448
+    return bool(values.abs().max() <= limit) and torch.equal(values.float().to(dtype).double(), values)
