@@ -66,10 +66,8 @@ def operand_tile(
                 w = w.to(tl.float32)
         elif SCALE_AT != WEIGHT:
             w *= unit
-            if OPERAND == tl.int8:
-                w = tl.minimum(tl.maximum(w, -127.0), 127.0)
-                if KIND == CODEBOOK:
-                    w = tl.floor(w + 0.5)
+            if OPERAND == tl.int8 and KIND == CODEBOOK:
+                w = tl.floor(tl.minimum(tl.maximum(w, -127.0), 127.0) + 0.5)
         if SCALE_AT == WEIGHT:
             w = w * (tl.abs(scales) if SECOND else scales)
             if HAS_ZEROS:
@@ -108,6 +106,8 @@ def input_operand(x, OPERAND: tl.constexpr, FP8_BYTES: tl.constexpr):
     """Loaded inputs in the operand's type; FP8_BYTES: float8 numbers held as bytes, for GPUs without that type."""
     if FP8_BYTES:
         return minifloat_value(x.to(tl.int32), 4 * 16 + 3 * 2).to(OPERAND)
+    elif x.dtype == tl.int8 and OPERAND != tl.int8:
+        return x.to(tl.float32).to(OPERAND)
     else:
         return x.to(OPERAND)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import INTEGER, scale_tile, weight_tile
+from .decode import CODEBOOK, INTEGER, scale_tile, weight_tile
 from .weights import PackedWeight
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
@@ -90,8 +90,8 @@ def _dequantize_kernel(
             value += scale_tile(zeros_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK)
     else:
         value = value * unit
-    if INT8:
-        value = tl.minimum(tl.maximum(value, -127.0), 127.0)
+    if INT8 and KIND == CODEBOOK:
+        value = tl.floor(tl.minimum(tl.maximum(value, -127.0), 127.0) + 0.5)
     column = start + tl.arange(0, BK)
     inside = (row < row_count)[:, None] & (column < columns)[None, :]
     tl.store(out_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)

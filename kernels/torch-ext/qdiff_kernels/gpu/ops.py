@@ -79,12 +79,11 @@ def two_pass(
     return _add_branch(y, inputs, extras)
 
 
-def _scaled_mm(
-    weight: PackedWeight, inputs: Inputs, dense: Tensor, unit: float, extras: Extras, dtype: torch.dtype
-) -> Tensor:
+def _scaled_mm(weight: PackedWeight, inputs: Inputs, dense: Tensor, unit: float, extras: Extras, dtype: torch.dtype) -> Tensor:
     scales = weights.scale_values(weight).expand(weight.rows, 1) / unit
     out_dtype = dtype if dtype != torch.float32 else torch.bfloat16
     bias = None if extras.bias is None else extras.bias.to(out_dtype)
+    assert inputs.scales is not None
     y = torch._scaled_mm(inputs.values, dense.T, inputs.scales, scales.T.contiguous(), bias=bias, out_dtype=out_dtype)
     return _add_branch(y, inputs, extras)
 

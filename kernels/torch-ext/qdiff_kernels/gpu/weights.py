@@ -130,12 +130,11 @@ def integer(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, grou
 
 
 def _packed(codes: Tensor, table: Tensor | None, scales: Tensor, zeros: Tensor | None, *rest: Any) -> PackedWeight:
-    e4m3 = scales.dtype == torch.float8_e4m3fn
+    e4m3, e8m0 = scales.dtype == torch.float8_e4m3fn, scales.dtype == torch.int8
     if e4m3:
         scales, zeros = scales.view(torch.uint8), None if zeros is None else zeros.view(torch.uint8)
-    e8m0 = scales.dtype == torch.int8
-    tensors = (codes.contiguous(), None if table is None else table.contiguous(), scales.contiguous())
-    return PackedWeight(*tensors, None if zeros is None else zeros.contiguous(), *rest, e8m0=e8m0, e4m3=e4m3)
+    tensors = (t if t is None else t.contiguous() for t in (codes, table, scales, zeros))
+    return PackedWeight(*tensors, *rest)._replace(e8m0=e8m0, e4m3=e4m3)
 
 
 def _encoding_number(name: str) -> int:
