@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from . import ours, peers
 from .contenders import Contender, plain, resident_bytes, select
 from .results import Results
-from .timing import Race, Spread, describe_failure, make_timer, race
+from .timing import Call, Race, Spread, describe_failure, make_timer, race
 
 LINEAR = ("1152x1152", "1152x4608", "3072x3072", "3072x12288", "12288x3072", "3072x18432")
 CONV = tuple(f"conv{channels}@{pixels}" for channels in (320, 640, 1280) for pixels in (64, 32, 16))
@@ -117,6 +117,15 @@ def run_layers(
             results.write()
 
 
+class _Entry(NamedTuple):
+    """A contender at one shape: its layer, a twin with weights of its own, and what its cells have in common."""
+
+    contender: Contender
+    module: nn.Module
+    twin: nn.Module
+    row: dict[str, Any]
+
+
 class _Bench:
     """One shape: the dense layer, and the contenders built from it."""
 
@@ -125,8 +134,8 @@ class _Bench:
     ) -> None:
         self.shape, self.results, self.device, self.dtype, self.budget = shape, results, device, dtype, budget
         self.advance = advance
-        self.layer = shape.layer(device, dtype)
-        self.built: dict[str, tuple[Contender, nn.Module, dict[str, Any]]] = {}
+        self.layer, self.twin = shape.layer(device, dtype), shape.layer(device, dtype)
+        self.built: dict[str, _Entry] = {}
 
     def prepare(self, contender: Contender, counts: Sequence[int]) -> None:
         """Build a contender, or write down why it cannot be."""
@@ -142,7 +151,7 @@ class _Bench:
         if reason is None:
             start = time.perf_counter()
             try:
-                module = contender.build(self.layer)
+                module, twin = contender.build(self.layer), contender.build(self.layer)
             except Exception as error:
                 reason = describe_failure(error)
         if reason is not None:
@@ -153,7 +162,7 @@ class _Bench:
         size = resident_bytes(module)
         row |= {"bytes": size, "stored_bits": ours.stored_bits(module) or 8 * size / self.layer.weight.numel()}  # type: ignore[operator]
         row |= {"build_seconds": time.perf_counter() - start, "format": ours.describe(module), "note": contender.note}
-        self.built[contender.name] = (contender, module, row)
+        self.built[contender.name] = _Entry(contender, module, twin, row)
 
     def key(self, contender: Contender, count: int) -> tuple[str, ...]:
         return ("layer", self.shape.name, str(count), contender.name)
@@ -162,50 +171,46 @@ class _Bench:
         """Check and time every contender at one number of tokens."""
         x = self.shape.input(count, self.device, self.dtype)
         cells: dict[str, dict[str, Any]] = {}
-        for name, (contender, module, row) in self.built.items():
-            if self.results.missing(self.key(contender, count)):
-                lookup = ours.lookup_share(module, count)
-                cells[name] = row | {"tokens": count, "lookup_share": lookup} | self._check(module, x)
-        functions = {name: self._call(self.built[name][1], x) for name, cell in cells.items() if not cell.get("reason")}
+        for name, entry in self.built.items():
+            if self.results.missing(self.key(entry.contender, count)):
+                lookup = ours.lookup_share(entry.module, count)
+                cells[name] = entry.row | {"tokens": count, "lookup_share": lookup} | self._check(entry, x)
+        calls = {name: self._call(self.built[name], x) for name, cell in cells.items() if not cell.get("reason")}
         timer = make_timer(self.device, cold=count <= COLD_TOKENS)
-        for name, entry in race(functions, self._call(self.layer, x), timer, self.budget, advance=self.advance).items():
-            cells[name] |= describe_race(entry)
+        baseline = Call(_step(self.layer, x), _step(self.twin, x))
+        for name, raced in race(calls, baseline, timer, self.budget, advance=self.advance).items():
+            cells[name] |= describe_race(raced)
         if self.device.type == "cuda" and count <= GRAPH_TOKENS:
-            self._measure_graphs(functions, self._call(self.layer, x), cells)
+            self._measure_graphs(calls, baseline, cells)
         for name, cell in cells.items():
-            self.results.add(self.key(self.built[name][0], count), **cell)
+            self.results.add(self.key(self.built[name].contender, count), **cell)
 
-    def _measure_graphs(
-        self, functions: dict[str, Callable[[], Any]], baseline: Callable[[], Any], cells: dict[str, dict[str, Any]]
-    ) -> None:
+    def _measure_graphs(self, calls: dict[str, Call], baseline: Call, cells: dict[str, dict[str, Any]]) -> None:
         """The same from CUDA graphs, where launching costs next to nothing."""
         graphs = {}
-        for name, function in functions.items():
+        for name, call in calls.items():
             try:
-                graphs[name] = capture(function)
+                graphs[name] = Call(capture(call.run))
             except Exception as error:
                 cells[name]["graph"] = {"reason": describe_failure(error)}
-        for name, entry in race(graphs, capture(baseline), make_timer(self.device, cold=True), self.budget).items():
+        for name, entry in race(graphs, Call(capture(baseline.run)), make_timer(self.device, cold=True), self.budget).items():
             cells[name]["graph"] = describe_race(entry)
 
-    def _call(self, module: nn.Module, x: Tensor) -> Callable[[], Any]:
-        def call() -> Any:
-            with torch.no_grad():
-                return module(x)
+    def _call(self, entry: _Entry, x: Tensor) -> Call:
+        return Call(_step(entry.module, x), _step(entry.twin, x))
 
-        return call
-
-    def _check(self, module: nn.Module, x: Tensor) -> dict[str, Any]:
+    def _check(self, entry: _Entry, x: Tensor) -> dict[str, Any]:
         """Relative error of the output against float64 with the original weight; a result that is no result says why."""
         try:
-            output = module(x)
-            error = self._error(module, x, output)
+            output = entry.module(x)
+            entry.twin(x)
+            error = self._error(entry.module, x, output)
         except Exception as failure:
-            self.advance("")
+            self.advance(entry.contender.name)
             return {"reason": describe_failure(failure)}
         if error <= BROKEN:
             return {"error": error}
-        self.advance("")
+        self.advance(entry.contender.name)
         return {"error": None, "reason": f"broken: its output is {100 * error:.0f} % off"}
 
     def _error(self, module: nn.Module, x: Tensor, output: Tensor) -> float:
@@ -221,6 +226,14 @@ class _Bench:
             rows = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_ROWS)).long().to(x.device)
             expected, found = F.linear(x[rows].double(), weight, bias), output[rows].double()
         return float((found - expected).norm() / expected.norm())
+
+
+def _step(module: nn.Module, x: Tensor) -> Callable[[], Any]:
+    def step() -> Any:
+        with torch.no_grad():
+            return module(x)
+
+    return step
 
 
 def describe_race(entry: Race) -> dict[str, Any]:

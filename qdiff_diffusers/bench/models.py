@@ -19,7 +19,7 @@ from . import ours
 from .contenders import OURS, Contender, compiled, resident_bytes
 from .layers import Advance, contenders_for, describe_race
 from .results import Results
-from .timing import Timer, describe_failure, make_timer, race
+from .timing import Call, Timer, describe_failure, make_timer, race
 
 WEIGHT_SCALE = 0.02
 BLOCK = 1 << 20  # random numbers that are repeated to fill a model
@@ -213,7 +213,7 @@ def _measure(
 
         return call
 
-    return cell | describe_race(race({contender.name: step(model)}, step(dense), timer, budget)[contender.name])
+    return cell | describe_race(race({contender.name: Call(step(model))}, Call(step(dense)), timer, budget)[contender.name])
 
 
 def convert_model(contender: Contender, dense: nn.Module, targets: Sequence[str]) -> tuple[nn.Module, list[str], list[str]]:

@@ -64,8 +64,7 @@ class Packer:
         if key not in self.cache:
             self.cache[key] = _quantize_rows(weight, config, rows)
         spec, tensors = self.cache[key]
-        if self.whole_model:
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # or one layer would warm the cache for another
         packed = pack_layer(layer, dataclasses.replace(spec, activations=activations or "none"), weight.dtype, tensors)
         if rows < len(weight):
             packed.stands_for = partial(_repeated, rows=rows)  # type: ignore[assignment]
