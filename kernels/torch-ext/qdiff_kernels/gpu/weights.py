@@ -133,8 +133,8 @@ def _packed(codes: Tensor, table: Tensor | None, scales: Tensor, zeros: Tensor |
     e4m3, e8m0 = scales.dtype == torch.float8_e4m3fn, scales.dtype == torch.int8
     if e4m3:
         scales, zeros = scales.view(torch.uint8), None if zeros is None else zeros.view(torch.uint8)
-    tensors = (t if t is None else t.contiguous() for t in (codes, table, scales, zeros))
-    return PackedWeight(*tensors, *rest)._replace(e8m0=e8m0, e4m3=e4m3)
+    table, zeros = (None if t is None else t.contiguous() for t in (table, zeros))
+    return PackedWeight(codes.contiguous(), table, scales.contiguous(), zeros, *rest)._replace(e8m0=e8m0, e4m3=e4m3)
 
 
 def _encoding_number(name: str) -> int:
