@@ -17,6 +17,9 @@ from .blocks import INT4_GROUP, INTERPRETED
 from .linear import Inputs
 
 BLOCK_TOKENS = 16
+# With so few tokens most of the device idles and a program's walk over the columns is what one waits for: longer steps. Twice
+# this with a low-rank branch takes 105 KB of shared memory, more than consumer GPUs have.
+FEW_TOKENS, LONG_STEP = 256, 256
 CODES = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 
@@ -61,12 +64,13 @@ def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, d
         RANK=max(16, triton.next_power_of_2(rank)) if rank else 0,
         LIMIT={"int8": 127.0, "int4": 7.0}.get(activations, FP8_MAX),
         BM=BLOCK_TOKENS,
-        BK=max(128, rotation),
+        BK=LONG_STEP if tokens <= FEW_TOKENS and columns >= LONG_STEP else max(128, rotation),
+        num_warps=8 if tokens <= FEW_TOKENS else 4,
     )
     return Inputs(values.view(torch.float8_e4m3fn) if activations == "fp8" else values, scales, branch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "pixels"])
 def _prepare_kernel(
     x_ptr,
     smooth_ptr,

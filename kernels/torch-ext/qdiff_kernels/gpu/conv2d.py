@@ -105,7 +105,7 @@ def _branch(x: Tensor, extras: Extras, window: Window) -> Tensor | None:
     return branch.permute(0, 2, 3, 1).reshape(-1, down.shape[0]).contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _conv2d_kernel(
     x_ptr,
     x_scales_ptr,

@@ -144,7 +144,7 @@ def linear(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _linear_kernel(
     x_ptr,
     x_scales_ptr,
@@ -241,7 +241,7 @@ def _linear_kernel(
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=token_inside[None, :] & (row < row_count)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _sum_splits_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
