@@ -16,6 +16,7 @@ from qdiff_kernels.integer import integer_linear
 pytest.importorskip("numba")
 
 ROWS, COLUMNS = 37, 208  # no multiple of a row block, a vector of 32 columns, or a group of 64
+WHOLE = 192  # columns that fill blocks of 64
 EXTRAS = ["plain", "bias+low_rank+smooth+rotation", "int8", "bias+low_rank+smooth+rotation+int8", "rotation+fp8", "low_rank+int4"]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 FEW, MANY = (1, 2, 3, 17), (33, 70)  # tokens on either side of every threshold
@@ -37,13 +38,13 @@ def tolerance(dtype: torch.dtype, extras: dict) -> float:
     return max(coarse, TOLERANCE[dtype])
 
 
-@pytest.fixture(params=["few", "many"])
+@pytest.fixture(params=["integers", "packed", "decoded"])
 def path(request, monkeypatch):
-    """Force the packed product, or decoding for torch, whatever the number of tokens."""
+    """Force one way of multiplying, whatever the number of tokens: packed (in integers where they serve) or decoded for torch."""
     from qdiff_kernels.cpu import _linear
 
-    limit = 10**9 if request.param == "few" else 0
-    monkeypatch.setattr(_linear, "few_tokens", lambda *_: limit)
+    monkeypatch.setattr(_linear, "few_tokens", lambda *_: 0 if request.param == "decoded" else 10**9)
+    monkeypatch.setattr(_linear, "integer_tokens", lambda *_: 10**9 if request.param == "integers" else 0)
     return request.param
 
 
@@ -55,9 +56,9 @@ def test_every_op_runs_compiled_on_the_cpu():
 @pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("variant", oracle.VARIANTS)
 def test_linear_matches_the_definition_on_either_path(variant, extras, path):
-    weight, chosen = weight_of(variant), oracle.make_extras(extras, ROWS, COLUMNS, COLUMNS)
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(9, COLUMNS).to(dtype)
+    for columns, dtype in ((COLUMNS, torch.bfloat16), (COLUMNS, torch.float32), (WHOLE, torch.bfloat16), (WHOLE, torch.float16)):
+        weight, chosen = weight_of(variant, ROWS, columns), oracle.make_extras(extras, ROWS, columns, columns)
+        x = torch.randn(9, columns).to(dtype)
         y = run(weight, x, chosen)
         assert (y.shape, y.dtype) == ((9, ROWS), dtype)
         assert oracle.relative_error(y, oracle.linear(x, weight.dense, chosen)) < tolerance(dtype, chosen)

@@ -13,11 +13,29 @@ from torch import Tensor
 from ..activations import FP8_MAX, INT4_GROUP
 from ..hadamard import rotation_signs
 from ._compile import SOURCE, helper, kernel
-from ._simd import SIZES, bits_float, fetch_add, float_bits, read_bf16, read_f16, read_f32, rint, write, zero_bytes
+from ._simd import (
+    SIZES,
+    bits_float,
+    fetch_add,
+    float_bits,
+    read_bf16,
+    read_f16,
+    read_f32,
+    rint,
+    write,
+    write_i8,
+    write_i16,
+    write_i32,
+    zero_bytes,
+)
 from ._threads import SLOT, TASK, run_job
 from ._weights import KINDS, NAMES
 
-TASKS, TOKENS, COLUMNS, X, X_STRIDE, X_KIND, SMOOTH, SIGNS, ROTATION, TARGET, STRIDE, SCALES, SCRATCH, LENGTH = range(2, 16)
+TASKS, TOKENS, COLUMNS, X, X_STRIDE, X_KIND, SMOOTH, SIGNS, ROTATION, TARGET, STRIDE, SCALES, SCRATCH, VECTOR, LANES, LENGTH = (
+    range(2, 18)
+)
+SPLIT_MAX = 127.0 * 256 + 127  # largest number of a high and a low byte
+VECTORS_MAX = 16383.0  # largest number of :mod:`._sums`: 32 pairs of products with sums of 8 entries of 128 stay below 2**31
 PER_TASK = 4  # tokens in a task
 BFLOAT16, FLOAT16 = KINDS[torch.bfloat16], KINDS[torch.float16]
 
@@ -45,10 +63,18 @@ def prepare(
     plain = activations == "none" and smooth is None and not rotation
     if plain and x.dtype == dtype and padded == columns:
         return Operands(x if x.is_contiguous() else x.contiguous(), None)
+    return _run(x, smooth, rotation, activations, dtype, padded, fold or activations == "int4")
+
+
+def _run(
+    x: Tensor, smooth: Tensor | None, rotation: int, activations: str, dtype: torch.dtype, width: int, fold: bool,
+    layout: tuple[int, int] = (0, 0),
+) -> Operands:  # fmt: skip
+    tokens, columns = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
-    values = torch.empty(tokens, padded, dtype=dtype)
-    scales = torch.empty(tokens) if activations in ("int8", "fp8") and not fold else None
+    values = torch.empty(tokens, width, dtype=dtype)
+    scales = None if fold or activations in ("none", "int4") else torch.empty(tokens)
     divisor = None if smooth is None else smooth.float().contiguous()
     signs = rotation_signs(columns, x.device, torch.float32) if rotation else None
     tasks = -(-tokens // PER_TASK)
@@ -66,11 +92,12 @@ def prepare(
         0 if signs is None else signs.data_ptr(),
         rotation,
         values.data_ptr(),
-        padded * values.element_size(),
+        width * values.element_size(),
         0 if scales is None else scales.data_ptr(),
         scratch.data_ptr(),
+        *layout,
     )
-    run_job(_kernel(activations, NAMES[dtype], fold or activations == "int4"), job, threads)
+    run_job(_kernel(activations, NAMES.get(dtype, "float32"), fold, layout[1] > 0, dtype == torch.int16), job, threads)
     return Operands(values, scales)
 
 
@@ -128,10 +155,67 @@ def round_e4m3(value: Any) -> Any:
     return rint(value / step) * step
 
 
+def split_bytes(x: Tensor, smooth: Tensor | None, rotation: int, codes: bool) -> Operands:
+    """Tokens ``[tokens, columns]`` as the high and low bytes of :mod:`._bytes`, and the steps they count in.
+
+    ``codes``: INT8 activations, whose codes are the low bytes.
+    """
+    return _run(x, smooth, rotation, "split8" if codes else "split16", torch.int8, 3 * x.shape[1], False)
+
+
+def split_vectors(x: Tensor, extras: Any, vector_size: int, lanes: int, integer: bool) -> Operands:
+    """Tokens ``[tokens, columns]`` as vectors of ``lanes`` numbers for :mod:`._sums`: ``[tokens, vectors, lanes]``, flat.
+
+    ``integer``: int16 numbers and the steps they count in, else float32.
+    """
+    width = (-(-x.shape[1] // vector_size) + 7) * lanes
+    activations = "int8" if extras.activations == "int8" else ("vectors" if integer else "none")
+    dtype = torch.int16 if integer else torch.float32
+    return _run(x, extras.smooth, extras.rotation, activations, dtype, width, False, (vector_size, lanes))
+
+
+@helper
+def place_vectors(values: Any, count: Any, size: Any, lanes: Any, target: Any, integer: Any) -> None:
+    """``size`` numbers to each vector of ``lanes``."""
+    for first in range(0, count, size):
+        at, to = values + 4 * first, first // size * lanes
+        for i in range(min(size, count - first)):
+            if integer:
+                write_i16(target, to + i, np.int32(read_f32(at, i)))
+            else:
+                write(target, to + i, read_f32(at, i), "float32")
+
+
+@helper
+def split_token(values: Any, count: Any, step: Any, limit: Any, target: Any) -> None:
+    """Bytes of one token, in blocks of 64 high bytes, 64 low bytes and 16 corrections."""
+    for block in range(count // 64):
+        at, high, low = values + block * 256, target + block * 192, target + block * 192 + 64
+        for i in range(64):
+            number = np.int32(rint(min(max(read_f32(at, i) / step, -limit), limit)))
+            top = (number + np.int32(128)) >> np.int32(8)
+            write_i8(high, i, top)
+            write_i8(low, i, number - (top << np.int32(8)))
+        for lane in range(16):
+            total = np.int32(0)
+            for i in range(4 * lane, 4 * lane + 4):
+                total += np.int32(rint(min(max(read_f32(at, i) / step, -limit), limit)))
+            write_i32(low + 64, lane, np.int32(-128) * total)
+
+
 @lru_cache(maxsize=16)
-def _kernel(activations: str, out: str, fold: bool) -> Any:
+def _kernel(activations: str, out: str, fold: bool, vectors: bool, integer: bool) -> Any:
     source, size = SOURCE, SIZES[out]
-    limit = {"none": 0.0, "int8": 127.0, "fp8": FP8_MAX, "int4": 7.0}[activations]
+    limit = {
+        "none": 0.0,
+        "int8": 127.0,
+        "fp8": FP8_MAX,
+        "int4": 7.0,
+        "split8": 127.0,
+        "split16": SPLIT_MAX,
+        "vectors": VECTORS_MAX,
+    }[activations]
+    split = activations.startswith("split")
     grouped, quantized, fp8 = activations == "int4", activations != "none", activations == "fp8"
 
     @kernel
@@ -146,6 +230,11 @@ def _kernel(activations: str, out: str, fold: bool) -> Any:
                 load_token(job[X_KIND], job[X], token * job[X_STRIDE], columns, values)
                 transform_token(values, columns, job[SMOOTH], job[SIGNS], job[ROTATION])
                 target = job[TARGET] + token * job[STRIDE]
+                if split:
+                    step = step_of(values, 0, columns, limit)
+                    write(job[SCALES], token, step, "float32")
+                    split_token(values, columns, step, np.float32(limit), target)
+                    continue
                 for first in range(0, columns, INT4_GROUP if grouped else columns):
                     last = min(first + INT4_GROUP, columns) if grouped else columns
                     step = step_of(values, first, last, limit) if quantized else np.float32(1)
@@ -158,7 +247,14 @@ def _kernel(activations: str, out: str, fold: bool) -> Any:
                             value = round_e4m3(value) if fp8 else rint(value)
                         if fold:
                             value = value * step
-                        write(target, i, value, out)
+                        if vectors:
+                            write(values, i, value, "float32")
+                        else:
+                            write(target, i, value, out)
+                if vectors:
+                    zero_bytes(target, job[STRIDE])
+                    place_vectors(values, columns, job[VECTOR], job[LANES], target, integer)
+                    continue
                 zero_bytes(target + columns * size, job[STRIDE] - columns * size)
             task = fetch_add(header + 8 * TASK, 1)
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from ..activations import KINDS
 from ..reference import Extras
-from ._activations import Operands, prepare
+from ._activations import Operands, prepare, split_bytes, split_vectors
 from ._epilogue import scale_sums
-from ._thresholds import few_tokens
+from ._thresholds import few_tokens, integer_tokens
 from ._weights import KINDS as DTYPES
-from ._weights import NAMES, Weight, decode, run_weight
+from ._weights import NAMES, Weight, decode, run_bytes, run_sums, run_weight, scales_per_block
 
 CHUNK_BYTES = 8 << 20  # of decoded weight between the decoder and the product: small enough to stay in a shared cache
 LEAST_ROWS = 512  # in a chunk: shorter products are slower
@@ -73,23 +74,35 @@ def _operands(x: Tensor, extras: Extras, dtype: torch.dtype, pad: int = 1) -> Op
 
 
 def _multiply_packed(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
-    dtype = operand_dtype(x, extras.activations)
-    operands = _operands(x, extras, dtype, 32 if dtype == torch.bfloat16 else 16)
     branch = _branch(x, extras)
     addend = None if branch is None else F.linear(*branch).float()
     bias = None if extras.bias is None else extras.bias.float().contiguous()
-    run_weight(
-        weight,
-        NAMES[dtype],
-        TOKENS=x.shape[0],
-        X=operands.values.data_ptr(),
-        X_STRIDE=operands.values.stride(0) * operands.values.element_size(),
-        Y=y.data_ptr(),
-        Y_KIND=DTYPES[y.dtype],
-        BIAS=_address(bias),
-        TOKEN_SCALES=_address(operands.scales),
-        ADDEND=_address(addend),
-    )
+
+    def run(operands: Operands, kernel: Callable[..., None], *arguments: Any) -> None:
+        kernel(
+            weight,
+            *arguments,
+            TOKENS=x.shape[0],
+            X=operands.values.data_ptr(),
+            X_STRIDE=operands.values.stride(0) * operands.values.element_size(),
+            Y=y.data_ptr(),
+            Y_KIND=DTYPES[y.dtype],
+            BIAS=_address(bias),
+            TOKEN_SCALES=_address(operands.scales),
+            ADDEND=_address(addend),
+        )
+
+    codes = extras.activations == "int8"
+    few = x.shape[0] <= integer_tokens(weight.kind, extras.activations)
+    in_integers = few and (codes or (extras.activations == "none" and x.dtype != torch.float32))
+    per = scales_per_block(weight) if in_integers else 0
+    if per:
+        run(split_bytes(x, extras.smooth, extras.rotation, codes), run_bytes, per, not codes)
+    elif weight.sums is not None and few and (in_integers or (extras.activations == "none" and not weight.sums.integer)):
+        run(split_vectors(x, extras, weight.vector_size, weight.sums.lanes, weight.sums.integer), run_sums)
+    else:
+        dtype = operand_dtype(x, extras.activations)
+        run(_operands(x, extras, dtype, 32 if dtype == torch.bfloat16 else 16), run_weight, NAMES[dtype])
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -150,6 +150,22 @@ def write(typingctx: Any, address: Any, index: Any, value: Any, out: Any) -> Any
     return types.void(types.int64, types.int64, types.float32, out), codegen
 
 
+def _writer(kind: ir.Type) -> Any:
+    @intrinsic
+    def write_integer(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = builder.trunc(arguments[2], kind) if kind is not I32 else arguments[2]
+            builder.store(value, element(builder, arguments[0], arguments[1], kind), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int32), codegen
+
+    return write_integer
+
+
+write_i8, write_i16, write_i32 = _writer(I8), _writer(I16), _writer(I32)
+
+
 @intrinsic
 def copy_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
     """``memcpy``."""

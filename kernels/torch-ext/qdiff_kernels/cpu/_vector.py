@@ -130,7 +130,7 @@ def add_entries(
         source, first, tables_at, factor, target_at = arguments[:5]
         total = None
         for m in range(books):
-            code = _read_code(builder, source, first, m, width)
+            code = read_packed(builder, source, first, m, width)
             offset = builder.add(builder.mul(code, I64(entry_bytes)), I64((m << width) * entry_bytes))
             entry = load(builder, builder.add(tables_at, offset), kind)
             total = entry if total is None else (builder.add if whole else builder.fadd)(total, entry)
@@ -143,7 +143,7 @@ def add_entries(
     return types.void(i64, i64, i64, f32, i64, bits, count, lanes, integer, out), codegen
 
 
-def _read_code(builder: Any, source: Any, first: Any, number: int, bits: int) -> Any:
+def read_packed(builder: Any, source: Any, first: Any, number: int, bits: int) -> Any:
     """Code ``number`` after bit ``first`` of the bytes at ``source``, which may be read three bytes past the code."""
     if bits == 8:
         at = builder.add(source, builder.add(builder.lshr(first, I64(3)), I64(number)))
@@ -213,7 +213,7 @@ def multiply(
             final.add_incoming(value, loop)
             new[i] = final
         for i, final in enumerate(new):
-            store(builder, _horizontal_sum(builder, final), builder.add(sums_at, I64(4 * i)))
+            store(builder, horizontal_sum(builder, final), builder.add(sums_at, I64(4 * i)))
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -232,9 +232,9 @@ def _accumulate(builder: Any, total: Any, a: Any, b: Any, native: bool) -> Any:
     return call(builder, "llvm.fma.v16f32", total.type, *odd, call(builder, "llvm.fma.v16f32", total.type, *even, total))
 
 
-def _horizontal_sum(builder: Any, value: Any) -> Any:
-    """Sum of 16 lanes, halves added to halves: always in the same order."""
-    count = 16
+def horizontal_sum(builder: Any, value: Any) -> Any:
+    """Sum of all lanes, halves added to halves: always in the same order."""
+    count = value.type.count
     while count > 1:
         count //= 2
         low = builder.shuffle_vector(value, value, constant_vector(I32, list(range(count))))

@@ -13,13 +13,36 @@ from torch import Tensor
 from ..bitpack import packed_bytes
 from ..minifloat import encoding_bits, levels, scale_values
 from . import _job as J
+from ._bytes import OFFSET, bytes_kernel
+from ._bytes import available as bytes_available
+from ._bytes import scratch_bytes as bytes_scratch
 from ._kernels import codebook_kernel, levels_kernel, scratch_bytes
+from ._sums import scratch_bytes as sums_scratch
+from ._sums import sums_kernel
 from ._threads import run_job
 
 KINDS = {torch.float32: J.FLOAT32, torch.float16: J.FLOAT16, torch.bfloat16: J.BFLOAT16}
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 SATURATED = 132  # largest sum of int8 entries that is cut to 127: the shared tables' few outermost, by at most 4%
 TASK_WEIGHTS = 1 << 16  # weights in a task: some twenty microseconds of work
+
+
+class ByteLevels(NamedTuple):
+    """Levels that are bytes times ``unit``, for :mod:`._bytes`."""
+
+    bits: int  # of a code
+    two: bool  # whether there are two tables
+    lookup: bool  # whether codes go through the table: not those of 8-bit integers
+    table: Tensor  # levels plus an offset, uint8, repeated to at least 64
+    unit: float
+
+
+class Sums(NamedTuple):
+    """A codebook whose vectors are summed in a register, for :mod:`._sums`."""
+
+    lanes: int  # vector size, padded to a power of two
+    integer: bool  # whether the table is int16
+    kernel: Callable[[], Any]
 
 
 class Weight(NamedTuple):
@@ -37,10 +60,47 @@ class Weight(NamedTuple):
     zeros: Tensor | None = None
     factor: float = 1.0  # of all scales
     vector_size: int = 1
+    bytes: ByteLevels | None = None  # if the levels are small integers
+    sums: Sums | None = None  # of a codebook with a scale per row
 
 
 def run_weight(weight: Weight, out: str, **fields: Any) -> None:
-    """Run the weight's kernel. ``fields``: positions of the job by name, as ``TARGET=address``."""
+    """Run the weight's kernel for rows of a type. ``fields``: positions of the job by name, as ``TARGET=address``."""
+    table = _scale_table(weight.scales.dtype, weight.factor, weight.int8()[0] if out == "int8" else 0.0)
+    scratch = scratch_bytes(weight.columns, weight.scales.shape[1], weight.codes.shape[1])
+    _run(weight, weight.kernel(out), table, weight.table, scratch, fields)
+
+
+def run_bytes(weight: Weight, per: int, high: bool, **fields: Any) -> None:
+    """Run the kernel of byte dot products, with :func:`scales_per_block` scales; ``high``: tokens have high bytes."""
+    assert weight.bytes is not None
+    levels = weight.bytes
+    kernel = bytes_kernel(levels.bits, levels.lookup, levels.two, weight.zeros is not None, high, per)
+    table = _scale_table(weight.scales.dtype, weight.factor * levels.unit, 0.0)
+    scratch = bytes_scratch(weight.columns, weight.scales.shape[1], weight.codes.shape[1])
+    _run(weight, kernel, table, levels.table, scratch, fields)
+
+
+def run_sums(weight: Weight, **fields: Any) -> None:
+    """Run the kernel that multiplies sums of codebook entries."""
+    assert weight.sums is not None
+    table = _scale_table(weight.scales.dtype, weight.factor, 0.0)
+    _run(weight, weight.sums.kernel(), table, weight.table, sums_scratch(weight.codes.shape[1]), fields)
+
+
+def scales_per_block(weight: Weight) -> int:
+    """Scales for 64 columns that the byte dot products read, 0 if they do not take the weight."""
+    columns, groups, size = weight.columns, weight.scales.shape[1], weight.group_size
+    if weight.bytes is None or columns % 64 or not bytes_available():
+        return 0
+    if groups == 1:
+        return 1
+    if columns % size or groups != columns // size or (size not in (16, 32) and size % 64):
+        return 0
+    return max(1, 64 // size)
+
+
+def _run(weight: Weight, kernel: Any, scale_table: tuple[Tensor, int], table: Tensor, size: int, fields: dict[str, Any]) -> None:
     rows = weight.codes.shape[0]
     if not rows or not weight.columns:
         return
@@ -49,9 +109,8 @@ def run_weight(weight: Weight, out: str, **fields: Any) -> None:
     tasks = -(-rows // per_task)
     threads = min(threads, tasks)
     groups = weight.scales.shape[1]
-    size = scratch_bytes(weight.columns, groups, weight.codes.shape[1])
+    size = -(-size // 64) * 64
     scratch = torch.empty(size * threads + 64, dtype=torch.int8)
-    table, kind = _scale_table(weight.scales.dtype, weight.factor, weight.int8()[0] if out == "int8" else 0.0)
     job = np.zeros(J.LENGTH, np.int64)
     job[2:21] = (
         tasks,
@@ -61,13 +120,13 @@ def run_weight(weight: Weight, out: str, **fields: Any) -> None:
         weight.codes.data_ptr(),
         weight.codes.shape[1],
         weight.scales.data_ptr(),
-        kind,
+        scale_table[1],
         groups if weight.scales.shape[0] > 1 else 0,
         groups,
         weight.group_size if groups > 1 else weight.columns,
-        table.data_ptr(),
+        scale_table[0].data_ptr(),
         0 if weight.zeros is None else weight.zeros.data_ptr(),
-        weight.table.data_ptr(),
+        table.data_ptr(),
         0,
         0,
         0,
@@ -77,7 +136,7 @@ def run_weight(weight: Weight, out: str, **fields: Any) -> None:
     job[J.VECTOR_SIZE] = weight.vector_size
     for name, value in fields.items():
         job[getattr(J, name)] = value
-    run_job(weight.kernel(out), job, threads)
+    run_job(kernel, job, threads)
 
 
 def decode(
@@ -146,7 +205,7 @@ def integer_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: in
     zeros = None if zeros is None else _readable(zeros)
     unit = 1.0 if exact else span
     rest = columns, _readable(codes), _readable(scales), group_size, table, lambda: (unit, exact)
-    return Weight("integer", kernel, bits, *rest, zeros=zeros)
+    return Weight("integer", kernel, bits, *rest, zeros=zeros, bytes=_integer_bytes(bits, shared))
 
 
 @lru_cache(maxsize=16)
@@ -154,6 +213,20 @@ def _integer_table(bits: int, zeros: bool) -> tuple[Tensor, float, bool]:
     first = 0 if zeros else -(1 << (bits - 1))
     values = tuple(float(first + code) for code in range(1 << bits))
     return _level_table((values,)), max(abs(v) for v in values) / 127, True
+
+
+@lru_cache(maxsize=16)
+def _integer_bytes(bits: int, zeros: bool) -> ByteLevels | None:
+    if zeros and bits == 8:
+        return None
+    first = 0 if zeros else -(1 << (bits - 1))
+    return _byte_levels(bits, [first + code for code in range(1 << bits)], False, 1.0, lookup=bits < 8)
+
+
+def _byte_levels(bits: int, values: list[int], two: bool, unit: float, lookup: bool = True) -> ByteLevels:
+    with torch.inference_mode(False):
+        table = torch.tensor(values, dtype=torch.int32).add(OFFSET).to(torch.uint8)
+        return ByteLevels(bits, two, lookup, table.repeat(max(1, 64 // len(values))), unit)
 
 
 def minifloat_weight(
@@ -175,7 +248,7 @@ def minifloat_weight(
 
     unit = span if exact else _largest(encodings) / 127
     rest = columns, _readable(codes), _readable(scales), group_size, table, lambda: (unit, exact)
-    return Weight("minifloat", kernel, bits, *rest, factor=factor)
+    return Weight("minifloat", kernel, bits, *rest, factor=factor, bytes=_minifloat_bytes(encodings, bits))
 
 
 @lru_cache(maxsize=64)
@@ -192,6 +265,15 @@ def _minifloat_table(encodings: str) -> tuple[Tensor, float, bool]:
         unit /= 2
     exact = max(values) / unit <= 127
     return _level_table(tables), unit, exact
+
+
+@lru_cache(maxsize=64)
+def _minifloat_bytes(encodings: str, bits: int) -> ByteLevels | None:
+    values = [value for name in encodings.split(",") for value in levels(name)]
+    _, unit, exact = _minifloat_table(encodings)
+    if not exact or len(values) > 256:
+        return None
+    return _byte_levels(bits, [int(value / unit) for value in values], "," in encodings, unit)
 
 
 def _level_table(tables: tuple[tuple[float, ...], ...]) -> Tensor:
@@ -225,7 +307,8 @@ def codebook_weight(codes: Tensor, codebooks: Tensor, scales: Tensor, group_size
 
     bits_per_weight = num_codebooks * bits / vector_size
     rest = columns, _readable(codes), _readable(scales), group_size, _readable(table), int8
-    return Weight("codebook", kernel, bits_per_weight, *rest, vector_size=vector_size)
+    sums = Sums(lanes, integer, lambda: sums_kernel(bits, num_codebooks, lanes, integer)) if scales.shape[1] == 1 else None
+    return Weight("codebook", kernel, bits_per_weight, *rest, vector_size=vector_size, sums=sums)
 
 
 WEIGHTS: dict[str, Callable[..., Weight | None]] = {
