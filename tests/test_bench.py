@@ -50,7 +50,7 @@ class TestTiming:
     def test_rounds_alternate_their_direction(self):
         clock = Clock()
         run_race(clock, {"a": 0.125, "b": 0.125}, budget=0.5)
-        assert clock.calls == ["bf16", "a", "b", *["bf16", "a", "b", "bf16", "b", "a"] * 2]
+        assert clock.calls == ["bf16", *["bf16", "a", "b", "bf16", "b", "a"] * 2]
 
     def test_the_baseline_is_timed_anew_every_few_calls(self):
         clock = Clock()
@@ -79,9 +79,9 @@ class TestTiming:
         def fail() -> None:
             raise RuntimeError("no kernel for this shape\nmore")
 
-        races = race({"bad": Call(fail), "a": clock.call("a", 0.1)}, clock.call("bf16", 0.1), CpuTimer(clock=clock), 1.0)
+        races = race({"bad": Call(fail), "a": clock.call("a", 0.125)}, clock.call("bf16", 0.1), CpuTimer(clock=clock), 1.0)
         assert races["bad"].failure == "RuntimeError: no kernel for this shape"
-        assert len(races["a"].seconds) == 10
+        assert len(races["a"].seconds) == 8
 
     def test_a_twin_is_called_untimed_where_the_caches_are_emptied(self):
         clock = Clock()

@@ -142,22 +142,27 @@ def race(
     Args:
         calls: what to time, called once before so that nothing is left to compile; one that raises drops out and says why.
         baseline: what the ratios are to.
-        budget: seconds to spend on each; the number of its rounds follows from a first call.
-        advance: called with the name of each function after that call.
+        budget: seconds to spend on each; the number of its rounds follows from the first.
+        advance: called with the name of each in the first round.
     """
     races = {name: Race() for name in calls}
     timer(baseline)
-    rounds = {}
-    for name, call in calls.items():
-        rounds[name] = _plan(races[name], call, timer, budget, max_rounds)
-        advance(name)
-    for i in range(max(rounds.values(), default=0)):
+    _round(list(calls), calls, races, baseline, timer, advance)
+    rounds = {name: _affordable(entry, budget, max_rounds) for name, entry in races.items()}
+    for i in range(1, max(rounds.values(), default=0)):
         turn = [name for name in calls if rounds[name] > i and races[name].failure is None]
         _round(turn if i % 2 == 0 else turn[::-1], calls, races, baseline, timer)
     return races
 
 
-def _round(turn: list[str], calls: Mapping[str, Call], races: dict[str, Race], baseline: Call, timer: Timer) -> None:
+def _round(
+    turn: list[str],
+    calls: Mapping[str, Call],
+    races: dict[str, Race],
+    baseline: Call,
+    timer: Timer,
+    advance: Callable[[str], None] = lambda name: None,
+) -> None:
     beside = 0.0
     for i, name in enumerate(turn):
         if i % BASELINE_EVERY == 0:
@@ -166,18 +171,17 @@ def _round(turn: list[str], calls: Mapping[str, Call], races: dict[str, Race], b
             seconds = timer(calls[name])
         except Exception as error:
             races[name].failure = describe_failure(error)
-            continue
-        races[name].seconds.append(seconds)
-        races[name].baseline.append(beside)
+        else:
+            races[name].seconds.append(seconds)
+            races[name].baseline.append(beside)
+        advance(name)
 
 
-def _plan(entry: Race, call: Call, timer: Timer, budget: float, max_rounds: int) -> int:
-    """The number of rounds that fit the budget, by one call."""
-    try:
-        seconds = timer(call)
-    except Exception as error:
-        entry.failure = describe_failure(error)
+def _affordable(entry: Race, budget: float, max_rounds: int) -> int:
+    """The number of rounds that fit the budget, by the first one."""
+    if entry.failure is not None:
         return 0
+    seconds = entry.seconds[0]
     if seconds > budget:
         return min(SLOW_ROUNDS, max_rounds)
     return min(max_rounds, max(MIN_ROUNDS, int(budget / max(seconds, 1e-9))))
