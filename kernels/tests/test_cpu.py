@@ -38,7 +38,7 @@ def tolerance(dtype: torch.dtype, extras: dict) -> float:
     return max(coarse, TOLERANCE[dtype])
 
 
-@pytest.fixture(params=["integers", "packed", "decoded"])
+@pytest.fixture(params=["integers", "bfloat16", "decoded"])
 def path(request, monkeypatch):
     """Force one way of multiplying, whatever the number of tokens: packed (in integers where they serve) or decoded for torch."""
     from qdiff_kernels.cpu import _linear
@@ -242,3 +242,31 @@ def test_conv2d_matches_the_definition(variant, extras, geometry):
 def test_importing_the_package_does_not_import_numba():
     code = "import sys, qdiff_kernels; assert 'numba' not in sys.modules and 'llvmlite' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_look_up_tables_give_the_products_and_count_their_operations():
+    from qdiff_kernels.cpu import lookup_operations
+    from qdiff_kernels.cpu.lookup import lookup_sums
+
+    rows, vectors, books, size = 33, 11, 2, 8
+    codes = torch.randint(0, 256, (rows, vectors * books), dtype=torch.uint8)
+    codebooks, x = torch.randn(books, 256, size).half(), torch.randn(vectors, size)
+    entries = codebooks.double()[torch.arange(books), codes.long().view(rows, vectors, books)].sum(2)
+    expected = torch.einsum("rvd,vd->r", entries, x.double())
+    assert oracle.relative_error(lookup_sums(codes.view(torch.int8), codebooks, x), expected) < 1e-5
+    counts = lookup_operations(rows, vectors * size, books, 256, size, tokens=3)
+    assert counts["dense_multiplications"] == 3 * rows * vectors * size
+    assert counts["lookup_multiplications"] == 3 * (vectors * books * 256 * size + rows)
+    assert counts["lookups"] == 3 * rows * vectors * books
+    large = lookup_operations(12288, 3072, 4, 256, 16, tokens=1)
+    assert large["multiplications_saved"] == pytest.approx(12288 / (4 * 256), rel=0.01)
+
+
+def test_thresholds_are_measured_in_the_layout_of_the_stored_table():
+    from qdiff_kernels.cpu import _thresholds, tune
+
+    measured, stored = tune.measure_thresholds(size=64, repeats=1), _thresholds.table()
+    assert measured.keys() == stored.keys()
+    for table in ("few_tokens", "integer_tokens"):
+        assert measured[table].keys() == stored[table].keys() == {"int8", "other"}
+        assert measured[table]["other"].keys() == stored[table]["other"].keys()

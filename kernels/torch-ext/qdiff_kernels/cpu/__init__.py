@@ -13,6 +13,9 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import implementation
 from ..reference import Extras, Window
+from .operations import lookup_operations
+
+__all__ = ["lookup_operations"]
 
 ARGUMENTS = {"codebook": 4, "minifloat": 5, "integer": 5}  # of a packed weight
 EXTRAS = len(Extras._fields)

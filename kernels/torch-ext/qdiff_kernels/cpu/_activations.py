@@ -29,6 +29,7 @@ from ._simd import (
     zero_bytes,
 )
 from ._threads import SLOT, TASK, run_job
+from ._vector import hadamard16
 from ._weights import KINDS, NAMES
 
 TASKS, TOKENS, COLUMNS, X, X_STRIDE, X_KIND, SMOOTH, SIGNS, ROTATION, TARGET, STRIDE, SCALES, SCRATCH, VECTOR, LANES, LENGTH = (
@@ -36,6 +37,7 @@ TASKS, TOKENS, COLUMNS, X, X_STRIDE, X_KIND, SMOOTH, SIGNS, ROTATION, TARGET, ST
 )
 SPLIT_MAX = 127.0 * 256 + 127  # largest number of a high and a low byte
 VECTORS_MAX = 16383.0  # largest number of :mod:`._sums`: 32 pairs of products with sums of 8 entries of 128 stay below 2**31
+LIMITS = {"none": 0.0, "int8": 127.0, "fp8": FP8_MAX, "int4": 7.0, "split8": 127.0, "split16": SPLIT_MAX, "vectors": VECTORS_MAX}
 PER_TASK = 4  # tokens in a task
 BFLOAT16, FLOAT16 = KINDS[torch.bfloat16], KINDS[torch.float16]
 
@@ -58,7 +60,7 @@ def prepare(
         dtype: of the operands: bfloat16 or float32, or int8 for "int8". pad: columns are padded to a multiple of this.
         fold: multiply the scales of tokens into the operands too.
     """
-    tokens, columns = x.shape
+    columns = x.shape[1]
     padded = -(-columns // pad) * pad
     plain = activations == "none" and smooth is None and not rotation
     if plain and x.dtype == dtype and padded == columns:
@@ -127,6 +129,10 @@ def transform_token(values: Any, count: Any, smooth: Any, signs: Any, block: Any
     for i in range(count):
         write(values, i, read_f32(values, i) * read_f32(signs, i) * norm, "float32")
     half = 1
+    if block >= 16:
+        for first in range(0, count, 16):
+            hadamard16(values + 4 * first)
+        half = 16
     while half < block:
         for start in range(0, count, 2 * half):
             low, high = values + 4 * start, values + 4 * (start + half)

@@ -200,12 +200,13 @@ def scratch_bytes(columns: int, groups: int, code_bytes: int) -> int:
 
 
 @inlined
-def multiply_rows(job: Any, codes: Any, first: Any, count: Any, scales: Any, zero_values: Any, room: Any, token: Any, width: Any,
+def multiply_rows(job: Any, codes: Any, first: Any, count: Any, scales: Any, room: Any, token: Any, width: Any,
                   bits: Any, lookup: Any, two: Any, zeros: Any, high: Any, per: Any) -> None:  # fmt: skip
     """Results of a block of rows for ``width`` tokens."""
     x, sums = job[J.X] + token * job[J.X_STRIDE], scales + 9 * room
+    blocks = job[J.COLUMNS] // COLUMNS
     dot_levels(
-        codes, job[J.CODE_BYTES], job[J.TABLE], x, job[J.X_STRIDE], scales, zero_values, room, job[J.COLUMNS] // COLUMNS, sums,
+        codes, job[J.CODE_BYTES], job[J.TABLE], x, job[J.X_STRIDE], scales, scales + 4 * room, room, blocks, sums,
         width, bits, lookup, two, zeros, high, per,
     )  # fmt: skip
     finish(sums, width, token, first, count, job)
@@ -240,19 +241,13 @@ def bytes_kernel(bits: int, lookup: bool, two: bool, zeros: bool, high: bool, pe
                         block_scales(job, first + r, job[J.ZEROS], one_row, zero_values + r * room, per, -1.0 / OFFSET)
                 token = 0
                 while tokens - token >= 4:
-                    multiply_rows(
-                        job, codes, first, count, scales, zero_values, room, token, 4, bits, lookup, two, zeros, high, per
-                    )
+                    multiply_rows(job, codes, first, count, scales, room, token, 4, bits, lookup, two, zeros, high, per)
                     token += 4
                 if tokens - token >= 2:
-                    multiply_rows(
-                        job, codes, first, count, scales, zero_values, room, token, 2, bits, lookup, two, zeros, high, per
-                    )
+                    multiply_rows(job, codes, first, count, scales, room, token, 2, bits, lookup, two, zeros, high, per)
                     token += 2
                 if tokens - token >= 1:
-                    multiply_rows(
-                        job, codes, first, count, scales, zero_values, room, token, 1, bits, lookup, two, zeros, high, per
-                    )
+                    multiply_rows(job, codes, first, count, scales, room, token, 1, bits, lookup, two, zeros, high, per)
             task = fetch_add(header + 8 * J.TASK, 1)
 
     return entry

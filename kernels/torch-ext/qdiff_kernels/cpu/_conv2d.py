@@ -11,20 +11,17 @@ from torch import Tensor
 from .. import reference
 from ..reference import Extras, Window
 from ._activations import prepare
-from ._linear import linear, takes
+from ._linear import linear
 from ._weights import Weight, decode
 
 POINTWISE = Window((1, 1), (1, 1), (0, 0), (1, 1))
 
 
 def conv2d(x: Tensor, weight: Weight, window: Window, extras: Extras) -> Any:
-    """x ``[batch, in, height, width]`` -> ``[batch, out, h, w]``, or ``NotImplemented``."""
+    """x ``[batch, in, height, width]`` that the kernels take -> ``[batch, out, h, w]``, or ``NotImplemented``."""
     pixels = x.movedim(1, -1)
-    if not takes(pixels, extras):
-        return NotImplemented
     if window._replace(dilation=(1, 1)) == POINTWISE:
-        y = linear(pixels, weight, extras)
-        return y if y is NotImplemented else y.movedim(-1, 1).contiguous()
+        return linear(pixels, weight, extras).movedim(-1, 1).contiguous()
     if x.dtype == torch.float16:
         return NotImplemented
     inputs = _inputs(x, pixels, extras)

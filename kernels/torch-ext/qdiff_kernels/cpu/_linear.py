@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,20 +28,32 @@ LEAST_ROWS = 512  # in a chunk: shorter products are slower
 ROUNDED_BITS = 6  # widest weights that may be rounded to INT8 once more
 
 
-def linear(x: Tensor, weight: Weight, extras: Extras) -> Any:
-    """x ``[..., columns]`` -> ``[..., rows]``, or ``NotImplemented``."""
-    if not takes(x, extras):
-        return NotImplemented
-    rows = weight.codes.shape[0]
+def linear(x: Tensor, weight: Weight, extras: Extras, way: str | None = None) -> Tensor:
+    """x ``[..., columns]`` that the kernels take -> ``[..., rows]``. ``way``: see :func:`way_of`, which chooses it by default."""
     tokens = x.reshape(-1, weight.columns)
-    y = torch.empty(tokens.shape[0], rows, dtype=x.dtype)
-    if tokens.shape[0] <= few_tokens(weight.kind, weight.bits_per_weight, extras.activations):
-        _multiply_packed(tokens, weight, extras, y)
-    elif extras.activations == "int8" and (weight.bits_per_weight <= ROUNDED_BITS or weight.int8()[1]):
-        _multiply_int8(tokens, weight, extras, y)
-    else:
-        _multiply_decoded(tokens, weight, extras, y)
-    return y.view(*x.shape[:-1], rows)
+    y = torch.empty(tokens.shape[0], weight.codes.shape[0], dtype=x.dtype)
+    WAYS[way or way_of(tokens, weight, extras)](tokens, weight, extras, y)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def way_of(x: Tensor, weight: Weight, extras: Extras) -> str:
+    """How ``x [tokens, columns]`` is multiplied: by the packed weight in "integers" or "bfloat16", or "decoded" for torch."""
+    tokens, activations = x.shape[0], extras.activations
+    if tokens <= integer_tokens(weight.kind, activations) and takes_integers(x, weight, extras):
+        return "integers"
+    if tokens <= few_tokens(weight.kind, weight.bits_per_weight, activations):
+        return "bfloat16"
+    return "decoded"
+
+
+def takes_integers(x: Tensor, weight: Weight, extras: Extras) -> bool:
+    """Whether there is a kernel in integers. They hold what bfloat16 and float16 do, but not float32 inputs."""
+    if extras.activations not in ("none", "int8"):
+        return False
+    if weight.sums is not None and not weight.sums.integer:
+        return extras.activations == "none"  # sums of floating-point entries, taken in float32
+    exact_enough = extras.activations == "int8" or x.dtype != torch.float32
+    return exact_enough and (weight.sums is not None or scales_per_block(weight) > 0)
 
 
 def takes(x: Tensor, extras: Extras) -> bool:
@@ -73,44 +84,48 @@ def _operands(x: Tensor, extras: Extras, dtype: torch.dtype, pad: int = 1) -> Op
     return prepare(x, extras.smooth, extras.rotation, extras.activations, dtype, pad)
 
 
-def _multiply_packed(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
+def _multiply_in_integers(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
+    if weight.sums is not None:
+        operands = split_vectors(x, extras, weight.vector_size, weight.sums.lanes, weight.sums.integer)
+        run_sums(weight, **_product(x, operands, extras, y))
+        return
+    codes = extras.activations == "int8"
+    operands = split_bytes(x, extras.smooth, extras.rotation, codes)
+    run_bytes(weight, scales_per_block(weight), not codes, **_product(x, operands, extras, y))
+
+
+def _multiply_in_bfloat16(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
+    dtype = operand_dtype(x, extras.activations)
+    operands = _operands(x, extras, dtype, 32 if dtype == torch.bfloat16 else 16)
+    run_weight(weight, NAMES[dtype], **_product(x, operands, extras, y))
+
+
+def _product(x: Tensor, operands: Operands, extras: Extras, y: Tensor) -> dict[str, Any]:
+    """The fields of a job that multiplies operands, and the tensors that they are addresses of."""
     branch = _branch(x, extras)
     addend = None if branch is None else F.linear(*branch).float()
     bias = None if extras.bias is None else extras.bias.float().contiguous()
-
-    def run(operands: Operands, kernel: Callable[..., None], *arguments: Any) -> None:
-        kernel(
-            weight,
-            *arguments,
-            TOKENS=x.shape[0],
-            X=operands.values.data_ptr(),
-            X_STRIDE=operands.values.stride(0) * operands.values.element_size(),
-            Y=y.data_ptr(),
-            Y_KIND=DTYPES[y.dtype],
-            BIAS=_address(bias),
-            TOKEN_SCALES=_address(operands.scales),
-            ADDEND=_address(addend),
-        )
-
-    codes = extras.activations == "int8"
-    few = x.shape[0] <= integer_tokens(weight.kind, extras.activations)
-    in_integers = few and (codes or (extras.activations == "none" and x.dtype != torch.float32))
-    per = scales_per_block(weight) if in_integers else 0
-    if per:
-        run(split_bytes(x, extras.smooth, extras.rotation, codes), run_bytes, per, not codes)
-    elif weight.sums is not None and few and (in_integers or (extras.activations == "none" and not weight.sums.integer)):
-        run(split_vectors(x, extras, weight.vector_size, weight.sums.lanes, weight.sums.integer), run_sums)
-    else:
-        dtype = operand_dtype(x, extras.activations)
-        run(_operands(x, extras, dtype, 32 if dtype == torch.bfloat16 else 16), run_weight, NAMES[dtype])
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return {
+        "TOKENS": x.shape[0],
+        "X": operands.values,
+        "X_STRIDE": operands.values.stride(0) * operands.values.element_size(),
+        "Y": y,
+        "Y_KIND": DTYPES[y.dtype],
+        "BIAS": bias,
+        "TOKEN_SCALES": operands.scales,
+        "ADDEND": addend,
+    }
 
 
 def _chunk_rows(weight: Weight, size: int) -> int:
     return max(LEAST_ROWS, CHUNK_BYTES // (weight.columns * size))
+
+
+def _multiply_decoded(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
+    if extras.activations == "int8" and (weight.bits_per_weight <= ROUNDED_BITS or weight.int8()[1]):
+        _multiply_int8(x, weight, extras, y)
+    else:
+        _multiply_floats(x, weight, extras, y)
 
 
 def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
@@ -130,7 +145,7 @@ def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None
         y.addmm_(branch[0], branch[1].t())
 
 
-def _multiply_decoded(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
+def _multiply_floats(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
     dtype = operand_dtype(x, extras.activations)
     operands = _operands(x, extras, dtype)
     rows, step = y.shape[1], _chunk_rows(weight, dtype.itemsize)
@@ -148,3 +163,6 @@ def _multiply_decoded(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> N
         out.add_(extras.bias)
     if out is not y:
         y.copy_(out)
+
+
+WAYS = {"integers": _multiply_in_integers, "bfloat16": _multiply_in_bfloat16, "decoded": _multiply_decoded}

@@ -149,8 +149,8 @@ def _multiply_add(builder: Any, total: Any, a: Any, b: Any, whole: bool) -> Any:
 
 @inlined
 def all_sums(
-    codes: Any, stride: Any, tables: Any, x: Any, x_stride: Any, vectors: Any, sums: Any, width: Any, bits: Any, count: Any, lanes: Any,
-    integer: Any,
+    codes: Any, stride: Any, tables: Any, x: Any, x_stride: Any, vectors: Any, sums: Any,
+    width: Any, bits: Any, count: Any, lanes: Any, integer: Any,
 ) -> None:  # fmt: skip
     """Products of four rows with ``width`` tokens, in runs that integers hold."""
     for i in range(4 * width):

@@ -241,3 +241,20 @@ def horizontal_sum(builder: Any, value: Any) -> Any:
         high = builder.shuffle_vector(value, value, constant_vector(I32, list(range(count, 2 * count))))
         value = builder.fadd(low, high)
     return builder.extract_element(value, I32(0))
+
+
+@intrinsic
+def hadamard16(typingctx: Any, address: Any) -> Any:
+    """Four butterflies, of distance 1, 2, 4 and 8, on 16 float32 in place."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = vector(F32, 16)
+        value = load(builder, arguments[0], kind)
+        for distance in (1, 2, 4, 8):
+            partner = builder.shuffle_vector(value, value, constant_vector(I32, [i ^ distance for i in range(16)]))
+            signs = ir.Constant(kind, [-1.0 if i & distance else 1.0 for i in range(16)])
+            value = call(builder, "llvm.fma.v16f32", kind, value, signs, partner)
+        store(builder, value, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen

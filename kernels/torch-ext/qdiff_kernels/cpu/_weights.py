@@ -65,7 +65,7 @@ class Weight(NamedTuple):
 
 
 def run_weight(weight: Weight, out: str, **fields: Any) -> None:
-    """Run the weight's kernel for rows of a type. ``fields``: positions of the job by name, as ``TARGET=address``."""
+    """Run the weight's kernel for rows of a type. ``fields``: of the job by name; tensors give their addresses."""
     table = _scale_table(weight.scales.dtype, weight.factor, weight.int8()[0] if out == "int8" else 0.0)
     scratch = scratch_bytes(weight.columns, weight.scales.shape[1], weight.codes.shape[1])
     _run(weight, weight.kernel(out), table, weight.table, scratch, fields)
@@ -135,7 +135,8 @@ def _run(weight: Weight, kernel: Any, scale_table: tuple[Tensor, int], table: Te
     )
     job[J.VECTOR_SIZE] = weight.vector_size
     for name, value in fields.items():
-        job[getattr(J, name)] = value
+        if value is not None:
+            job[getattr(J, name)] = value.data_ptr() if isinstance(value, Tensor) else value
     run_job(kernel, job, threads)
 
 
@@ -154,9 +155,8 @@ def decode(
     part = weight if count is None else rows_of(weight, first, count)
     rows = part.codes.shape[0]
     dense = torch.empty(rows, weight.columns, dtype=dtype) if target is None else target[:rows]
-    scales_at = 0 if row_scales is None else row_scales.data_ptr()
     stride = dense.stride(0) * dense.element_size()
-    run_weight(part, NAMES[dtype], TARGET=dense.data_ptr(), TARGET_STRIDE=stride, ROW_SCALES=scales_at)
+    run_weight(part, NAMES[dtype], TARGET=dense, TARGET_STRIDE=stride, ROW_SCALES=row_scales)
     return dense
 
 
