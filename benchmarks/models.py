@@ -15,15 +15,12 @@ from common import RESULTS
 
 from qdiff_diffusers.cli import main
 
-OURS = (
-    "qdiff-aq2,qdiff-aq2-a8,qdiff-vq2,qdiff-aq4,qdiff-aq4-a8,qdiff-fp4,qdiff-fp4-a8,"
-    "qdiff-int4-a8,qdiff-int8-a8,qdiff-svd4,qdiff-svd4-a8"
-)
+OURS = "qdiff-aq2,qdiff-aq2-a8,qdiff-vq2-a8,qdiff-aq4-a8,qdiff-fp4,qdiff-fp4-a8,qdiff-int4-a8,qdiff-int8-a8,qdiff-svd4-a8"
 PEERS = (
-    "torchao-int8,torchao-int8-a8-compile,torchao-int4,bitsandbytes-nf4,quanto-int4,gguf-Q4_0,"
+    "torchao-int8,torchao-int8-a8-compile,torchao-int4,bitsandbytes-nf4,gguf-Q4_0,"
     "sdnq-int8-a8,sdnq-int4,sdnq-uint4,sdnq-uint4-svd,orbitquant-w4a4"
 )
-CPU = ["--model", "dit-xl-2", "--only", f"torch,{OURS},{PEERS}", "--budget", "8"]
+CPU = ["--model", "dit-xl-2", "--only", f"torch,{OURS},{PEERS}", "--budget", "5"]
 GPU = ["--model", "dit-xl-2", "--model", "flux", "--model", "sdxl-unet", "--budget", "2"]
 
 if __name__ == "__main__":

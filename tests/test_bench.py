@@ -142,6 +142,14 @@ class TestOurs:
         error = (packed.dequantize() - rows).norm() / rows.norm()
         assert float(error) < {2: 0.5, 3: 0.3, 4: 0.2, 6: 0.05, 8: 0.04}[int(preset[-1])]
 
+    def test_operations_of_look_up_tables_are_counted_for_codebooks_alone(self):
+        packer = ours.Packer()
+        codebook, integer = (packer.convert(nn.Linear(256, 2048), preset, None) for preset in ("aq2", "int4"))
+        share = ours.lookup_share(codebook, tokens=1)
+        # 4 codebooks of 256 vectors of 16: half as many entries as rows
+        assert share["multiplications"] == pytest.approx(0.5, rel=0.02) and share["operations"] < 0.7
+        assert ours.lookup_share(integer, tokens=1) is None
+
     def test_both_kinds_of_activations_share_one_quantization_but_no_memory(self):
         packer = ours.Packer()
         first, second = (packer.convert(nn.Linear(64, 64), "int4", activations) for activations in (None, "int8"))

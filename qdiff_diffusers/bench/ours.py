@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QDiffConfig
-from ..formats import LayerSpec
-from ..layers import PackedLayer, pack_layer
+from ..formats import CodebookFormat, LayerSpec
+from ..layers import PackedLayer, QDiffLinear, pack_layer
 from ..methods import quantize_weight
 from .contenders import OURS, Contender
 
@@ -104,19 +104,21 @@ def stored_bits(module: nn.Module) -> float | None:
     return module.bits_per_weight if isinstance(module, PackedLayer) else None
 
 
-def lookup_share(module: nn.Module, tokens: int) -> float | None:
-    """Operations of the look-up table product over those of the dense one; ``None`` where a layer has none."""
-    spec = module.spec if isinstance(module, PackedLayer) else None
-    if spec is None or spec.format.kind != "codebook" or not isinstance(module, nn.Linear):
+def lookup_share(module: nn.Module, tokens: int) -> dict[str, float] | None:
+    """What a product by look-up tables needs of the dense product's ``multiplications`` and of all its ``operations``.
+
+    ``None`` for a layer without codebooks.
+    """
+    if not isinstance(module, QDiffLinear) or not isinstance(module.spec.format, CodebookFormat):
         return None
     try:
         from qdiff_kernels.cpu import lookup_operations
     except ImportError:
         return None
-    rows, columns = module.out_features, module.in_features
-    count, entries, vector = spec.format.codebook_shape  # type: ignore[attr-defined]
-    operations = lookup_operations(rows, columns, count, entries, vector, tokens)
-    return float(operations) / (2 * rows * columns * tokens)
+    counted = lookup_operations(module.out_features, module.in_features, *module.spec.format.codebook_shape, tokens)
+    dense, lookup = counted["dense_multiplications"], counted["lookup_multiplications"]
+    everything = (lookup + counted["lookup_additions"]) / (dense + counted["dense_additions"])
+    return {"multiplications": lookup / dense, "operations": everything}
 
 
 def _quantize_rows(weight: Tensor, config: QDiffConfig, rows: int) -> Quantized:

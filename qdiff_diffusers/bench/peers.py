@@ -87,7 +87,7 @@ def _torchao(device: torch.device) -> list[Contender]:
     int8_a8 = api("Int8DynamicActivationInt8WeightConfig", set_inductor_config=False)
     return [
         row("int8", int8, 8),
-        row("int8-compile", int8, 8, compiled=True),
+        row("int8-compile", int8, 8, compiled=True, devices=GPU),
         row("int8-a8", int8_a8, 8),
         row("int8-a8-compile", int8_a8, 8, compiled=True),
         row("int4", int4_cpu if device.type == "cpu" else int4_gpu, 4),

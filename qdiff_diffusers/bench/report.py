@@ -55,7 +55,7 @@ def _layer_table(shape: str, cells: Sequence[Cell], rough: bool) -> str:
     heads = ["contender", "bits", "stored bits", "error"]
     for count in counts:
         heads += [f"M={count}", *([f"M={count} graph"] if count in graphs else [])]
-    heads += ["spread", *(["operations at M=1"] if lookups else []), "note"]
+    heads += ["spread", *(["look-up multiplications / operations"] if lookups else []), "note"]
     base = {count: _baseline([c for c in cells if c["tokens"] == count]) for count in counts}
     rows = [["dense", "16", "16.00", "", *_dense(counts, graphs, base), "", *([""] if lookups else []), "the baseline"]]
     failed = []
@@ -82,7 +82,7 @@ def _layer_row(
     row.append(f"{100 * max(map(_spread, measured)):.0f} %")
     if lookups:
         share = measured[0].get("lookup_share")
-        row.append("" if share is None else f"{share:.3f}")
+        row.append("" if share is None else f"{share['multiplications']:.2f} / {share['operations']:.2f}")
     notes = [measured[0].get("format"), measured[0].get("note")]
     notes += [f"M={c['tokens']}: {c['reason']}" for c in own if c.get("reason")]
     return [*row, "; ".join(note for note in notes if note)]

@@ -17,7 +17,7 @@ import torch
 
 Function = Callable[[], Any]
 BASELINE_EVERY = 4  # calls between two of the baseline's: a slice of 10 ms does not separate them at small layers
-MIN_ROUNDS, MAX_ROUNDS = 3, 50
+MIN_ROUNDS, MAX_ROUNDS = 3, 30
 SLOW_ROUNDS = 2  # for what takes more than the whole budget in one call
 DEFAULT_CACHE_BYTES = 64 << 20
 
