@@ -227,16 +227,24 @@ def _orbitquant() -> list[Contender]:
 
 
 def _gpu_only() -> list[Contender]:
-    def gemlite(layer: nn.Module, weight_bits: int) -> nn.Module:
-        from gemlite.helper import A16W4, A16W8
+    def gemlite(layer: nn.Module, helper: str) -> nn.Module:
+        import gemlite.helper
 
-        helper = {8: A16W8, 4: A16W4}[weight_bits]
-        return helper(device=str(layer.weight.device)).from_linear(layer)
+        return getattr(gemlite.helper, helper)(device=str(layer.weight.device)).from_linear(layer)
 
-    def gemlite_a8(layer: nn.Module) -> nn.Module:
-        from gemlite.helper import A8W8_int8_dynamic
+    def gemlite_groups(layer: nn.Module, bits: int, group: int = 64) -> nn.Module:
+        """Its narrow formats take the codes of another quantizer: round-to-nearest, ``w = (code - zero) * scale``."""
+        from gemlite.helper import A16Wn
 
-        return A8W8_int8_dynamic(device=str(layer.weight.device)).from_linear(layer)
+        assert isinstance(layer, nn.Linear)
+        weight = layer.weight.data
+        groups = weight.float().unflatten(1, (-1, group))
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scales = ((high - low) / (2**bits - 1)).clamp_min(1e-8)
+        codes = ((groups - low) / scales).round_().to(torch.uint8).flatten(1)
+        zeros, bias = (-low / scales).squeeze(-1), None if layer.bias is None else layer.bias.data
+        packer = A16Wn(device=str(weight.device), dtype=weight.dtype)
+        return packer.from_weights(codes, scales.squeeze(-1), zeros, bits, group, bias)
 
     def nunchaku(layer: nn.Module) -> nn.Module:
         from diffusers.quantizers.nunchaku.utils import SVDQW4A4Linear
@@ -257,8 +265,10 @@ def _gpu_only() -> list[Contender]:
     more: dict[str, Any] = {"devices": GPU}
     gem = ("gemlite", ("gemlite",))
     return [
-        Contender("gemlite-int8", "gemlite", partial(gemlite, weight_bits=8), 8, *gem, **more),
-        Contender("gemlite-int4", "gemlite", partial(gemlite, weight_bits=4), 4, *gem, **more),
-        Contender("gemlite-int8-a8", "gemlite", gemlite_a8, 8, *gem, **more),
+        Contender("gemlite-int8", "gemlite", partial(gemlite, helper="A16W8"), 8, *gem, **more),
+        Contender("gemlite-int4", "gemlite", partial(gemlite_groups, bits=4), 4, *gem, **more),
+        Contender("gemlite-int2", "gemlite", partial(gemlite_groups, bits=2), 2, *gem, **more),
+        Contender("gemlite-int8-a8", "gemlite", partial(gemlite, helper="A8W8_int8_dynamic"), 8, *gem, **more),
+        Contender("gemlite-fp8-a8", "gemlite", partial(gemlite, helper="A8W8_fp8_dynamic"), 8, *gem, **more),
         Contender("nunchaku-w4a4", "nunchaku_lite", nunchaku, 4, "kernels", ("kernels",), note="zero weights: time only", **more),
     ]
