@@ -82,6 +82,26 @@ def release_checkpoint(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """The packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+
+
+def describe_layers(config: QDiffConfig, layers: dict[str, PackedLayer]) -> None:
+    """Bring ``config`` up to date with layers that were cast, or that took up adapters, since they were quantized."""
+    for name, layer in layers.items():
+        config.layers[name] = config.layers[name]._replace(spec=layer.spec)
+        config.compute_dtype = str(layer.compute_dtype).removeprefix("torch.")
+
+
+def without_adapters(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the model itself, under the names they had before PEFT wrapped some layers."""
+    if not any(".base_layer." in name for name in state_dict):
+        return state_dict
+    kept = {name: tensor for name, tensor in state_dict.items() if ".lora_" not in name}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in kept.items()}
+
+
 def dequantize_model(model: nn.Module) -> None:
     """Turn every packed layer back into a dense one, in place."""
     for module in list(model.modules()):

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from .checkpoint import check_tensors, hub_name, read_headers
 from .config import FORMAT_VERSION, QDiffConfig
 from .errors import CheckpointError, ConfigError
-from .packing import check_loaded, dequantize_model, prepare_packed_layers, quantize_layer, release_checkpoint
+from .formats import TensorInfo
+from .packing import (
+    check_loaded,
+    dequantize_model,
+    describe_layers,
+    packed_layers,
+    prepare_packed_layers,
+    quantize_layer,
+    release_checkpoint,
+    without_adapters,
+)
 from .selection import select_layers
 
 logger = logging.get_logger(__name__)
@@ -66,12 +76,40 @@ class QDiffQuantizer(DiffusersQuantizer):
         self.base_model = hub_name(checkpoint_files[0])
         return loaded_keys
 
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if not hasattr(self, "base_model"):  # from_single_file, whose first sight of a checkpoint this is
+            self._check_single_file(state_dict)
+        return state_dict
+
+    def _check_single_file(self, state_dict: dict[str, Any]) -> None:
+        """from_single_file always claims "pre-quantized"; see whether it is, and keep our names out of its converters."""
+        layers = self.quantization_config.layers
+        self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
+        if not self.pre_quantized:
+            self.quantization_config = self.quantization_config.fresh()
+            return
+        if not layers:
+            raise ConfigError(
+                "this file is already quantized, and from_single_file does not read how; load its folder with from_pretrained, or "
+                "pass quantization_config=qdiff_diffusers.inspect_checkpoint(folder).config and config=folder"
+            )
+        check_tensors(layers, {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in state_dict.items()})
+        # diffusers takes a file whose keys are not the dense model's for one in another program's layout.
+        names = [f"{name}.{leaf}" for name, layer in layers.items() for leaf in layer.spec.tensors(layer.shape)]
+        self.held_back = {name: state_dict.pop(name) for name in names}
+        state_dict.update({f"{name}.weight": torch.empty(0) for name in layers})
+
+    def _give_back(self, state_dict: dict[str, Any]) -> None:
+        """Undo what ``_check_single_file`` did to a quantized file's tensors."""
+        for name in self.quantization_config.layers:
+            del state_dict[f"{name}.weight"]
+        state_dict.update(self.__dict__.pop("held_back"))
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         keep = [name for name in kwargs.get("keep_in_fp32_modules") or () if name]
-        state_dict = kwargs.get("state_dict")  # given by from_single_file only, which always claims "pre-quantized"
-        if state_dict is not None:
-            self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
         if self.pre_quantized:
+            if "held_back" in self.__dict__:
+                self._give_back(kwargs["state_dict"])
             prepare_packed_layers(model, self.quantization_config.layers, self.compute_dtype)
         else:
             self._choose_layers(model, keep)
@@ -131,6 +169,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         check_loaded(model)
         release_checkpoint(model)
+        self.packed = packed_layers(model)
         if not self.pre_quantized:
             self.progress.close()
             del self.progress  # a bar holds a terminal, which could not be copied or pickled with the model
@@ -142,10 +181,14 @@ class QDiffQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        return state_dict, {"qdiff_format_version": str(FORMAT_VERSION)}
+        plain = without_adapters(state_dict)
+        if plain is not state_dict:
+            logger.warning("LoRA adapters that are loaded but not fused are not saved with the model; save_lora_adapter saves them")
+        return plain, {"qdiff_format_version": str(FORMAT_VERSION)}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         dequantize_model(model)
+        self.packed = {}
         # The base class leaves quantization_config behind, and a model saved later would claim to be quantized.
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)
@@ -158,6 +201,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
+        describe_layers(self.quantization_config, self.packed)  # saving asks this first, then writes config.json
         return True
 
     @property

@@ -7,6 +7,7 @@ from diffusers.utils import is_transformers_available, is_transformers_version, 
 
 from .config import QDiffConfig, QDiffMethod
 from .hub.cards import write_cards_on_upload
+from .imports import after_import
 from .quantizer import QDiffQuantizer
 
 logger = logging.get_logger(__name__)
@@ -18,6 +19,8 @@ def register() -> None:
     diffusers_auto.AUTO_QUANTIZER_MAPPING[name] = QDiffQuantizer
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QDiffConfig
     write_cards_on_upload()
+    after_import("peft.tuners.lora", _register_with_peft)
+    after_import("diffusers.loaders.lora_pipeline", _register_with_flux_loras)
     if not is_transformers_available():
         return
     if is_transformers_version("<", "5.0"):
@@ -33,3 +36,15 @@ def _register_with_transformers(name: str) -> None:
 
     transformers_auto.AUTO_QUANTIZER_MAPPING[name] = QDiffTransformersQuantizer
     transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QDiffConfig
+
+
+def _register_with_peft() -> None:
+    from .lora import install
+
+    install()
+
+
+def _register_with_flux_loras() -> None:
+    from .flux_lora import install
+
+    install()

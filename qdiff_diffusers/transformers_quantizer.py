@@ -15,7 +15,15 @@ from .checkpoint import check_tensors, read_headers
 from .config import QDiffConfig
 from .errors import CheckpointError
 from .layers import PackedLayer
-from .packing import check_loaded, dequantize_model, prepare_packed_layers, quantize_layer, release_checkpoint
+from .packing import (
+    check_loaded,
+    dequantize_model,
+    describe_layers,
+    packed_layers,
+    prepare_packed_layers,
+    quantize_layer,
+    release_checkpoint,
+)
 from .selection import select_layers
 
 
@@ -85,6 +93,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_loaded(model)
         release_checkpoint(model)
+        self.packed = packed_layers(model)
         if missing := self._missing(model):
             raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:5])}; it is incomplete")
         return model
@@ -100,9 +109,11 @@ class QDiffTransformersQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize_model(model)
+        self.packed = {}
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        describe_layers(self.quantization_config, self.packed)  # saving asks this first, then writes config.json
         return True
 
     @property

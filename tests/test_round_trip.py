@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -395,3 +396,37 @@ def test_configs_print_themselves(dense_folder):
     assert "rtn" in repr(model.config.quantization_config)
     assert "int4 asymmetric g64, 4.50 bits" in repr(model) or "int4 asymmetric g64" in repr(model)
     assert isinstance(model.config.quantization_config, QDiffConfig)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("method", ["aq-2-fp8", "vq-2-int8", "fp-nvfp4", "svdquant-4-int4", "rtn-4-int8"])
+def test_the_process_default_dtype_changes_nothing(method, default, dense_folder):
+    """Training scripts set it, and every tensor made without a dtype follows."""
+    kwargs = {"quantization_config": CONFIGS[method](), "dtype": torch.float32}
+    expected = load(dense_folder("pixart"), "pixart", **kwargs)
+    torch.set_default_dtype(default)
+    try:
+        model = load(dense_folder("pixart"), "pixart", **kwargs)
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_tensors(model, expected)
+
+
+@pytest.mark.parametrize("method", ["aq-2-fp8", "fp-nvfp4", "rtn-4-int8"])
+def test_a_model_that_was_cast_reloads_in_that_dtype(method, dense_folder, tmp_path):
+    model = load(dense_folder("flux"), "flux", quantization_config=CONFIGS[method]())
+    model.bfloat16()
+    model.save_pretrained(tmp_path)
+    reloaded = load(tmp_path, "flux")
+    assert reloaded.dtype == torch.bfloat16
+    assert_same_tensors(reloaded, model)
+    assert torch.equal(tiny_models.run(reloaded, "flux"), tiny_models.run(model, "flux"))
+
+
+def test_a_model_with_float8_scales_survives_pickling(dense_folder):
+    """torch's own pickles of float8 tensors cannot be read back."""
+    model = load(dense_folder("dit"), "dit", quantization_config=CONFIGS["fp-nvfp4"]())
+    copied = pickle.loads(pickle.dumps(model))
+    assert_same_tensors(copied, model)
+    assert torch.equal(tiny_models.run(copied, "dit"), tiny_models.run(model, "dit"))

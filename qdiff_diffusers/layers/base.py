@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from qdiff_kernels import (
@@ -33,6 +34,9 @@ class PackedLayer(nn.Module):
     spec: LayerSpec
     compute_dtype: torch.dtype
     bias: nn.Parameter | None
+    codes: Tensor
+    low_rank_down: Tensor
+    low_rank_up: Tensor
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -80,6 +84,26 @@ class PackedLayer(nn.Module):
         """Stored bits per weight, everything but the bias counted."""
         return self.spec.bits_per_weight(self.weight_shape)
 
+    def append_branch(self, down: Tensor, up: Tensor) -> None:
+        """Add ``up [rows, rank] @ down [rank, columns]`` to the weight, by lengthening the low-rank branch."""
+        balance = (up.norm(dim=0) / down.norm(dim=1).clamp_min(1e-30)).sqrt().clamp(1e-4, 1e4)  # both factors within float16
+        factors = {"low_rank_down": down * balance[:, None], "low_rank_up": up / balance}
+        for dim, (name, factor) in enumerate(factors.items()):
+            factor = factor.to(self.codes.device, torch.float16)
+            old = getattr(self, name, None)
+            self.register_buffer(name, factor.contiguous() if old is None else torch.cat([old, factor], dim))
+        self.spec = replace(self.spec, rank=self.spec.rank + len(down))
+
+    def drop_branch(self, rank: int) -> None:
+        """Undo the last :meth:`append_branch`, which added ``rank``."""
+        left = self.spec.rank - rank
+        self.spec = replace(self.spec, rank=left)
+        if left:
+            self.low_rank_down = self.low_rank_down[:left].clone()
+            self.low_rank_up = self.low_rank_up[:, :left].contiguous()
+        else:
+            del self.low_rank_down, self.low_rank_up
+
     def check_channels(self, given: int, expected: int) -> None:
         """Refuse inputs of another width: the kernels know only the packed bytes, which widths that round up alike share."""
         if given != expected:
@@ -102,6 +126,18 @@ class PackedLayer(nn.Module):
             return result
 
         return super()._apply(keep_dtype, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Float8 tensors as bytes: torch writes pickles of them that it cannot read."""
+        state = self.__dict__.copy()
+        eight = {n: t for n, t in self._buffers.items() if t is not None and t.dtype == torch.float8_e4m3fn}
+        state["_buffers"] = self._buffers | {name: tensor.view(torch.int8) for name, tensor in eight.items()}
+        return state | {"_float8": list(eight)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        float8 = state.pop("_float8")
+        super().__setstate__(state)
+        self._buffers.update({name: cast(Tensor, self._buffers[name]).view(torch.float8_e4m3fn) for name in float8})
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}, {self.bits_per_weight:.2f} bits"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .base import CONV2D_OPS, PackedLayer
@@ -9,6 +11,10 @@ from .base import CONV2D_OPS, PackedLayer
 
 class QDiffConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
     """``nn.Conv2d`` (groups = 1, zero padding) whose kernel stays packed as rows ``[out, kh*kw*in]``."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Packed layers are converted, never constructed; PEFT constructs its adapters as ``type(base_layer)(channels, ...)``."""
+        return nn.Conv2d(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

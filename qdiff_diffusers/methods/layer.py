@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,18 @@ class QuantizedWeight(NamedTuple):
     error: float
 
 
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """New tensors are float32, whatever the process has made its default: the methods compute in float32 throughout."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+@plain_defaults()
 def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> QuantizedWeight:
     """Quantize one weight without data.
 

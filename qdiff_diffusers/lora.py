@@ -1,0 +1,94 @@
+"""LoRA adapters on packed layers, exact where PEFT would add to a dense weight that is not there.
+
+PEFT fuses an adapter by ``base_layer.weight.data += delta``. A packed layer's ``weight`` is made at each access, so the sum would
+be lost without a word; here the adapter's factors are appended to the layer's low-rank branch instead, and saved with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.lora import Conv2d, Linear, LoraModel
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from qdiff_kernels import matrix_layout
+from torch import Tensor, nn
+
+from .errors import QDiffError
+from .layers import PackedLayer
+
+
+class PackedLora:
+    """Mixin of the two LoRA layers: fuses into the packed layer's low-rank branch and takes it out again."""
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fuse the adapters, the active ones by default.
+
+        Raises:
+            QDiffError: the adapter is not a plain low-rank product, or not finite; nothing is fused.
+        """
+        base = self.get_base_layer()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        factors = {name: self._factors(name) for name in names}
+        for name, (down, up) in factors.items():
+            base.append_branch(down, up)
+            if self.lora_bias[name]:
+                base.bias.data += self.lora_B[name].bias * self.scaling[name]
+            self.merged_adapters.append(name)
+            self.__dict__.setdefault("fused", []).append((name, len(down), self.scaling[name]))
+
+    def unmerge(self: Any) -> None:
+        """Take the fused adapters out again, exactly."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self.merged_adapters.pop()
+            name, rank, scaling = self.fused.pop()
+            self.get_base_layer().drop_branch(rank)
+            if self.lora_bias.get(name):
+                self.get_base_layer().bias.data -= self.lora_B[name].bias * scaling
+
+    def _factors(self: Any, name: str) -> tuple[Tensor, Tensor]:
+        """``down [rank, columns]`` and ``up [rows, rank]`` in float32, scaling included."""
+        if name in getattr(self, "lora_variant", {}):
+            raise QDiffError(
+                f"adapter {name!r} is no plain LoRA (DoRA or another variant) and cannot be fused into a packed layer; "
+                "leave it loaded and active without fuse_lora, or dequantize() the model first"
+            )
+        down = matrix_layout(self.lora_A[name].weight.detach()).float()
+        up = matrix_layout(self.lora_B[name].weight.detach()).float() * self.scaling[name]
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise QDiffError(f"adapter {name!r} holds NaN or infinity and was not fused")
+        return down, up
+
+
+class PackedLoraLinear(PackedLora, Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer over a packed linear layer."""
+
+
+class PackedLoraConv2d(PackedLora, Conv2d):  # type: ignore[misc]
+    """PEFT's LoRA layer over a packed convolution."""
+
+
+PACKED: dict[type[nn.Module], type[nn.Module]] = {Linear: PackedLoraLinear, Conv2d: PackedLoraConv2d}
+
+
+def install() -> None:
+    """Teach PEFT about packed layers; calling it again changes nothing."""
+    model: Any = LoraModel
+    if not hasattr(model._create_new_module, "of_qdiff"):
+        model._create_new_module = staticmethod(_packed_aware(model._create_new_module))
+
+
+def _packed_aware(create: Any) -> Any:
+    @functools.wraps(create)
+    def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+        module = create(lora_config, adapter_name, target, **kwargs)
+        if type(module) in PACKED and isinstance(module.get_base_layer(), PackedLayer):
+            module.__class__ = PACKED[type(module)]
+        return module
+
+    create_new_module.of_qdiff = True  # type: ignore[attr-defined]
+    return create_new_module
