@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import qdiff_kernels
@@ -16,7 +17,7 @@ from qdiff_diffusers.bench.contenders import Contender, plain, resident_bytes, s
 from qdiff_diffusers.bench.layers import Shape, run_layers
 from qdiff_diffusers.bench.models import MODELS, Model, fill, run_models
 from qdiff_diffusers.bench.report import layers_markdown, models_markdown
-from qdiff_diffusers.bench.results import Results, busy, facts
+from qdiff_diffusers.bench.results import Results, busy, busy_cores, facts
 from qdiff_diffusers.bench.timing import BASELINE_EVERY, Call, CpuTimer, Race, Spread, race
 from qdiff_diffusers.cli import main
 from qdiff_diffusers.errors import ConfigError
@@ -191,14 +192,14 @@ def measure(results: Results, *, shapes: str = "64x32", only=("torch", "qdiff-in
 
 
 @pytest.fixture
-def run_facts(monkeypatch):
-    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0, 0))
+def run_facts():
     return facts(CPU, torch.bfloat16, 1e-3)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_compiled(monkeypatch):
-    """Compiling would take longer than everything else here."""
+def nothing_takes_long(monkeypatch):
+    """No compiling and no waiting to see who else uses the machine."""
+    monkeypatch.setattr("qdiff_diffusers.bench.results.busy_cores", lambda: 0.0)
     for place in ("contenders", "models"):
         monkeypatch.setattr(f"qdiff_diffusers.bench.{place}.compiled", lambda module: module)
     with qdiff_kernels.use("torch"):
@@ -273,11 +274,14 @@ class TestLayers:
         assert "M=1 " in heads and "M=3 " in heads and len(rows) == 2
         assert {line.count("|") for line in report.splitlines() if line.startswith("|")} == {heads.count("|")}
 
+    def test_busy_cores_are_few_and_not_negative(self):
+        assert 0 <= busy_cores(0.05) <= 2 * (os.cpu_count() or 1)
+
     def test_a_busy_machine_is_named(self, tmp_path, run_facts):
-        run_facts["load_average"] = 3.5
+        run_facts["busy_cores"] = 3.5
         assert busy(run_facts)
         report = layers_markdown(measure(Results(tmp_path / "layers", run_facts), only=["torch"]))
-        assert "The machine was busy: load 3.5" in report
+        assert "The machine was busy: other programs used 3.5 cores" in report
 
 
 class TestResume:

@@ -39,12 +39,12 @@ def _head(results: Results, cells: Sequence[Cell]) -> str:
     ]
     if busy(run):
         lines.append(
-            f"**The machine was busy: load {run['load_average']} when the run began.** The second number of a cell is the fastest "
-            "call over the baseline's fastest, which load disturbs least; read no more than that."
+            f"**The machine was busy: other programs used {run['busy_cores']} cores when the run began.** The second number of a "
+            "cell is the fastest call over the baseline's fastest, which load disturbs least; read no more than that."
         )
     spreads = [_spread(cell) for cell in cells if cell.get("ratio")]
     if spreads:
-        lines.append(f"Load when the run began: {run['load_average']}; median spread {100 * statistics.median(spreads):.0f} %.")
+        lines.append(f"Median spread of all cells {100 * statistics.median(spreads):.0f} %.")
     return "\n".join(lines)
 
 

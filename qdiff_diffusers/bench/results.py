@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -13,25 +14,26 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..evaluation.machine import cpu_count, machine_facts, package_version
+from ..evaluation.machine import machine_facts, package_version
 from .peers import distributions
 
 Cell = dict[str, Any]
 # Facts that may differ between the cells of one file.
-INCIDENTAL = ("date", "load_average", "budget")
+INCIDENTAL = ("date", "busy_cores", "budget")
+BUSY = 0.25
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 def facts(device: torch.device, dtype: torch.dtype, budget: float) -> dict[str, Any]:
-    """Machine, versions, date, commit, threads and the load before the run."""
+    """Machine, versions, date, commit, threads, and how many cores other programs keep busy before the run."""
     peers = {name: found for name in distributions() if (found := package_version(name))}
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return machine_facts(device) | {
         "date": date.today().isoformat(),
         "commit": commit(),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "peers": peers,
-        "load_average": load,
+        "busy_cores": round(busy_cores(), 2),
         "budget": budget,
     }
 
@@ -53,8 +55,23 @@ def commit() -> str | None:
 
 
 def busy(run: dict[str, Any]) -> bool:
-    """Whether something else used more than a quarter of a core when the run began."""
-    return (run.get("load_average") or 0) > max(0.25, 0.05 * cpu_count())
+    """Whether other programs kept more than a quarter of a core busy when the run began."""
+    return run["busy_cores"] > BUSY
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """Cores that are in use while this process does nothing for a moment; where the system does not tell, the load average."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+    def used() -> int:
+        user, nice, system, _, _, irq, softirq, *_ = map(int, stat.read_text().splitlines()[0].split()[1:])
+        return user + nice + system + irq + softirq
+
+    before = used()
+    time.sleep(seconds)
+    return (used() - before) / TICKS / seconds
 
 
 class Results:

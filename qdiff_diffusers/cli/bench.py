@@ -173,7 +173,7 @@ def _results(path: Path, device: torch.device, dtype: torch.dtype, budget: float
     if results.dropped:
         typer.echo(f"{results.json} was measured with other {', '.join(results.dropped)}: starting anew", err=True)
     if busy(results.facts):
-        typer.echo(f"the machine is busy (load {results.facts['load_average']}): the times will be rough", err=True)
+        typer.echo(f"other programs use {results.facts['busy_cores']} cores: the times will be rough", err=True)
     return results
 
 
