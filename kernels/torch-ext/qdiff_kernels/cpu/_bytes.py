@@ -200,16 +200,16 @@ def scratch_bytes(columns: int, groups: int, code_bytes: int) -> int:
 
 
 @inlined
-def multiply_rows(job: Any, codes: Any, first: Any, count: Any, scales: Any, room: Any, token: Any, width: Any,
-                  bits: Any, lookup: Any, two: Any, zeros: Any, high: Any, per: Any) -> None:  # fmt: skip
-    """Results of a block of rows for ``width`` tokens."""
-    x, sums = job[J.X] + token * job[J.X_STRIDE], scales + 9 * room
-    blocks = job[J.COLUMNS] // COLUMNS
+def multiply_rows(
+    job: Any, codes: Any, scales: Any, room: Any, token: Any, width: Any,
+    bits: Any, lookup: Any, two: Any, zeros: Any, high: Any, per: Any,
+) -> None:  # fmt: skip
+    """Products of a block of rows with ``width`` tokens, into the scratch after the rows' scales."""
+    x, sums, zero_values = job[J.X] + token * job[J.X_STRIDE], scales + 9 * room, scales + 4 * room
     dot_levels(
-        codes, job[J.CODE_BYTES], job[J.TABLE], x, job[J.X_STRIDE], scales, scales + 4 * room, room, blocks, sums,
+        codes, job[J.CODE_BYTES], job[J.TABLE], x, job[J.X_STRIDE], scales, zero_values, room, job[J.COLUMNS] // COLUMNS, sums,
         width, bits, lookup, two, zeros, high, per,
     )  # fmt: skip
-    finish(sums, width, token, first, count, job)
 
 
 @lru_cache(maxsize=64)
@@ -240,14 +240,16 @@ def bytes_kernel(bits: int, lookup: bool, two: bool, zeros: bool, high: bool, pe
                     if zeros:
                         block_scales(job, first + r, job[J.ZEROS], one_row, zero_values + r * room, per, -1.0 / OFFSET)
                 token = 0
-                while tokens - token >= 4:
-                    multiply_rows(job, codes, first, count, scales, room, token, 4, bits, lookup, two, zeros, high, per)
-                    token += 4
-                if tokens - token >= 2:
-                    multiply_rows(job, codes, first, count, scales, room, token, 2, bits, lookup, two, zeros, high, per)
-                    token += 2
-                if tokens - token >= 1:
-                    multiply_rows(job, codes, first, count, scales, room, token, 1, bits, lookup, two, zeros, high, per)
+                while token < tokens:
+                    width = 4 if tokens - token >= 4 else (2 if tokens - token >= 2 else 1)
+                    if width == 4:
+                        multiply_rows(job, codes, scales, room, token, 4, bits, lookup, two, zeros, high, per)
+                    elif width == 2:
+                        multiply_rows(job, codes, scales, room, token, 2, bits, lookup, two, zeros, high, per)
+                    else:
+                        multiply_rows(job, codes, scales, room, token, 1, bits, lookup, two, zeros, high, per)
+                    finish(scales + 9 * room, width, token, first, count, job)
+                    token += width
             task = fetch_add(header + 8 * J.TASK, 1)
 
     return entry

@@ -37,6 +37,6 @@ VECTOR_SIZE = 29  # of codebook entries
 LENGTH = 30
 
 # How scales are stored, and results.
-FLOAT32, FLOAT16, BFLOAT16, BYTE = range(4)
+FLOAT32, FLOAT16, BFLOAT16, BYTE, E4M3 = range(5)
 
 ROW_BLOCK = 4  # rows decoded and multiplied together

@@ -15,7 +15,7 @@ from numba import carray
 
 from . import _job as J
 from ._compile import SOURCE, helper, inlined, kernel
-from ._rows import TABLE_SPAN, fill_scales, products_bfloat16, products_float32, rescale_to_int8, spread
+from ._rows import TABLE_SPAN, fill_scales, products_bfloat16, products_float32, rescale_to_int8
 from ._simd import SIZES, copy_bytes, fast_lookup, fetch_add, read_bf16, read_f32, read_u8, write, zero_bytes
 from ._vector import BLOCK, add_entries, decode_levels
 
@@ -24,15 +24,15 @@ SLACK = 256  # bytes past a decoded row that a vector may write to
 
 
 @helper
-def scale_room(columns: Any, groups: Any) -> Any:
-    """Bytes for one float32 per group or per 16 columns, whichever are more."""
-    return (max(groups, columns // 16 + 2) * 4 + 63) // 64 * 64
+def scale_room(groups: Any) -> Any:
+    """Bytes for one float32 per group, and a vector more."""
+    return groups * 4 + 64
 
 
 def scratch_bytes(columns: int, groups: int, code_bytes: int) -> int:
-    """Bytes of scratch that a thread needs: four decoded rows, sums, scales and zeros twice, one row of codes."""
+    """Bytes of scratch that a thread needs: four decoded rows, sums, scales and zeros, one row of codes."""
     rows = J.ROW_BLOCK * _round_up(columns, BLOCK) * 4 + SLACK
-    return _round_up(rows + SUMS_BYTES + 4 * scale_room.py_func(columns, groups) + code_bytes + SLACK, 4096)
+    return _round_up(rows + SUMS_BYTES + 2 * scale_room.py_func(groups) + code_bytes + SLACK, 4096)
 
 
 @inlined
@@ -66,23 +66,25 @@ def _round_up(value: int, multiple: int) -> int:
 def decode_level_row(
     job: Any, row: Any, scratch: Any, target: Any, bits: Any, two: Any, zeros: Any, out: Any, size: Any, simd: Any
 ) -> None:
-    """Decode one row of level codes to ``target``. ``scratch``: address of four arrays of scales, ``scale_room`` each."""
+    """Decode one row of level codes to ``target``. ``scratch``: address of two arrays of scales, ``scale_room`` each."""
     columns, groups, group_size, table = job[J.COLUMNS], job[J.GROUPS], job[J.GROUP_SIZE], job[J.TABLE]
-    room = scale_room(columns, groups)
-    scales, zero_values, scales16, zeros16 = scratch, scratch + room, scratch + 2 * room, scratch + 3 * room
+    scales, zero_values = scratch, scratch + scale_room(groups)
     row_scales(job, row, scales, zero_values, zeros, out, float((1 << bits) - 1))
     codes = job[J.CODES] + row * job[J.CODE_BYTES]
-    whole = 0
-    if simd and (groups == 1 or group_size % 16 == 0):
+    whole, group, left = 0, 0, group_size
+    if simd and group_size % 16 == 0:
         whole = columns // BLOCK
-        spread(scales, groups, group_size, (columns + 15) // 16, scales16)
-        if zeros:
-            spread(zero_values, groups, group_size, (columns + 15) // 16, zeros16)
         for b in range(whole):
-            s0, s1 = read_f32(scales16, 2 * b), read_f32(scales16, 2 * b + 1)
-            z0, z1 = np.float32(0), np.float32(0)
-            if zeros:
-                z0, z1 = read_f32(zeros16, 2 * b), read_f32(zeros16, 2 * b + 1)
+            s0 = read_f32(scales, group)
+            z0 = read_f32(zero_values, group) if zeros else np.float32(0)
+            left -= 16
+            if left == 0:
+                group, left = group + 1, group_size
+            s1 = read_f32(scales, group)
+            z1 = read_f32(zero_values, group) if zeros else np.float32(0)
+            left -= 16
+            if left == 0:
+                group, left = group + 1, group_size
             at = target + b * BLOCK * size
             decode_levels(codes + b * 4 * bits, table, s0, s1, z0, z1, at, bits, two, zeros, out)
     for g in range(whole * BLOCK // group_size, groups):
@@ -166,7 +168,7 @@ def codebook_kernel(bits: int, num_codebooks: int, lanes: int, integer: bool, ou
         decoded = job[J.SCRATCH] + fetch_add(header + 8 * J.SLOT, 1) * job[J.SCRATCH_BYTES]
         sums = decoded + J.ROW_BLOCK * stride + SLACK
         scales = sums + SUMS_BYTES
-        last_codes = scales + 4 * scale_room(columns, groups)
+        last_codes = scales + 2 * scale_room(groups)
         vectors = (columns + vector_size - 1) // vector_size
         per_group = group_size // vector_size if groups > 1 else vectors
         task = fetch_add(header + 8 * J.TASK, 1)

@@ -7,7 +7,7 @@ from typing import Any
 from . import _job as J
 from ._compile import helper
 from ._simd import fast_dot, read_bf16, read_f16, read_f32, read_u8, write
-from ._vector import multiply
+from ._vector import decode_e4m3, multiply
 
 TABLE_FACTOR, TABLE_SPAN = 256, 257
 
@@ -18,6 +18,11 @@ def fill_scales(kind: Any, source: Any, first: Any, count: Any, table: Any, targ
     factor = read_f32(table, TABLE_FACTOR)
     if kind == J.BYTE:
         for i in range(count):
+            write(target, i, read_f32(table, read_u8(source, first + i)), "float32")
+    elif kind == J.E4M3:
+        for i in range(0, count - 15, 16):
+            decode_e4m3(source + first + i, factor, target + 4 * i)
+        for i in range(count // 16 * 16, count):
             write(target, i, read_f32(table, read_u8(source, first + i)), "float32")
     elif kind == J.FLOAT16:
         for i in range(count):
@@ -56,37 +61,27 @@ def rescale_to_int8(scales: Any, zeros: Any, count: Any, span: Any, top: Any) ->
 
 
 @helper
-def spread(values: Any, groups: Any, group_size: Any, blocks: Any, target: Any) -> None:
-    """One value per group of columns -> one per 16 columns, float32; ``group_size`` is a multiple of 16 if there are groups."""
-    if groups == 1:
-        for b in range(blocks):
-            write(target, b, read_f32(values, 0), "float32")
-        return
-    per_group = group_size // 16
-    for g in range(groups):
-        for b in range(g * per_group, min((g + 1) * per_group, blocks)):
-            write(target, b, read_f32(values, g), "float32")
-
-
-@helper
 def finish(sums: Any, width: Any, token: Any, row: Any, count: Any, job: Any) -> None:
     """Results of ``count`` rows and ``width`` tokens from their sums: token scale, bias, addend, rounding."""
-    rows, y = job[J.ROWS], job[J.Y]
-    for t in range(width):
-        scale = read_f32(job[J.TOKEN_SCALES], token + t) if job[J.TOKEN_SCALES] else 1.0
-        for r in range(count):
-            value = read_f32(sums, r * width + t) * scale
-            at = (token + t) * rows + row + r
-            if job[J.ADDEND]:
-                value += read_f32(job[J.ADDEND], at)
-            if job[J.BIAS]:
-                value += read_f32(job[J.BIAS], row + r)
-            if job[J.Y_KIND] == J.BFLOAT16:
-                write(y, at, value, "bfloat16")
-            elif job[J.Y_KIND] == J.FLOAT16:
-                write(y, at, value, "float16")
-            else:
-                write(y, at, value, "float32")
+    rows, y, size = job[J.ROWS], job[J.Y], count * width
+    if job[J.TOKEN_SCALES]:  # one loop for each, for the compiler makes a copy of a loop for every combination of tests inside
+        for i in range(size):
+            write(sums, i, read_f32(sums, i) * read_f32(job[J.TOKEN_SCALES], token + i % width), "float32")
+    if job[J.ADDEND]:
+        for i in range(size):
+            at = (token + i % width) * rows + row + i // width
+            write(sums, i, read_f32(sums, i) + read_f32(job[J.ADDEND], at), "float32")
+    if job[J.BIAS]:
+        for i in range(size):
+            write(sums, i, read_f32(sums, i) + read_f32(job[J.BIAS], row + i // width), "float32")
+    for i in range(size):
+        at = (token + i % width) * rows + row + i // width
+        if job[J.Y_KIND] == J.BFLOAT16:
+            write(y, at, read_f32(sums, i), "bfloat16")
+        elif job[J.Y_KIND] == J.FLOAT16:
+            write(y, at, read_f32(sums, i), "float16")
+        else:
+            write(y, at, read_f32(sums, i), "float32")
 
 
 def _make_products(out: str, fast: bool) -> Any:
@@ -96,20 +91,18 @@ def _make_products(out: str, fast: bool) -> Any:
         steps = stride // 64
         x, x_stride, tokens = job[J.X], job[J.X_STRIDE], job[J.TOKENS]
         token = 0
-        while tokens - token >= 4:
-            multiply(rows, stride, x + token * x_stride, x_stride, steps, sums, 4, 4, out, fast)
-            finish(sums, 4, token, row, count, job)
-            token += 4
-        left = tokens - token
-        at = x + token * x_stride
-        if left == 3:
-            multiply(rows, stride, at, x_stride, steps, sums, 4, 3, out, fast)
-        elif left == 2:
-            multiply(rows, stride, at, x_stride, steps, sums, 4, 2, out, fast)
-        elif left == 1:
-            multiply(rows, stride, at, x_stride, steps, sums, 4, 1, out, fast)
-        if left:
-            finish(sums, left, token, row, count, job)
+        while token < tokens:
+            at, width = x + token * x_stride, min(4, tokens - token)
+            if width == 4:
+                multiply(rows, stride, at, x_stride, steps, sums, 4, 4, out, fast)
+            elif width == 3:
+                multiply(rows, stride, at, x_stride, steps, sums, 4, 3, out, fast)
+            elif width == 2:
+                multiply(rows, stride, at, x_stride, steps, sums, 4, 2, out, fast)
+            else:
+                multiply(rows, stride, at, x_stride, steps, sums, 4, 1, out, fast)
+            finish(sums, width, token, row, count, job)
+            token += width
 
     return products
 

@@ -161,14 +161,12 @@ def all_sums(
 
 
 @inlined
-def multiply_rows(job: Any, codes: Any, first: Any, count: Any, scales: Any, sums: Any, token: Any, vectors: Any, width: Any,
-                  bits: Any, books: Any, lanes: Any, integer: Any) -> None:  # fmt: skip
-    """Results of a block of rows for ``width`` tokens."""
+def multiply_rows(
+    job: Any, codes: Any, sums: Any, token: Any, vectors: Any, width: Any, bits: Any, books: Any, lanes: Any, integer: Any
+) -> None:
+    """Products of a block of rows with ``width`` tokens."""
     x = job[J.X] + token * job[J.X_STRIDE]
     all_sums(codes, job[J.CODE_BYTES], job[J.TABLE], x, job[J.X_STRIDE], vectors, sums, width, bits, books, lanes, integer)
-    for i in range(count * width):
-        write(sums, i, read_f32(sums, i) * read_f32(scales, i // width), "float32")
-    finish(sums, width, token, first, count, job)
 
 
 def scratch_bytes(code_bytes: int) -> int:
@@ -203,14 +201,18 @@ def sums_kernel(bits: int, books: int, lanes: int, integer: bool) -> Any:
                     at = (first + r) * job[J.SCALE_STRIDE]
                     fill_scales(job[J.SCALE_KIND], job[J.SCALES], at, 1, job[J.SCALE_TABLE], scales + 4 * r)
                 token = 0
-                while tokens - token >= 4:
-                    multiply_rows(job, codes, first, count, scales, sums, token, vectors, 4, bits, books, lanes, integer)
-                    token += 4
-                if tokens - token >= 2:
-                    multiply_rows(job, codes, first, count, scales, sums, token, vectors, 2, bits, books, lanes, integer)
-                    token += 2
-                if tokens - token >= 1:
-                    multiply_rows(job, codes, first, count, scales, sums, token, vectors, 1, bits, books, lanes, integer)
+                while token < tokens:
+                    width = 4 if tokens - token >= 4 else (2 if tokens - token >= 2 else 1)
+                    if width == 4:
+                        multiply_rows(job, codes, sums, token, vectors, 4, bits, books, lanes, integer)
+                    elif width == 2:
+                        multiply_rows(job, codes, sums, token, vectors, 2, bits, books, lanes, integer)
+                    else:
+                        multiply_rows(job, codes, sums, token, vectors, 1, bits, books, lanes, integer)
+                    for i in range(count * width):
+                        write(sums, i, read_f32(sums, i) * read_f32(scales, i // width), "float32")
+                    finish(sums, width, token, first, count, job)
+                    token += width
             task = fetch_add(header + 8 * J.TASK, 1)
 
     return entry

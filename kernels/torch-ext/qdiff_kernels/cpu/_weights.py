@@ -173,8 +173,8 @@ def _scale_table(dtype: torch.dtype, factor: float, span: float) -> tuple[Tensor
     """Float32 ``[258]``: value of each scale byte, the factor of other scales, the int8 span. And the kind of scales."""
     with torch.inference_mode(False):
         values = torch.zeros(258)
-        kind = KINDS.get(dtype, J.BYTE)
-        if kind == J.BYTE:
+        kind = J.E4M3 if dtype == torch.float8_e4m3fn else KINDS.get(dtype, J.BYTE)
+        if kind in (J.BYTE, J.E4M3):
             every = torch.arange(256, dtype=torch.uint8).view(dtype)
             values[:256] = scale_values(every, torch.float32) * factor
         values[256], values[257] = factor, span

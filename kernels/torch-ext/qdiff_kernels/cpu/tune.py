@@ -17,7 +17,7 @@ from ._thresholds import table
 from ._weights import WEIGHTS, Weight
 
 SIZE = 3072
-TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 REPEATS = 12
 
 
@@ -42,12 +42,14 @@ def measure_thresholds(size: int = SIZE, repeats: int = REPEATS) -> dict[str, An
 def _thresholds(weight: Weight, extras: Extras, size: int, repeats: int) -> tuple[int, int]:
     """Largest numbers of tokens at which integers beat bfloat16, and the better of the two beats decoding."""
     in_integers = packed = 0
+    ahead = True
     for tokens in TOKENS:
         x = torch.randn(tokens, size).bfloat16()
         ways = ["bfloat16", "decoded", *(["integers"] if takes_integers(x, weight, extras) else [])]
         times = _times({way: partial(linear, x, weight, extras, way) for way in ways}, repeats)
         fewest = min(times["bfloat16"], times.get("integers", times["bfloat16"]))
-        if times.get("integers", float("inf")) <= times["bfloat16"]:
+        ahead = ahead and times.get("integers", float("inf")) <= times["bfloat16"]
+        if ahead:
             in_integers = tokens
         if fewest > times["decoded"]:
             break
