@@ -138,11 +138,11 @@ PRODUCTS: dict[str, tuple[str, str, LinearConfig]] = {
 
 
 UNITS = {
-    "cuda:80": Units(fp8=False, block_scaled=False),
-    "cuda:89": Units(fp8=True, block_scaled=False),
-    "cuda:90": Units(fp8=True, block_scaled=False),
-    "cuda:100": Units(fp8=True, block_scaled=True),
-    "hip:gfx942": Units(fp8=False, block_scaled=False),
+    "cuda:80": Units(bf16=True, fp8=False, block_scaled=False),
+    "cuda:89": Units(bf16=True, fp8=True, block_scaled=False),
+    "cuda:90": Units(bf16=True, fp8=True, block_scaled=False),
+    "cuda:100": Units(bf16=True, fp8=True, block_scaled=True),
+    "hip:gfx942": Units(bf16=True, fp8=False, block_scaled=False),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from qdiff_kernels import use
+from qdiff_kernels import pack_bits, use
 
 pytest.importorskip("triton")
 from qdiff_kernels.gpu import configs, ops, weights
@@ -236,3 +236,105 @@ def test_a_configuration_too_large_for_the_device_is_made_smaller_and_remembered
     start = LinearConfig(64, 64, 64, stages=2)
     assert configs.fit("test", start, launch) == LinearConfig(32, 64, 64, stages=1)
     assert configs.fit("test", start, launch) == tried[-1] and len(tried) == 4
+
+
+def with_scales(encoding: str, group: int, scales: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> tuple:
+    """Arguments of a minifloat weight whose rows run through all codes of an 8-bit encoding."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.int8).repeat(scales.shape[0], 1)
+    return codes, scales, tensor_scale, encoding, group
+
+
+@pytest.mark.parametrize("encoding", ["e4m3", "e4m3uz", "e5m2", "e5m2uz", "e1m6uz", "e3m4"])
+def test_every_code_of_an_eight_bit_encoding(encoding):
+    arguments = with_scales(encoding, 256, torch.ones(1, 1))
+    decoded = oracle.DEQUANTIZE["minifloat"](*(on_device(a) for a in arguments), 256, torch.float32).cpu()
+    assert decoded[0].tolist() == [oracle.minifloat_value(code, encoding) for code in range(256)]
+
+
+def test_every_e8m0_scale_is_an_exact_power_of_two():
+    scales = torch.arange(255, dtype=torch.uint8).view(torch.int8)[:, None]
+    arguments = (torch.full((255, 1), 0x22, dtype=torch.int8), scales, None, "e2m1", 2)
+    decoded = oracle.DEQUANTIZE["minifloat"](*(on_device(a) for a in arguments), 2, torch.float32).cpu()
+    assert torch.equal(decoded[:, 0].double(), 2.0 ** (torch.arange(255, dtype=torch.float64) - 127))
+
+
+@pytest.mark.parametrize("case", ["two levels of scales", "levels beyond the range"])
+def test_float16_does_not_overflow_where_the_weights_are_in_range(case):
+    if case == "two levels of scales":
+        scales = torch.full((3, 16), 448.0).to(torch.float8_e4m3fn)
+        arguments = with_scales("e4m3", 16, scales, torch.tensor([1e-5]))
+    else:
+        codes = pack_bits(torch.arange(128).repeat(3, 2), 7)
+        arguments = (codes, torch.full((3, 1), 1e-5), None, "e5m1", 256)
+    x = torch.randn(4, 256).half()
+    extras = oracle.NO_EXTRAS.values()
+    y = oracle.LINEAR["minifloat"](*(on_device(a) for a in (x, *arguments, *extras))).cpu()
+    with use("torch"):
+        expected = oracle.LINEAR["minifloat"](x.double(), *arguments, *extras)
+    assert oracle.relative_error(y, expected) < 1e-2
+
+
+@pytest.mark.parametrize("rotation", [1, 2])
+def test_the_smallest_rotations(rotation):
+    weight = oracle.packed_weight("int4-g64", 6, 64)
+    chosen = oracle.NO_EXTRAS | {"rotation": rotation}
+    x = torch.randn(3, 64)
+    assert oracle.relative_error(linear(weight, x, chosen), oracle.linear(x, weight.dense, chosen)) < 2e-5
+
+
+def test_a_rotation_larger_than_the_kernel_makes_is_left_to_the_reference():
+    weight = oracle.packed_weight("int8-row", 3, 512)
+    chosen = oracle.NO_EXTRAS | {"rotation": 512}
+    x = torch.randn(2, 512)
+    with pytest.raises(ValueError, match="does not take these arguments"):
+        linear(weight, x, chosen)
+    with use(None):
+        assert oracle.relative_error(linear(weight, x, chosen), oracle.linear(x, weight.dense, chosen)) < 2e-5
+
+
+@pytest.mark.parametrize("activations", ["plain", "int8"])
+def test_extras_that_are_not_contiguous(activations):
+    weight = oracle.packed_weight("int4-g64", 6, 64)
+    chosen = oracle.make_extras(f"bias+low_rank+smooth+{activations}", 6, 64, 64)
+    strided = {
+        name: torch.stack([value, torch.zeros_like(value)], -1)[..., 0] if isinstance(value, torch.Tensor) else value
+        for name, value in chosen.items()
+    }
+    assert not strided["low_rank_up"].is_contiguous()
+    x = torch.randn(3, 64)
+    assert oracle.relative_error(linear(weight, x, strided), oracle.linear(x, weight.dense, chosen)) < 2e-3
+
+
+def test_an_input_of_another_width_is_refused():
+    weight = oracle.packed_weight("codebook-2x8-d8", 6, 64)
+    with pytest.raises(ValueError, match="codes of 8 bits take 32 bytes, got 16"):
+        linear(weight, torch.randn(3, 128), oracle.NO_EXTRAS)
+
+
+def test_autocast_does_not_change_the_dtype_that_the_op_promises():
+    weight = oracle.packed_weight("int8-row", 5, 64)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = linear(weight, torch.randn(1100, 64), oracle.NO_EXTRAS)
+    assert y.dtype == torch.float32
+
+
+def test_a_batch_of_images_one_pixel_wide():
+    weight = oracle.packed_weight("int8-row", 5, 16)
+    chosen = oracle.make_extras("int8", 5, 16, 16)
+    x = torch.randn(2, 1, 16, 5).permute(0, 2, 3, 1)
+    geometry = ([1, 1], [1, 1], [0, 0], [1, 1])
+    arguments = [on_device(a) for a in (x, *weight.arguments, *chosen.values())]
+    y = oracle.CONV2D[weight.kind](*arguments, *geometry).cpu()
+    assert oracle.relative_error(y, oracle.conv2d(x, weight.dense, chosen, geometry)) < 2e-3
+
+
+def test_without_a_c_compiler_the_reference_runs_and_says_so(monkeypatch):
+    from qdiff_kernels import gpu
+
+    monkeypatch.setattr(gpu, "_usable", True)
+    with pytest.warns(UserWarning, match="without its Triton kernels"):
+        assert gpu._give_up(RuntimeError("Failed to find C compiler")) is NotImplemented
+    weight = oracle.packed_weight("int8-row", 5, 16)
+    with use(None):
+        x = torch.randn(2, 16)
+        assert oracle.relative_error(linear(weight, x, oracle.NO_EXTRAS), oracle.linear(x, weight.dense, oracle.NO_EXTRAS)) < 2e-5

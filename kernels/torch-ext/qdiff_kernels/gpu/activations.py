@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..activations import FP8_MAX
 from ..activations import INT4_GROUP as GROUP
-from ..hadamard import rotation_signs
 from .blocks import INT4_GROUP, INTERPRETED
 from .linear import Inputs
 
@@ -38,7 +37,10 @@ def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, d
     columns = x.shape[1]
     pixels = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[0]
     tokens = x.shape[0] * pixels if x.ndim == 4 else pixels
-    strides = (x.stride(0), x.stride(3), x.stride(1)) if x.ndim == 4 else (0, x.stride(0), x.stride(1))
+    if x.ndim == 4:  # the stride of a dimension of size 1 means nothing
+        strides = (x.stride(0), x.stride(3) if x.shape[3] > 1 else x.stride(2), x.stride(1))
+    else:
+        strides = (0, x.stride(0), x.stride(1))
     values = torch.empty(tokens, columns, device=x.device, dtype=x.dtype if activations == "none" else torch.int8)
     groups = -(-columns // GROUP) if activations == "int4" else 1
     scales = None if activations == "none" else torch.empty(tokens, groups, device=x.device, dtype=torch.float32)
@@ -47,7 +49,6 @@ def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, d
     _prepare_kernel[(triton.cdiv(tokens, BLOCK_TOKENS),)](
         x,
         x if smooth is None else smooth,
-        rotation_signs(columns, x.device, torch.float32) if rotation else x,
         values,
         values if scales is None else scales,
         x if down is None else down,
@@ -74,7 +75,6 @@ def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, d
 def _prepare_kernel(
     x_ptr,
     smooth_ptr,
-    signs_ptr,
     values_ptr,
     scales_ptr,
     down_ptr,
@@ -106,19 +106,19 @@ def _prepare_kernel(
     for start in range(0, columns, BK):
         column = start + tl.arange(0, BK)
         present = (column < columns)[None, :]
-        x = tl.load(x_row[:, None] + column[None, :] * column_stride, mask=present, other=0.0)
+        x = tl.load(x_row[:, None] + column.to(tl.int64)[None, :] * column_stride, mask=present, other=0.0)
         if RANK:
             index = tl.arange(0, RANK)
             at = down_ptr + index[None, :] * columns + column[:, None]
             down = tl.load(at, mask=(index < rank)[None, :] & (column < columns)[:, None], other=0.0)
             branch = _product(x, down.to(x.dtype), branch)
-        t = _transform(x, smooth_ptr, signs_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK)
+        t = _transform(x, smooth_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK)
         if CODE == 0:
             tl.store(out_row[:, None] + column[None, :], t.to(x.dtype), mask=inside[:, None] & present)
         elif CODE == 3:
             grouped = tl.reshape(t, [BM, BK // INT4_GROUP, INT4_GROUP])
             scale = _scale(tl.max(tl.abs(grouped), 2), tl.max((grouped != grouped).to(tl.int32), 2), LIMIT)
-            codes = tl.reshape(_round(grouped / scale[:, :, None], LIMIT), [BM, BK])
+            codes = tl.reshape(_round(tl.div_rn(grouped, scale[:, :, None] + tl.zeros_like(grouped)), LIMIT), [BM, BK])
             tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
             group = start // INT4_GROUP + tl.arange(0, BK // INT4_GROUP)
             at = scales_ptr + token.to(tl.int64)[:, None] * groups + group[None, :]
@@ -136,8 +136,9 @@ def _prepare_kernel(
         for start in range(0, columns, BK):
             column = start + tl.arange(0, BK)
             present = (column < columns)[None, :]
-            x = tl.load(x_row[:, None] + column[None, :] * column_stride, mask=present, other=0.0)
-            t = _transform(x, smooth_ptr, signs_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK) / scale[:, None]
+            x = tl.load(x_row[:, None] + column.to(tl.int64)[None, :] * column_stride, mask=present, other=0.0)
+            t = _transform(x, smooth_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK)
+            t = tl.div_rn(t, scale[:, None] + tl.zeros_like(t))
             codes = _round(t, LIMIT).to(tl.int32) if CODE == 1 else _e4m3_code(t)
             tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
 
@@ -145,7 +146,7 @@ def _prepare_kernel(
 @triton.jit
 def _scale(largest, broken, LIMIT: tl.constexpr):
     """``largest / LIMIT``, 1 for a token of zeros, NaN for one that holds a NaN: it must not vanish in integer codes."""
-    scale = tl.where(largest == 0.0, 1.0, largest / LIMIT)
+    scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32)))
     return tl.where(broken > 0, float("nan"), scale)
 
 
@@ -169,26 +170,35 @@ def _e4m3_code(value):
 
 @triton.jit
 def _transform(
-    x, smooth_ptr, signs_ptr, column, columns, HAS_SMOOTH: tl.constexpr, ROTATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+    x, smooth_ptr, column, columns, HAS_SMOOTH: tl.constexpr, ROTATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
 ):
     """Smoothed and rotated inputs ``[BM, BK]``, float32 numbers that x's dtype holds."""
     if HAS_SMOOTH:
         smooth = tl.load(smooth_ptr + column, mask=column < columns, other=1.0)
         x = (x.to(tl.float32) / smooth.to(x.dtype).to(tl.float32)[None, :]).to(x.dtype)
+    if ROTATION:
+        x = (x.to(tl.float32) * _signs(column)[None, :]).to(x.dtype)
     if ROTATION > 1:
         LOG: tl.constexpr = (
             (ROTATION >= 4) + (ROTATION >= 16) + (ROTATION >= 64) + (ROTATION >= 256)
         )  # half of its logarithm, rounded down
         OUTER: tl.constexpr = 2**LOG
         INNER: tl.constexpr = ROTATION // OUTER
-        signs = tl.load(signs_ptr + column, mask=column < columns, other=1.0)
-        x = (x.to(tl.float32) * signs[None, :]).to(x.dtype)
         # H of size OUTER * INNER is the Kronecker product of two small ones; between them the numbers are scaled.
         x = (_hadamard(x, INNER, BM, BK) * (ROTATION**-0.5)).to(x.dtype)
         x = tl.reshape(tl.permute(tl.reshape(x, [BM, BK // ROTATION, OUTER, INNER]), (0, 1, 3, 2)), [BM, BK])
         x = _hadamard(x, OUTER, BM, BK).to(x.dtype)
         x = tl.reshape(tl.permute(tl.reshape(x, [BM, BK // ROTATION, INNER, OUTER]), (0, 1, 3, 2)), [BM, BK])
     return x.to(tl.float32)
+
+
+@triton.jit
+def _signs(column):
+    """The rotation's signs of channels, +1 and -1: hadamard.rotation_signs, without a tensor to keep."""
+    z = (column.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return tl.where((z >> 63) != 0, -1.0, 1.0)  # the last step of splitmix64 leaves the top bit
 
 
 @triton.jit

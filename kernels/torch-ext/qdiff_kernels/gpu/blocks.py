@@ -47,7 +47,7 @@ def operand_tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Weights ``[BN, BK]`` as the matrix unit takes them; scales are in them only if ``SCALE_AT`` is ``WEIGHT``."""
+    """Weights ``[BN, BK]`` as the matrix unit takes them, times ``unit``; scales are in them only if ``SCALE_AT`` is ``WEIGHT``."""
     if KIND == DENSE:
         column = start + tl.arange(0, BK)
         at = codes_ptr + rows.to(tl.int64)[:, None] * codes_stride + column[None, :]
@@ -55,7 +55,7 @@ def operand_tile(
     else:
         scales = tl.full([BN, BK], 1.0, tl.float32)
         if SCALE_AT == WEIGHT:
-            scales = scale_tile(scales_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK)
+            scales = scale_tile(scales_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK) * unit
         w = weight_tile(
             codes_ptr, table_ptr, rows, scales < 0, start, columns, codes_stride,
             KIND, BITS, ENCODING, SECOND, BOOKS, VECTOR, ALIGNED, BN, BK,

@@ -50,6 +50,8 @@ def rule(weight: str, inputs: str, tokens: int, rows: int, columns: int, multipr
     stages of a codebook's look-ups overflow shared memory.
     """
     codebook = weight.startswith("codebook")
+    if "float32" in inputs and tokens > 16:  # no matrix unit takes float32 as it is: leave the product to the vendor's library
+        return LinearConfig(32, 64, 64, stages=2, two_pass=True)
     if tokens <= 128:
         block_tokens = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
         tiles = -(-rows // 64) * -(-tokens // block_tokens)
@@ -121,4 +123,5 @@ def processors(name: str) -> int:
     if name == "interpreter":
         return 1
     properties: Any = torch.accelerator.current_accelerator() and torch.get_device_module().get_device_properties()
-    return getattr(properties, "multi_processor_count", None) or getattr(properties, "max_compute_units", 64)
+    count = getattr(properties, "multi_processor_count", None)
+    return count or max(1, getattr(properties, "max_compute_units", 512) // 8)  # Intel counts vector engines, 8 to a core

@@ -36,7 +36,7 @@ def conv2d(
     inputs, strides = _inputs(x, extras)
     grouped = inputs.scales is not None and inputs.scales.shape[1] > 1
     block = INT4_GROUP.value if grouped else config.block_columns
-    arithmetic = plan(weight, inputs.values.dtype, weight.columns + 1, x.dtype, Units(fp8, False))
+    arithmetic = plan(weight, inputs.values.dtype, weight.columns + 1, x.dtype, Units(True, fp8, False))
     if not weight.row_scales:  # groups of columns do not follow the taps: scales are multiplied into the weights
         operand = inputs.values.dtype if inputs.values.dtype.itemsize > 1 else torch.bfloat16
         arithmetic = Arithmetic(torch.float32 if x.dtype == torch.float32 else operand, WEIGHT.value, 1.0)
@@ -177,6 +177,8 @@ def _conv2d_kernel(
     x_groups = tl.cdiv(channels, INT4_GROUP)
     SUM: tl.constexpr = tl.int32 if OPERAND == tl.int8 else tl.float32
     acc = tl.zeros([BN, BM], dtype=tl.float32)
+    if HAS_TENSOR_SCALE and SCALE_AT == WEIGHT:
+        unit = tl.load(tensor_scale_ptr)
     for tap in range(0, kernel_height * kernel_width):
         in_y = at_y + tap // kernel_width * dilation_y
         in_x = at_x + tap % kernel_width * dilation_x
@@ -207,7 +209,7 @@ def _conv2d_kernel(
     y = acc
     if SCALE_AT == ROW:
         y *= group_scale(scales_ptr, rows, 0, scales_stride, E8M0, E4M3)[:, None] / unit
-    if HAS_TENSOR_SCALE:
+    if HAS_TENSOR_SCALE and SCALE_AT != WEIGHT:
         y *= tl.load(tensor_scale_ptr)
     y = add_branch_and_bias(y, branch_ptr, up_ptr, bias_ptr, pixel, inside, rows, rank, RANK, HAS_BIAS)
     area = out_height * out_width

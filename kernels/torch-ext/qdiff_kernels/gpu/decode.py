@@ -60,9 +60,9 @@ def minifloat_value(code, ENCODING: tl.constexpr):
     mantissa = code & (2**M - 1)
     normal = (((exponent + (127 - BIAS)) << 23) | (mantissa << (23 - M))).to(tl.float32, bitcast=True)
     value = tl.where(exponent == 0, mantissa.to(tl.float32) * (2.0 ** (1 - BIAS - M)), normal)
-    if E == 4 and M == 3:
+    if E == 4 and M == 3 and ENCODING % 2 == 0:
         value = tl.minimum(value, 448.0)
-    if E == 5 and M == 2:
+    if E == 5 and M == 2 and ENCODING % 2 == 0:
         value = tl.minimum(value, 57344.0)
     negative = (code >> (E + M)) == 1
     value = tl.where(negative, -value, value)
@@ -103,8 +103,9 @@ def group_scale(scales_ptr, rows, group, scales_stride, E8M0: tl.constexpr, E4M3
 
 @triton.jit
 def scale_value(stored, E8M0: tl.constexpr, E4M3: tl.constexpr):
-    if E8M0:  # an exponent in a byte
-        return tl.exp2((stored.to(tl.int32) & 0xFF).to(tl.float32) - 127.0)
+    if E8M0:  # the exponent of a float32; its smallest, 2**-127, is a subnormal one
+        exponent = stored.to(tl.int32) & 0xFF
+        return tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
     elif E4M3:  # as bytes: float8e4nv is a type on some GPUs only. E4M3's NaN is never written.
         return minifloat_value(stored.to(tl.int32) & 0xFF, 4 * 16 + 3 * 2)
     else:
@@ -178,6 +179,13 @@ def _code_at(row_start, index, BITS: tl.constexpr):
 
 
 @triton.jit
+def _entries(table_ptr, code, book, lane, BITS: tl.constexpr, VECTOR: tl.constexpr):
+    """Entries ``[BN, V, VECTOR]`` of one codebook, float32."""
+    entry = table_ptr + (code + book * 2**BITS) * VECTOR
+    return tl.load(entry[:, :, None] + lane[None, None, :]).to(tl.float32)
+
+
+@triton.jit
 def _codebook_tile(
     row_start,
     table_ptr,
@@ -196,10 +204,22 @@ def _codebook_tile(
         vector = tl.minimum(start // VECTOR + tl.arange(0, BK // VECTOR), last_vector)
         lane = tl.arange(0, VECTOR)
         total = tl.zeros([BN, BK // VECTOR, VECTOR], dtype=tl.float32)
-        for book in tl.static_range(BOOKS):
-            code = _code_at(row_start, vector * BOOKS + book, BITS)
-            entry = table_ptr + (code + book * 2**BITS) * VECTOR
-            total += tl.load(entry[:, :, None] + lane[None, None, :]).to(tl.float32)
+        if BITS == 8 and (BOOKS == 2 or BOOKS == 4):  # neighbouring bytes, loaded together
+            byte = start // VECTOR * BOOKS + tl.arange(0, BK // VECTOR * BOOKS)
+            inside = (byte < (last_vector + 1) * BOOKS)[None, :]
+            codes = tl.load(row_start[:, None] + byte[None, :], mask=inside, other=0).to(tl.int32) & 0xFF
+            if BOOKS == 2:
+                first, second = tl.split(tl.reshape(codes, [BN, BK // VECTOR, 2]))
+                total += _entries(table_ptr, first, 0, lane, BITS, VECTOR) + _entries(table_ptr, second, 1, lane, BITS, VECTOR)
+            else:
+                even, odd = tl.split(tl.reshape(codes, [BN, BK // VECTOR, 2, 2]))
+                first, third = tl.split(even)
+                second, fourth = tl.split(odd)
+                total += _entries(table_ptr, first, 0, lane, BITS, VECTOR) + _entries(table_ptr, second, 1, lane, BITS, VECTOR)
+                total += _entries(table_ptr, third, 2, lane, BITS, VECTOR) + _entries(table_ptr, fourth, 3, lane, BITS, VECTOR)
+        else:
+            for book in tl.static_range(BOOKS):
+                total += _entries(table_ptr, _code_at(row_start, vector * BOOKS + book, BITS), book, lane, BITS, VECTOR)
         return tl.reshape(total, [BN, BK])
     else:
         column = start + tl.arange(0, BK)

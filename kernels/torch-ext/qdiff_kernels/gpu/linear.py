@@ -59,6 +59,7 @@ class Arithmetic(NamedTuple):
 class Units(NamedTuple):
     """What the device's matrix units take beside 16-bit numbers and int8."""
 
+    bf16: bool  # without, Triton's products run on scalar units
     fp8: bool  # E4M3
     block_scaled: bool  # MXFP4 and MXFP8, scales included
 
@@ -80,7 +81,7 @@ def plan(weight: PackedWeight, given: torch.dtype, block: int, out_dtype: torch.
     else:
         scale_at = WEIGHT.value
     if given.itemsize > 1:
-        return Arithmetic(given, scale_at, 1.0)
+        return Arithmetic(given, scale_at, weight.operand_unit(given) or 1.0 if scale_at != WEIGHT.value else 1.0)
     unit = weight.operand_unit(given)
     if unit is not None and scale_at != WEIGHT.value and (given == torch.int8 or units.fp8):
         return Arithmetic(given, scale_at, unit)
@@ -130,7 +131,6 @@ def linear(
         RANK=max(16, triton.next_power_of_2(rank)) if rank else 0,
         HAS_BIAS=bias is not None,
         HAS_TENSOR_SCALE=weight.tensor_scale is not None,
-        SPLITS=splits,
         BN=config.block_rows,
         BM=config.block_tokens,
         BK=block,
@@ -140,7 +140,7 @@ def linear(
     )
     if splits > 1:
         size = out.numel()
-        _sum_splits_kernel[(triton.cdiv(size, 1024),)](target, out, size, SPLITS=splits, BLOCK=1024)
+        _sum_splits_kernel[(triton.cdiv(size, 1024),)](target, out, size, splits, BLOCK=1024)
     return out
 
 
@@ -173,7 +173,6 @@ def _linear_kernel(
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TENSOR_SCALE: tl.constexpr,
-    SPLITS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -203,7 +202,10 @@ def _linear_kernel(
     PARTS: tl.constexpr = SCALE_AT == GROUP_SUM or X_SCALES == 2
     SUM: tl.constexpr = tl.int32 if OPERAND == tl.int8 else tl.float32
     acc = tl.zeros([BN, BM], dtype=tl.int32 if EXACT else tl.float32)
-    for block in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
+    splits = tl.num_programs(1)
+    if HAS_TENSOR_SCALE and SCALE_AT == WEIGHT:  # with the other scales, or the weights might leave float16's range
+        unit = tl.load(tensor_scale_ptr)
+    for block in range(split * blocks // splits, (split + 1) * blocks // splits):
         start = block * BK
         column = start + tl.arange(0, BK)
         x = tl.load(x_row[None, :] + column[:, None], mask=(column < columns)[:, None] & token_inside[None, :], other=0.0)
@@ -231,7 +233,7 @@ def _linear_kernel(
         y *= group_scale(scales_ptr, rows, 0, scales_stride, E8M0, E4M3)[:, None]
     if SCALE_AT == ROW or SCALE_AT == GROUP_SUM:
         y *= 1.0 / unit
-    if HAS_TENSOR_SCALE:
+    if HAS_TENSOR_SCALE and SCALE_AT != WEIGHT:
         y *= tl.load(tensor_scale_ptr)
     if X_SCALES == 1:
         y *= tl.load(x_scales_ptr + token, mask=token_inside, other=0.0)[None, :]
@@ -242,9 +244,9 @@ def _linear_kernel(
 
 
 @triton.jit(do_not_specialize=["size"])
-def _sum_splits_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_splits_kernel(parts_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts_ptr + split * size + at, mask=at < size, other=0.0)
+    for split in range(0, splits):
+        total += tl.load(parts_ptr + tl.full([], split, tl.int64) * size + at, mask=at < size, other=0.0)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < size)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..hadamard import MAX_BLOCK
 from ..reference import Extras, Window
 from . import configs, weights
 from .activations import prepare
@@ -22,6 +23,7 @@ from .weights import PackedWeight
 
 WEIGHT_ARGUMENTS = {"codebook": 4, "minifloat": 5, "integer": 5}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FUSED_RANK_BYTES = 128  # of one column of the projection: 85 KB of shared memory in all, of 99 KB on consumer GPUs
 
 
 def dequantize(kind: str, *args: Any) -> Tensor:
@@ -35,10 +37,12 @@ def dequantize(kind: str, *args: Any) -> Tensor:
 def linear(kind: str, x: Tensor, *args: Any) -> Tensor:
     """``<format>_linear``."""
     count = WEIGHT_ARGUMENTS[kind]
-    extras = Extras(*args[count:])
-    if x.dtype not in FLOATS or not runs_on(x) or not x.numel():
+    extras = Extras(*_contiguous(args[count:]))
+    if not takes(x, extras):
         return NotImplemented
     weight = _pack(kind, args[:count], x.shape[-1])
+    if not matrix_units(x.device).bf16:
+        return reference.linear(x, decode(weight, reference.compute_dtype(x, extras)), extras)
     return product(weight, x.reshape(-1, x.shape[-1]), extras).view(*x.shape[:-1], weight.rows)
 
 
@@ -47,11 +51,7 @@ def product(weight: PackedWeight, x: Tensor, extras: Extras, config: configs.Lin
     if config is None:
         given = str(x.dtype)[6:] if extras.activations == "none" else extras.activations
         config = configs.choose(weight_name(weight), given, x.shape[0], weight.rows, weight.columns, x.device)
-    if extras.smooth is not None or extras.rotation or extras.activations != "none":
-        inputs = prepare(x, extras.smooth, extras.rotation, extras.activations, extras.low_rank_down)
-    else:
-        branch = None if extras.low_rank_down is None else x @ extras.low_rank_down.to(x.dtype).T
-        inputs = Inputs(x if x.stride(1) == 1 else x.contiguous(), None, branch)
+    inputs = transform(x, extras)
     units = matrix_units(x.device)
 
     def launch(fitting: configs.LinearConfig) -> Tensor:
@@ -62,6 +62,18 @@ def product(weight: PackedWeight, x: Tensor, extras: Extras, config: configs.Lin
     return configs.fit((x.device, weight_name(weight), inputs.values.dtype, x.dtype), config, launch)
 
 
+def transform(x: Tensor, extras: Extras) -> Inputs:
+    """Inputs as the product takes them; the low-rank projection rides along where it fits beside the tokens."""
+    down = extras.low_rank_down
+    changed = extras.smooth is not None or extras.rotation or extras.activations != "none"
+    rides = changed and down is not None and down.shape[0] * x.element_size() <= FUSED_RANK_BYTES
+    if changed:
+        inputs = prepare(x, extras.smooth, extras.rotation, extras.activations, down if rides else None)
+    else:
+        inputs = Inputs(x if x.stride(1) == 1 else x.contiguous(), None, None)
+    return inputs if rides or down is None else inputs._replace(branch=x @ down.to(x.dtype).T)
+
+
 def two_pass(
     weight: PackedWeight, inputs: Inputs, extras: Extras, config: configs.LinearConfig, dtype: torch.dtype, units: Units
 ) -> Tensor:
@@ -69,7 +81,7 @@ def two_pass(
     arithmetic = plan(weight, inputs.values.dtype, config.block_columns, dtype, units)
     if arithmetic.operand.itemsize == 1 and weight.row_scales:
         dense = decode(weight, arithmetic.operand, arithmetic.unit)
-        if arithmetic.operand == torch.float8_e4m3fn and _scaled_mm_takes(inputs.values, dense):
+        if arithmetic.operand == torch.float8_e4m3fn and dtype == torch.bfloat16 and _scaled_mm_takes(inputs.values, dense):
             return _scaled_mm(weight, inputs, dense, arithmetic.unit, extras, dtype)
         operand = weight.dense(dense, arithmetic.unit)
         return multiply(operand, inputs, extras.low_rank_up, extras.bias, config, dtype, units)
@@ -81,10 +93,9 @@ def two_pass(
 
 def _scaled_mm(weight: PackedWeight, inputs: Inputs, dense: Tensor, unit: float, extras: Extras, dtype: torch.dtype) -> Tensor:
     scales = weights.scale_values(weight).expand(weight.rows, 1) / unit
-    out_dtype = dtype if dtype != torch.float32 else torch.bfloat16
-    bias = None if extras.bias is None else extras.bias.to(out_dtype)
+    bias = None if extras.bias is None else extras.bias.to(dtype)
     assert inputs.scales is not None
-    y = torch._scaled_mm(inputs.values, dense.T, inputs.scales, scales.T.contiguous(), bias=bias, out_dtype=out_dtype)
+    y = torch._scaled_mm(inputs.values, dense.T, inputs.scales, scales.T.contiguous(), bias=bias, out_dtype=dtype)
     return _add_branch(y, inputs, extras)
 
 
@@ -98,7 +109,7 @@ def conv2d(kind: str, x: Tensor, *args: Any) -> Tensor:
     """``<format>_conv2d``: 1x1 as a product of pixels, else an implicit product or a decoded kernel, by size."""
     count = WEIGHT_ARGUMENTS[kind]
     extras, window = _split(args, count)
-    if x.dtype not in FLOATS or not runs_on(x) or not x.numel():
+    if not takes(x, extras):
         return NotImplemented
     height, width = (reference.conv2d_output_size(n, *g) for n, *g in zip(x.shape[-2:], *window, strict=True))
     taps = window.kernel_size[0] * window.kernel_size[1]
@@ -108,8 +119,8 @@ def conv2d(kind: str, x: Tensor, *args: Any) -> Tensor:
         return y.view(x.shape[0], height, width, weight.rows).permute(0, 3, 1, 2).contiguous()
     pixels = x.shape[0] * height * width
     config = configs.choose(weight_name(weight), f"conv {x.dtype}"[5:], pixels, weight.rows, weight.columns, x.device)
-    if extras.activations == "none" and config.two_pass:
-        return reference.conv2d(x, decode(weight, x.dtype), window, extras)
+    if (extras.activations == "none" and config.two_pass) or not matrix_units(x.device).bf16:
+        return reference.conv2d(x, decode(weight, reference.compute_dtype(x, extras)), window, extras)
 
     def launch(fitting: configs.LinearConfig) -> Tensor:
         return convolve(weight, x, extras, window, (height, width), fitting, matrix_units(x.device).fp8)
@@ -145,6 +156,11 @@ def weight_name(weight: PackedWeight) -> str:
     return f"{kind}{shape} {groups}"
 
 
+def takes(x: Tensor, extras: Extras) -> bool:
+    """Whether the kernels take this input."""
+    return x.dtype in FLOATS and runs_on(x) and bool(x.numel()) and extras.rotation <= MAX_BLOCK
+
+
 def runs_on(tensor: Tensor) -> bool:
     """Triton runs on accelerators, and on the CPU only under its interpreter."""
     return tensor.device.type != "cpu" or INTERPRETED.value
@@ -154,11 +170,11 @@ def runs_on(tensor: Tensor) -> bool:
 def matrix_units(device: torch.device) -> Units:
     """NVIDIA GPUs multiply E4M3 since Ada (8.9) and scaled blocks since Blackwell (10.0); the interpreter only the former."""
     if device.type == "cpu":
-        return Units(fp8=True, block_scaled=False)
+        return Units(bf16=True, fp8=True, block_scaled=False)
     if device.type != "cuda" or torch.version.hip is not None:
-        return Units(fp8=False, block_scaled=False)
+        return Units(bf16=True, fp8=False, block_scaled=False)
     capability = torch.cuda.get_device_capability(device)
-    return Units(fp8=capability >= (8, 9), block_scaled=capability >= (10, 0))
+    return Units(bf16=capability >= (8, 0), fp8=capability >= (8, 9), block_scaled=capability >= (10, 0))
 
 
 def _scaled_mm_takes(values: Tensor, dense: Tensor) -> bool:
@@ -169,6 +185,10 @@ def _scaled_mm_takes(values: Tensor, dense: Tensor) -> bool:
     return sizes_fit and torch.cuda.get_device_capability(values.device) >= (9, 0)
 
 
+def _contiguous(args: Any) -> tuple[Any, ...]:
+    return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+
+
 def _pack(kind: str, arguments: Any, columns: int) -> PackedWeight:
     pack: Any = getattr(weights, kind)
     return pack(*arguments, columns)
@@ -176,4 +196,4 @@ def _pack(kind: str, arguments: Any, columns: int) -> PackedWeight:
 
 def _split(args: Any, count: int) -> tuple[Extras, Window]:
     end = count + len(Extras._fields)
-    return Extras(*args[count:end]), Window(*(tuple(pair) for pair in args[end:]))
+    return Extras(*_contiguous(args[count:end])), Window(*(tuple(pair) for pair in args[end:]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..bitpack import packed_bytes
 from ..minifloat import encoding_bits, levels
 from ..minifloat import scale_values as minifloat_scales
 
@@ -66,7 +67,8 @@ class PackedWeight(NamedTuple):
             "BOOKS": self.books,
             "VECTOR": self.vector_size,
             "MIDPOINT": self.midpoint,
-            "GROUP": self.group_size,
+            # A single group needs no size: layers of all widths share one compiled kernel.
+            "GROUP": self.group_size if self.scales.shape[1] > 1 else 1 << 30,
             "E8M0": self.e8m0,
             "E4M3": self.e4m3,
             "HAS_ZEROS": self.zeros is not None,
@@ -86,6 +88,8 @@ class PackedWeight(NamedTuple):
         Integers and minifloats must be exact. Codebook entries may be rounded to int8 (about 1 % of a weight). The entries of a
         universal table add up to a little over 127 at the most; such sums, all but never met, saturate.
         """
+        if operand == torch.float16 and self.kind == MINIFLOAT and self.encoding // 16 == 5:
+            return 0.25  # the largest E5 levels are beyond 65504
         if operand not in (torch.int8, torch.float8_e4m3fn):
             return 1.0
         if self.kind == DENSE:
@@ -130,6 +134,10 @@ def integer(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, grou
 
 
 def _packed(codes: Tensor, table: Tensor | None, scales: Tensor, zeros: Tensor | None, *rest: Any) -> PackedWeight:
+    _, columns, _, kind, bits, *shape = rest
+    count = columns if kind != CODEBOOK else -(-columns // shape[-1]) * shape[-2]
+    if codes.shape[1] != packed_bytes(count, bits):
+        raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, got {codes.shape[1]}")
     e4m3, e8m0 = scales.dtype == torch.float8_e4m3fn, scales.dtype == torch.int8
     if e4m3:
         scales, zeros = scales.view(torch.uint8), None if zeros is None else zeros.view(torch.uint8)
@@ -148,7 +156,7 @@ def _encoding_name(number: int) -> str:
 
 @lru_cache(maxsize=256)
 def _minifloat_unit(encodings: tuple[int, ...], operand: torch.dtype) -> float | None:
-    values = torch.tensor([v for number in encodings for v in levels(_encoding_name(number))], dtype=torch.float64)
+    values = torch.tensor([v for number in encodings for v in levels(_encoding_name(number))], dtype=torch.float64, device="cpu")
     return next((unit for unit in (2.0**n for n in range(-2, 8)) if _exact(values * unit, operand)), None)
 
 
@@ -156,12 +164,13 @@ _codebook_units: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _codebook_unit(table: Tensor) -> float:
-    """Looked up by tensor, because finding it waits for the device. Codebooks do not change while a model runs."""
-    if table not in _codebook_units:
+    """Looked up by tensor and its version, because finding it waits for the device."""
+    version = 0 if table.is_inference() else table._version
+    if table not in _codebook_units or _codebook_units[table][0] != version:
         reach = float(table.float().abs().amax((1, 2)).sum())
         exact = table.dtype == torch.int8 and reach <= SATURATING_REACH
-        _codebook_units[table] = 1.0 if exact else 127.0 / max(reach, 1e-30)
-    return _codebook_units[table]
+        _codebook_units[table] = (version, 1.0 if exact else 127.0 / max(reach, 1e-30))
+    return _codebook_units[table][1]
 
 
 def _exact(values: Tensor, dtype: torch.dtype) -> bool:
