@@ -12,6 +12,7 @@ import torch
 
 from .config import QDiffConfig
 from .errors import ConfigError
+from .hub.push import check_name, push_folder
 
 DENOISERS = ("transformer", "unet")  # with a suffix too: "transformer_2" is the second expert of some video models
 INDEX, CONFIG = "model_index.json", "config.json"
@@ -43,9 +44,12 @@ def quantize(
 
     Raises:
         ConfigError: no such component, ``source`` is no model, or ``output_dir`` holds something that must not be replaced.
+        HubError: the upload failed; ``output_dir`` is complete all the same, and ``qdiff push`` sends it again.
     """
     output_dir = Path(output_dir)
     _check_output(output_dir, overwrite)
+    if push_to_hub:
+        check_name(push_to_hub)
     loaded = _load(source, config, components, dtype)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as workspace:
@@ -55,7 +59,7 @@ def quantize(
             output_dir.rename(replaced)
         written.rename(output_dir)
     if push_to_hub:
-        loaded.push_to_hub(push_to_hub)
+        push_folder(output_dir, push_to_hub)
     return output_dir
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,9 @@ from .errors import CheckpointError
 from .formats import TensorInfo
 
 MAX_HEADER = 100 << 20
+# Names that diffusers and transformers give their files: diffusion_pytorch_model.fp16-00001-of-00002.safetensors and the like.
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
+INDEX = re.compile(r"(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,6 +49,10 @@ class LayerInfo(NamedTuple):
     nbytes: int
     error: float | None
 
+    @property
+    def num_weights(self) -> int:
+        return math.prod(self.shape)
+
 
 class CheckpointInfo(NamedTuple):
     """A quantized checkpoint, seen from outside."""
@@ -60,7 +68,7 @@ class CheckpointInfo(NamedTuple):
 
     @property
     def packed_weights(self) -> int:
-        return sum(math.prod(layer.shape) for layer in self.layers)
+        return sum(layer.num_weights for layer in self.layers)
 
     @property
     def bits_per_weight(self) -> float:
@@ -98,6 +106,56 @@ def read_headers(paths: Iterable[str | Path]) -> dict[str, TensorInfo]:
     return {name: info for path in paths for name, info in read_header(path).items()}
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that ``from_pretrained(folder)`` reads: one file or the shards of an index, without those of other variants.
+
+    Raises:
+        CheckpointError: there are none, or the index is malformed.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    variants = {match["variant"] or "": match for path in found if (match := WEIGHTS.fullmatch(path.name))}
+    indices = {match["variant"] or "": path for path in sorted(folder.iterdir()) if (match := INDEX.fullmatch(path.name))}
+    if known := sorted(variants.keys() | indices.keys()):
+        variant = known[0]  # the one without a name comes first
+        if variant in indices:
+            return check_index(indices[variant])
+        return [p for p in found if (match := WEIGHTS.fullmatch(p.name)) and (match["variant"] or "") == variant]
+    if not found:
+        raise CheckpointError(f"{folder} holds no safetensors file")
+    return found
+
+
+def check_index(path: Path) -> list[Path]:
+    """The shards that an index file lists, all of them plain files beside it.
+
+    Raises:
+        CheckpointError: the index is malformed, or names a file elsewhere or one that is not there.
+    """
+    data = read_json(path)
+    shards = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{path} needs a weight_map from tensor names to file names")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path} names {name!r}, which is not a safetensors file beside it")
+        if not (path.parent / name).is_file():
+            raise CheckpointError(f"{path} names {name}, which is not there; the checkpoint is incomplete")
+    return [path.parent / name for name in names]
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        CheckpointError: it is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
 def check_tensors(layers: dict[str, StoredLayer], stored: dict[str, TensorInfo]) -> None:
     """Compare what config.json promises with what the files hold.
 
@@ -132,9 +190,7 @@ def inspect_components(source: str | Path, revision: str | None = None) -> list[
 
 def _describe(folder: Path) -> CheckpointInfo:
     config = QDiffConfig.from_dict(_quantization_config(folder) or {})
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no safetensors file")
+    files = weight_files(folder)
     check_tensors(config.layers, read_headers(files))
     layers = [
         LayerInfo(

@@ -13,3 +13,7 @@ class ConfigError(QDiffError):
 
 class CheckpointError(QDiffError):
     """A stored checkpoint that cannot be read: unknown version, missing or misshapen tensor, truncated file."""
+
+
+class HubError(QDiffError):
+    """The Hub, or the way to it, refused: no access, too many requests, no space, no connection."""

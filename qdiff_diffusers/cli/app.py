@@ -14,6 +14,7 @@ from .console import errors, print_error
 from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
+from .push import push
 from .quantize import quantize
 
 USER_ERROR = 2
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (demo, quantize, inspect, doctor):
+for command in (demo, quantize, inspect, push, doctor):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

@@ -4,78 +4,79 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import defaultdict
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils.hub_utils import PushToHubMixin
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..checkpoint import CheckpointInfo, inspect_components
 from ..config import QDiffConfig
+from .contents import METHOD_TITLES, facts, kind_rows, samples, settings
+from .origin import INHERITED, LICENSE_KEYS, hub_card, is_hub_name, task_of
+from .results import Results, read_results
 
 TAG = "qdiff"
-METHOD_TITLES = {
-    "aq": "additive codebooks (AQ)",
-    "vq": "vector quantization (VQ)",
-    "fp": "low-bitwidth floating point (FP)",
-    "svdquant": "SVDQuant, a low-rank branch beside a low-bit residual",
-    "rtn": "round-to-nearest",
-}
+CARD = "README.md"
 
 
-def render_card(folder: str | Path, repo_id: str) -> ModelCard:
-    """The card of a saved model or pipeline.
+def render_card(folder: str | Path, repo_id: str, base_card: dict[str, str] | None = None) -> ModelCard:
+    """The card of a saved model or pipeline. Looks nothing up; see :func:`base_card` for what only the Hub knows.
 
     Args:
-        folder: holds the checkpoint.
+        folder: holds the checkpoint, and perhaps ``qdiff_results.json`` and ``samples/``.
         repo_id: name under which it will be loaded.
+        base_card: licence and task of the base model, used where the checkpoint does not record them.
 
     Raises:
-        CheckpointError: the folder holds no qdiff checkpoint.
+        CheckpointError: the folder holds no qdiff checkpoint, or malformed results.
     """
     folder = Path(folder)
     components = inspect_components(folder)
     largest = max(components, key=lambda c: c.packed_weights)
-    config = largest.config
-    is_pipeline = (folder / "model_index.json").is_file()
-    context = {
-        "title": repo_id.split("/")[-1],
-        "repo_id": repo_id,
-        "summary": _summary(config, is_pipeline),
-        "method_title": METHOD_TITLES[config.method_name],
-        "bits": largest.bits_per_weight,
-        "loader": "DiffusionPipeline" if is_pipeline else config.provenance.get("model_class", "AutoModel"),
-        "variable": "pipe" if is_pipeline else "model",
-        "dtype": config.compute_dtype or "bfloat16",
-        "facts": _facts(config, largest),
-        "components": [{"name": c.folder.name, "rows": _rows(c)} for c in components],
+    known = (base_card or {}) | {key: v for key in INHERITED if isinstance(v := largest.config.provenance.get(key), str)}
+    results = read_results(folder)
+    data = _metadata(folder, repo_id, components, largest.config, known, results)
+    pairs, single = samples(folder)
+    context = _context(folder, repo_id, components, largest) | {
+        "license": {key: known.get(key) for key in LICENSE_KEYS},
+        "results": results,
+        "pairs": pairs,
+        "images": single,
     }
     templates = FileSystemLoader(str(resources.files("qdiff_diffusers.hub_cards")))
-    environment = Environment(loader=templates, undefined=StrictUndefined)
-    text = environment.get_template(f"{config.method_name}.md.j2").render(context)
-    base = config.provenance.get("base_model")
-    data = ModelCardData(
-        library_name="diffusers",
-        base_model=base,
-        base_model_relation="quantized" if base else None,
-        pipeline_tag="text-to-image" if _is_text_to_image(folder) else "unconditional-image-generation",
-        tags=[TAG, config.method_name, "quantized", "diffusers"],
+    environment = Environment(
+        loader=templates, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    text = environment.get_template(f"{largest.config.method_name}.md.j2").render(context)
+    text = re.sub(r"\n{3,}", "\n\n", text).strip()  # blocks that a checkpoint has nothing for leave their blank lines
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def base_card(folder: str | Path) -> dict[str, str]:
+    """Licence and task that the base model's card on the Hub tells; empty if that cannot be had."""
+    for info in inspect_components(folder):
+        if base := info.config.provenance.get("base_model"):
+            return hub_card(base)
+    return {}
 
 
 def write_card(folder: str | Path, repo_id: str) -> None:
     """Write README.md beside a checkpoint; a card that someone has written by hand (without our tag) stays."""
-    path = Path(folder) / "README.md"
-    if path.is_file():
-        tags = ModelCard.load(path).data.tags or []
-        generic = "has been automatically generated" in path.read_text()
-        if TAG not in tags and not generic:
-            return
-    render_card(folder, repo_id).save(path)
+    path = Path(folder) / CARD
+    if not is_handwritten(path):
+        render_card(folder, repo_id, base_card(folder)).save(path)
+
+
+def is_handwritten(path: Path) -> bool:
+    """Whether there is a card that neither we nor diffusers have generated."""
+    if not path.is_file():
+        return False
+    tags = ModelCard.load(path, ignore_metadata_errors=True).data.tags or []
+    return TAG not in tags and "has been automatically generated" not in path.read_text(encoding="utf-8")
 
 
 def write_cards_on_upload() -> None:
@@ -86,7 +87,8 @@ def write_cards_on_upload() -> None:
 
     @functools.wraps(original)
     def upload(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        if _is_quantized(Path(working_dir)):
+        # A part of a larger repository (subfolder=...) has no card of its own.
+        if not kwargs.get("subfolder") and _is_quantized(Path(working_dir)):
             write_card(working_dir, repo_id)
         return original(self, working_dir, repo_id, *args, **kwargs)
 
@@ -96,52 +98,95 @@ def write_cards_on_upload() -> None:
 
 def _is_quantized(folder: Path) -> bool:
     configs = (*folder.glob("config.json"), *folder.glob("*/config.json"))
-    return any('"quant_method": "qdiff"' in path.read_text() for path in configs)
+    return any('"quant_method": "qdiff"' in path.read_text(encoding="utf-8") for path in configs)
 
 
-def _is_text_to_image(folder: Path) -> bool:
-    index = folder / "model_index.json"
-    return index.is_file() and any(name.startswith("tokenizer") for name in json.loads(index.read_text()))
-
-
-def _summary(config: QDiffConfig, is_pipeline: bool) -> str:
-    what = "pipeline" if is_pipeline else config.provenance.get("model_class", "model")
+def _metadata(
+    folder: Path,
+    repo_id: str,
+    components: list[CheckpointInfo],
+    config: QDiffConfig,
+    known: dict[str, str],
+    results: Results | None,
+) -> ModelCardData:
     base = config.provenance.get("base_model")
-    return f"A {what} for diffusers, made from [{base}](https://huggingface.co/{base})." if base else f"A {what} for diffusers."
+    base = base if is_hub_name(base) else None
+    task = known.get("pipeline_tag") or task_of(folder)
+    packed, weights = sum(c.packed_bytes for c in components), sum(c.packed_weights for c in components)
+    return ModelCardData(
+        library_name=_library(folder),
+        license=known.get("license"),
+        license_name=known.get("license_name"),
+        license_link=known.get("license_link"),
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        pipeline_tag=task,
+        tags=[TAG, config.method_name, "quantized", "diffusers"],
+        quantization={
+            "quant_method": "qdiff",
+            "method": config.method_name,
+            "bits_per_weight": round(8 * packed / max(1, weights), 3),
+            "packed_bytes": packed,
+            "packed_weights": weights,
+            "components": [_component_name(c, folder) for c in components],
+        },
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=_eval_results(results, task) if results else None,
+    )
 
 
-def _facts(config: QDiffConfig, info: CheckpointInfo) -> list[tuple[str, str]]:
-    activations = sorted({layer.spec.activations for layer in config.layers.values()})
-    names = ", ".join("16-bit" if a == "none" else a for a in activations)
-    settings = ", ".join(f"{k}={v}" for k, v in config.settings().items() if k not in ("method", "overrides", "compute_dtype"))
+def _eval_results(results: Results, task: str) -> list[EvalResult]:
     return [
-        ("method", METHOD_TITLES[config.method_name]),
-        ("settings", f"`{settings}`" if settings else "defaults"),
-        ("activations", names),
-        ("packed layers", f"{len(info.layers)} ({info.packed_weights / 1e6:.1f} M weights)"),
-        ("layers left in 16 bits", str(len(config.skipped))),
-        ("size on disk", human_size(info.total_bytes)),
-        ("packed weights against 16 bits", f"{human_size(info.packed_bytes)} / {human_size(2 * info.packed_weights)}"),
-        ("made by", config.provenance.get("package", "qdiff-diffusers")),
+        EvalResult(
+            task_type=task,
+            dataset_type=results.dataset_id,
+            dataset_name=results.dataset_name,
+            metric_type=result.metric,
+            metric_name=f"{result.name} ({result.unit})" if result.unit else result.name,
+            metric_value=result.value,
+        )
+        for result in results.results
     ]
 
 
-def _rows(info: CheckpointInfo) -> list[dict[str, Any]]:
-    groups = defaultdict(list)
-    for layer in info.layers:
-        groups[layer.description].append(layer)
-    rows = []
-    for description, layers in sorted(groups.items(), key=lambda item: -sum(x.nbytes for x in item[1])):
-        nbytes = sum(layer.nbytes for layer in layers)
-        weights = sum(8 * layer.nbytes / layer.bits_per_weight for layer in layers)
-        rows.append({"count": len(layers), "description": description, "bits": 8 * nbytes / weights, "size": human_size(nbytes)})
-    return rows
+def _context(folder: Path, repo_id: str, components: list[CheckpointInfo], largest: CheckpointInfo) -> dict[str, Any]:
+    config = largest.config
+    base = config.provenance.get("base_model")
+    is_pipeline = (folder / "model_index.json").is_file()
+    return {
+        "title": repo_id.split("/")[-1],
+        "repo_id": repo_id,
+        "what": "pipeline" if is_pipeline else "model",
+        "base": base if is_hub_name(base) else None,
+        "method_title": METHOD_TITLES[config.method_name],
+        "bits": 8 * sum(c.packed_bytes for c in components) / max(1, sum(c.packed_weights for c in components)),
+        "library": _library(folder),
+        "loader": "DiffusionPipeline" if is_pipeline else _class_name(folder),
+        "variable": "pipe" if is_pipeline else "model",
+        "dtype": config.compute_dtype or "bfloat16",
+        "facts": facts(config, components),
+        "settings": settings(config),
+        "calibrated": bool(config.provenance.get("calibration")),
+        "components": [{"name": _component_name(c, folder), "rows": kind_rows(c)} for c in components],
+    }
 
 
-def human_size(nbytes: float) -> str:
-    """``12_345_678`` -> ``"12.3 MB"`` (decimal units, as the Hub shows them)."""
-    for unit in ("B", "KB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
+def _component_name(info: CheckpointInfo, folder: Path) -> str:
+    return info.folder.name if info.folder != folder else _class_name(folder)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _library(folder: Path) -> str:
+    config = _config(folder)
+    return "transformers" if "architectures" in config and "_class_name" not in config else "diffusers"
+
+
+def _class_name(folder: Path) -> str:
+    """The class that loads a bare model."""
+    config = _config(folder)
+    name = config.get("_class_name") or (config.get("architectures") or ["AutoModel"])[0]
+    return name if isinstance(name, str) and name.isidentifier() else "AutoModel"

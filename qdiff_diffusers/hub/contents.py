@@ -1,0 +1,121 @@
+"""What a card tells of a checkpoint's contents: facts, settings and tables."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import CheckpointInfo, LayerInfo
+from ..config import QDiffConfig
+
+METHOD_TITLES = {
+    "aq": "additive codebooks (AQ)",
+    "vq": "vector quantization (VQ)",
+    "fp": "low-bitwidth floating point (FP)",
+    "svdquant": "SVDQuant, a low-rank branch beside a low-bit residual",
+    "rtn": "round-to-nearest",
+}
+
+# The first kind whose pattern a layer's name matches, without the block and its number.
+KINDS = (
+    ("modulation (adaLN)", r"adaln|modulation|norm\d*(_context)?\.(linear|emb)|norm\d*\.|norm_"),
+    ("embedding and projection", r"^(?!.*attn).*(emb|proj_in|proj_out|context_embedder|x_embedder)"),
+    ("attention, query key value", r"to_(q|k|v|qkv)\b|add_(q|k|v)_proj|(q|k|v)_proj|\.(q|k|v)$|qkv|query|key|value"),
+    ("attention, output", r"to_(add_)?out|out_proj|attn.*\.(o|proj)\b|SelfAttention\.o"),
+    ("feed-forward", r"ff|mlp|feed_forward|\bnet\.|DenseReluDense|\bfc\d"),
+    ("convolution", r"conv|resnets"),
+)
+SHOWN_FORMATS = 2
+SAMPLES = "samples"
+DENSE_SUFFIX = "-16bit"
+
+
+def layer_kind(name: str) -> str:
+    """What part of a block a layer is, for tables: ``transformer_blocks.3.attn1.to_q`` -> "attention, query key value"."""
+    inner = re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+    return next((kind for kind, pattern in KINDS if re.search(pattern, inner)), "other")
+
+
+def kind_rows(info: CheckpointInfo) -> list[dict[str, Any]]:
+    """One row per kind of layer, the largest first: how it is stored, what it costs, how far its weights moved."""
+    groups: dict[str, list[LayerInfo]] = defaultdict(list)
+    for layer in info.layers:
+        groups[layer_kind(layer.name)].append(layer)
+    rows = [_row(kind, layers) for kind, layers in groups.items()]
+    rows.sort(key=lambda row: -row["nbytes"])
+    return [*rows, _row("**all**", info.layers) | {"formats": ""}] if len(rows) > 1 else rows
+
+
+def _row(kind: str, layers: list[LayerInfo]) -> dict[str, Any]:
+    nbytes = sum(layer.nbytes for layer in layers)
+    weights = sum(layer.num_weights for layer in layers)
+    known = [layer for layer in layers if layer.error is not None]
+    counted = sum(layer.num_weights for layer in known)
+    error = sum((layer.error or 0) * layer.num_weights for layer in known) / counted if counted else None
+    formats = list(dict.fromkeys(layer.description for layer in layers))
+    shown = "; ".join(formats[:SHOWN_FORMATS])
+    return {
+        "kind": kind,
+        "count": len(layers),
+        "formats": shown if len(formats) <= SHOWN_FORMATS else f"{shown}; {len(formats) - SHOWN_FORMATS} more",
+        "bits": 8 * nbytes / weights,
+        "nbytes": nbytes,
+        "size": human_size(nbytes),
+        "dense_size": human_size(2 * weights),
+        "error": "" if error is None else f"{100 * error:.2g} %",
+    }
+
+
+def facts(config: QDiffConfig, components: list[CheckpointInfo]) -> list[tuple[str, str]]:
+    """The card's first table."""
+    packed, weights = sum(c.packed_bytes for c in components), sum(c.packed_weights for c in components)
+    kinds = sorted({layer.spec.activations for c in components for layer in c.config.layers.values()})
+    activations = ", ".join("16-bit" if kind == "none" else kind for kind in kinds)
+    return [
+        ("method", METHOD_TITLES[config.method_name]),
+        ("bits per weight as stored", f"{8 * packed / max(1, weights):.3f}"),
+        ("packed weights", f"{weights / 1e6:.1f} M in {sum(len(c.layers) for c in components)} layers"),
+        ("their size", f"{human_size(packed)} (16-bit: {human_size(2 * weights)})"),
+        ("layers left as they were", str(sum(len(c.config.skipped) for c in components))),
+        ("size of the quantized parts on disk", human_size(sum(c.total_bytes for c in components))),
+        ("activations", activations),
+    ]
+
+
+def settings(config: QDiffConfig) -> list[tuple[str, str]]:
+    """What differs from the method's defaults, and how it was made."""
+    chosen = {key: value for key, value in config.settings().items() if key not in ("method", "compute_dtype", "overrides")}
+    rows = [(key, f"`{value}`") for key, value in chosen.items()]
+    for pattern, other in (config.overrides or {}).items():
+        told = "16 bits" if other is None else ", ".join(f"{k}={v}" for k, v in other.settings().items())
+        rows.append((f"layers with `{pattern}` in their name", f"`{told}`"))
+    rows.append(("dtype of everything else", f"`{config.compute_dtype or 'bfloat16'}`"))
+    if package := config.provenance.get("package"):
+        rows.append(("made with", str(package)))
+    return rows
+
+
+def samples(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Images in ``samples/``: pairs ``NAME.png`` and ``NAME-16bit.png``, and the others."""
+    found = {p.stem: p.name for p in sorted((folder / SAMPLES).glob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")}
+    pairs, single = [], []
+    for stem, name in found.items():
+        if stem.endswith(DENSE_SUFFIX) and stem.removesuffix(DENSE_SUFFIX) in found:
+            continue
+        entry = {"title": stem.replace("_", " ").replace("-", " "), "path": f"{SAMPLES}/{name}"}
+        if dense := found.get(stem + DENSE_SUFFIX):
+            pairs.append(entry | {"dense": f"{SAMPLES}/{dense}"})
+        else:
+            single.append(entry)
+    return pairs, single
+
+
+def human_size(nbytes: float) -> str:
+    """``12_345_678`` -> ``"12.3 MB"`` (decimal units, as the Hub shows them)."""
+    for unit in ("B", "KB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
