@@ -61,6 +61,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4-g64": ("integer", {"bits": 4, "group_size": 64}),
     "int3-asymmetric-g16": ("integer", {"bits": 3, "group_size": 16, "zeros": True}),
     "int8-row": ("integer", {"bits": 8, "group_size": None}),
+    "int8-asymmetric-row": ("integer", {"bits": 8, "group_size": None, "zeros": True}),
     "int2-asymmetric-tensor": ("integer", {"bits": 2, "group_size": "tensor", "zeros": True}),
 }
 

@@ -14,6 +14,7 @@ from qdiff_kernels import pack_bits, use
 pytest.importorskip("triton")
 from qdiff_kernels.gpu import configs, ops, weights
 from qdiff_kernels.gpu.configs import LinearConfig
+from qdiff_kernels.gpu.linear import plan
 from qdiff_kernels.reference import Extras
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +117,7 @@ def test_columns_split_over_programs_add_up_to_the_same(variant):
 
 
 @pytest.mark.parametrize("extras", ["bias+low_rank", "bias+low_rank+int8", "low_rank+fp8"])
-@pytest.mark.parametrize("variant", ["codebook-3x5-d3-int8", "e3m2-tensor", "int8-row", "int4-g64"])
+@pytest.mark.parametrize("variant", ["codebook-3x5-d3-int8", "e3m2-tensor", "int8-row", "int8-asymmetric-row", "int4-g64"])
 def test_decoding_first_gives_what_decoding_on_the_fly_gives(variant, extras):
     weight = oracle.packed_weight(variant, 48, 192)
     packed = getattr(weights, weight.kind)(*(on_device(a) for a in weight.arguments), 192)
@@ -338,3 +339,11 @@ def test_without_a_c_compiler_the_reference_runs_and_says_so(monkeypatch):
     with use(None):
         x = torch.randn(2, 16)
         assert oracle.relative_error(linear(weight, x, oracle.NO_EXTRAS), oracle.linear(x, weight.dense, oracle.NO_EXTRAS)) < 2e-5
+
+
+def test_a_zero_per_row_leaves_the_product_to_the_integer_units():
+    weight = oracle.packed_weight("int8-asymmetric-row", 5, 64)
+    packed = getattr(weights, weight.kind)(*weight.arguments, 64)
+    units = ops.matrix_units(torch.device("cpu"))
+    assert plan(packed, torch.int8, 64, torch.bfloat16, units).operand == torch.int8
+    assert plan(packed, torch.bfloat16, 64, torch.bfloat16, units).operand == torch.bfloat16

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..activations import FP8_MAX
 from ..activations import INT4_GROUP as GROUP
 from .blocks import INT4_GROUP, INTERPRETED
+from .decode import minifloat_value
 from .linear import Inputs
 
 BLOCK_TOKENS = 16
@@ -44,6 +45,7 @@ def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, d
     values = torch.empty(tokens, columns, device=x.device, dtype=x.dtype if activations == "none" else torch.int8)
     groups = -(-columns // GROUP) if activations == "int4" else 1
     scales = None if activations == "none" else torch.empty(tokens, groups, device=x.device, dtype=torch.float32)
+    sums = None if activations == "none" else torch.empty(tokens, device=x.device, dtype=torch.float32)
     rank = 0 if down is None else down.shape[0]
     branch = None if down is None else torch.empty(tokens, rank, device=x.device, dtype=x.dtype)
     _prepare_kernel[(triton.cdiv(tokens, BLOCK_TOKENS),)](
@@ -51,6 +53,7 @@ def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, d
         x if smooth is None else smooth,
         values,
         values if scales is None else scales,
+        values if sums is None else sums,
         x if down is None else down,
         values if branch is None else branch,
         tokens,
@@ -68,7 +71,7 @@ def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, d
         BK=LONG_STEP if tokens <= FEW_TOKENS and columns >= LONG_STEP else max(128, rotation),
         num_warps=8 if tokens <= FEW_TOKENS else 4,
     )
-    return Inputs(values.view(torch.float8_e4m3fn) if activations == "fp8" else values, scales, branch)
+    return Inputs(values.view(torch.float8_e4m3fn) if activations == "fp8" else values, scales, sums, branch)
 
 
 @triton.jit(do_not_specialize=["tokens", "pixels"])
@@ -77,6 +80,7 @@ def _prepare_kernel(
     smooth_ptr,
     values_ptr,
     scales_ptr,
+    sums_ptr,
     down_ptr,
     branch_ptr,
     tokens,
@@ -103,6 +107,7 @@ def _prepare_kernel(
     largest = tl.zeros([BM], dtype=tl.float32)
     broken = tl.zeros([BM], dtype=tl.int32)
     branch = tl.zeros([BM, RANK if RANK else 16], dtype=tl.float32)
+    sums = tl.zeros([BM], dtype=tl.float32)
     for start in range(0, columns, BK):
         column = start + tl.arange(0, BK)
         present = (column < columns)[None, :]
@@ -118,7 +123,9 @@ def _prepare_kernel(
         elif CODE == 3:
             grouped = tl.reshape(t, [BM, BK // INT4_GROUP, INT4_GROUP])
             scale = _scale(tl.max(tl.abs(grouped), 2), tl.max((grouped != grouped).to(tl.int32), 2), LIMIT)
-            codes = tl.reshape(_round(tl.div_rn(grouped, scale[:, :, None] + tl.zeros_like(grouped)), LIMIT), [BM, BK])
+            grouped = _round(tl.div_rn(grouped, scale[:, :, None] + tl.zeros_like(grouped)), LIMIT)
+            sums += tl.sum(tl.sum(grouped, 2) * scale, 1)
+            codes = tl.reshape(grouped, [BM, BK])
             tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
             group = start // INT4_GROUP + tl.arange(0, BK // INT4_GROUP)
             at = scales_ptr + token.to(tl.int64)[:, None] * groups + group[None, :]
@@ -139,8 +146,16 @@ def _prepare_kernel(
             x = tl.load(x_row[:, None] + column.to(tl.int64)[None, :] * column_stride, mask=present, other=0.0)
             t = _transform(x, smooth_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK)
             t = tl.div_rn(t, scale[:, None] + tl.zeros_like(t))
-            codes = _round(t, LIMIT).to(tl.int32) if CODE == 1 else _e4m3_code(t)
+            if CODE == 1:
+                t = _round(t, LIMIT)
+                codes = t.to(tl.int32)
+            else:
+                codes = _e4m3_code(t)
+                t = minifloat_value(codes, 4 * 16 + 3 * 2)
+            sums += tl.sum(t, 1) * scale
             tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
+    if CODE != 0:
+        tl.store(sums_ptr + token, sums, mask=inside)
 
 
 @triton.jit

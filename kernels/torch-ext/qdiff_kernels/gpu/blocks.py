@@ -71,7 +71,7 @@ def operand_tile(
         if SCALE_AT == WEIGHT:
             w = w * (tl.abs(scales) if SECOND else scales)
             if HAS_ZEROS:
-                w += scale_tile(zeros_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK)
+                w += scale_tile(zeros_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK) + scales * MIDPOINT
         return w.to(OPERAND)
 
 

@@ -37,7 +37,9 @@ def conv2d(
     grouped = inputs.scales is not None and inputs.scales.shape[1] > 1
     block = INT4_GROUP.value if grouped else config.block_columns
     arithmetic = plan(weight, inputs.values.dtype, weight.columns + 1, x.dtype, Units(True, fp8, False))
-    if not weight.row_scales:  # groups of columns do not follow the taps: scales are multiplied into the weights
+    if (
+        not weight.row_scales or weight.zeros is not None
+    ):  # groups of columns do not follow the taps: scales are multiplied into the weights
         operand = inputs.values.dtype if inputs.values.dtype.itemsize > 1 else torch.bfloat16
         arithmetic = Arithmetic(torch.float32 if x.dtype == torch.float32 else operand, WEIGHT.value, 1.0)
     fp8_bytes = inputs.values.dtype == torch.float8_e4m3fn and arithmetic.operand != torch.float8_e4m3fn
@@ -90,7 +92,7 @@ def conv2d(
 def _inputs(x: Tensor, extras: Extras) -> tuple[Inputs, tuple[int, ...]]:
     """What the kernel reads and its strides (image, channel, row, column)."""
     if extras.smooth is None and not extras.rotation and extras.activations == "none":
-        return Inputs(x, None, None), x.stride()
+        return Inputs(x, None, None, None), x.stride()
     inputs = prepare(x, extras.smooth, extras.rotation, extras.activations, None)
     _, channels, height, width = x.shape
     return inputs, (height * width * channels, 1, width * channels, channels)

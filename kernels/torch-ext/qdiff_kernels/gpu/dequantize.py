@@ -87,7 +87,7 @@ def _dequantize_kernel(
             scales = scales * tl.load(tensor_scale_ptr)
         value = value * scales
         if HAS_ZEROS:
-            value += scale_tile(zeros_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK)
+            value += scale_tile(zeros_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK) + scales * MIDPOINT
     else:
         value = value * unit
     if INT8 and KIND == CODEBOOK:

@@ -45,6 +45,7 @@ class Inputs(NamedTuple):
 
     values: Tensor  # [tokens, columns], floating, int8, or float8
     scales: Tensor | None  # float32 [tokens, 1], or [tokens, groups of 64]
+    sums: Tensor | None  # float32 [tokens]: of quantized values, scales multiplied in; zeros of rows multiply them
     branch: Tensor | None  # [tokens, rank], the low-rank branch before its up-projection
 
 
@@ -74,7 +75,7 @@ def plan(weight: PackedWeight, given: torch.dtype, block: int, out_dtype: torch.
     """
     if units.block_scaled and weight.block_scaled and given in (torch.bfloat16, torch.float8_e4m3fn):
         return Arithmetic(given, NATIVE.value, 1.0)
-    if weight.row_scales:
+    if weight.row_scales and (weight.zeros is None or given.itemsize == 1):
         scale_at = ROW.value
     elif weight.group_size % block == 0 and weight.zeros is None and not weight.second:
         scale_at = GROUP_SUM.value
@@ -113,6 +114,7 @@ def linear(
     _linear_kernel[grid](
         values,
         values if inputs.scales is None else inputs.scales,
+        values if inputs.sums is None else inputs.sums,
         target,
         values if bias is None else bias,
         values if inputs.branch is None else inputs.branch,
@@ -148,6 +150,7 @@ def linear(
 def _linear_kernel(
     x_ptr,
     x_scales_ptr,
+    x_sums_ptr,
     y_ptr,
     bias_ptr,
     branch_ptr,
@@ -238,6 +241,10 @@ def _linear_kernel(
     if X_SCALES == 1:
         y *= tl.load(x_scales_ptr + token, mask=token_inside, other=0.0)[None, :]
     if split == 0:
+        if HAS_ZEROS and SCALE_AT == ROW:
+            zeros = group_scale(zeros_ptr, rows, 0, scales_stride, E8M0, E4M3)
+            zeros += MIDPOINT * group_scale(scales_ptr, rows, 0, scales_stride, E8M0, E4M3)
+            y += zeros[:, None] * tl.load(x_sums_ptr + token, mask=token_inside, other=0.0)[None, :]
         y = add_branch_and_bias(y, branch_ptr, up_ptr, bias_ptr, token, token_inside, rows, rank, RANK, HAS_BIAS)
     at = y_ptr + split.to(tl.int64) * tokens * row_count + token.to(tl.int64)[None, :] * row_count + row[:, None]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=token_inside[None, :] & (row < row_count)[:, None])

@@ -70,7 +70,7 @@ def transform(x: Tensor, extras: Extras) -> Inputs:
     if changed:
         inputs = prepare(x, extras.smooth, extras.rotation, extras.activations, down if rides else None)
     else:
-        inputs = Inputs(x if x.stride(1) == 1 else x.contiguous(), None, None)
+        inputs = Inputs(x if x.stride(1) == 1 else x.contiguous(), None, None, None)
     return inputs if rides or down is None else inputs._replace(branch=x @ down.to(x.dtype).T)
 
 
@@ -81,7 +81,7 @@ def two_pass(
     arithmetic = plan(weight, inputs.values.dtype, config.block_columns, dtype, units)
     if arithmetic.operand.itemsize == 1 and weight.row_scales:
         dense = decode(weight, arithmetic.operand, arithmetic.unit)
-        if arithmetic.operand == torch.float8_e4m3fn and dtype == torch.bfloat16 and _scaled_mm_takes(inputs.values, dense):
+        if arithmetic.operand == torch.float8_e4m3fn and dtype == torch.bfloat16 and _scaled_mm_takes(inputs.values, weight):
             return _scaled_mm(weight, inputs, dense, arithmetic.unit, extras, dtype)
         operand = weight.dense(dense, arithmetic.unit)
         return multiply(operand, inputs, extras.low_rank_up, extras.bias, config, dtype, units)
@@ -177,11 +177,11 @@ def matrix_units(device: torch.device) -> Units:
     return Units(bf16=capability >= (8, 0), fp8=capability >= (8, 9), block_scaled=capability >= (10, 0))
 
 
-def _scaled_mm_takes(values: Tensor, dense: Tensor) -> bool:
+def _scaled_mm_takes(values: Tensor, weight: PackedWeight) -> bool:
     """Row-wise scaled products: Hopper and newer, sizes in multiples of 16."""
-    if values.device.type != "cuda" or torch.version.hip is not None:
+    if values.device.type != "cuda" or torch.version.hip is not None or weight.zeros is not None:
         return False
-    sizes_fit = values.shape[1] % 16 == 0 and dense.shape[0] % 16 == 0
+    sizes_fit = values.shape[1] % 16 == 0 and weight.rows % 16 == 0
     return sizes_fit and torch.cuda.get_device_capability(values.device) >= (9, 0)
 
 

@@ -44,8 +44,8 @@ class PackedWeight(NamedTuple):
 
     @property
     def row_scales(self) -> bool:
-        """Whether one scale serves a whole row, with the same meaning for every weight of it."""
-        return self.scales.shape[1] == 1 and self.zeros is None and not self.second
+        """Whether one scale, and one zero if any, serves a whole row, with the same meaning for every weight of it."""
+        return self.scales.shape[1] == 1 and not self.second
 
     @property
     def block_scaled(self) -> bool:
@@ -54,8 +54,8 @@ class PackedWeight(NamedTuple):
 
     @property
     def midpoint(self) -> int:
-        """What is subtracted from an integer code before it is scaled."""
-        return 1 << (self.bits - 1) if self.kind == INTEGER and self.zeros is None else 0
+        """What is subtracted from an integer code, with zeros or without: signed numbers fit the matrix unit."""
+        return 1 << (self.bits - 1) if self.kind in (INTEGER, DENSE) else 0
 
     def constexprs(self) -> dict[str, Any]:
         """Compile-time arguments that every kernel with a packed weight takes."""
@@ -94,8 +94,6 @@ class PackedWeight(NamedTuple):
             return 1.0
         if self.kind == DENSE:
             return self.unit
-        if self.zeros is not None:
-            return None
         if self.kind == CODEBOOK:
             return _codebook_unit(self.table) if operand == torch.int8 and self.table is not None else None
         if self.kind == INTEGER:
