@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -270,3 +272,25 @@ def test_thresholds_are_measured_in_the_layout_of_the_stored_table():
     for table in ("few_tokens", "integer_tokens"):
         assert measured[table].keys() == stored[table].keys() == {"int8", "other"}
         assert measured[table]["other"].keys() == stored[table]["other"].keys()
+
+
+PORTABLE = """
+import oracle, torch
+from qdiff_kernels import use
+for variant in ("codebook-2x8-d8", "codebook-3x5-d3-int8", "e2m1-or-e1m2-g16", "int4-g64"):
+    weight = oracle.packed_weight(variant, 7, 192)
+    for extras in ("plain", "rotation+int8"):
+        chosen = oracle.make_extras(extras, 7, 192, 192)
+        for tokens in (1, 5, 100):
+            x = torch.randn(tokens, 192).bfloat16()
+            with use("cpu"):
+                y = oracle.LINEAR[weight.kind](x, *weight.arguments, *chosen.values())
+            assert oracle.relative_error(y, oracle.linear(x, weight.dense, chosen)) < 3e-2, (variant, extras, tokens)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 features")
+def test_a_cpu_without_avx512_gets_the_same_results(tmp_path):
+    machine = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2", "NUMBA_CACHE_DIR": str(tmp_path)}
+    folder = os.path.dirname(oracle.__file__)
+    subprocess.run([sys.executable, "-c", PORTABLE], check=True, env=os.environ | machine | {"PYTHONPATH": folder})

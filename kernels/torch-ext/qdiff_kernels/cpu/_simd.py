@@ -9,8 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic as numba_intrinsic
 
 intrinsic: Any = numba_intrinsic  # what it makes is called without the typing context, which type checkers do not know
@@ -40,10 +41,11 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 @lru_cache(maxsize=1)
 def host_features() -> frozenset[str]:
-    """Names of the host CPU's features, as LLVM calls them."""
-    import llvmlite.binding as llvm
-
-    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    """Names of the features that numba compiles for, as LLVM calls them: the host's unless NUMBA_CPU_FEATURES is set."""
+    features: str | None = vars(config)["CPU_FEATURES"]
+    if features is None:
+        features = llvm.get_host_cpu_features().flatten()
+    return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
 
 
 def fast_lookup() -> bool:
@@ -97,6 +99,8 @@ def to_stored(builder: Any, value: Any, out: str) -> Any:
     count = value.type.count if isinstance(value.type, ir.VectorType) else 0
     if out == "float32":
         return value
+    if out == "bfloat16" and not {"avx512bf16", "avx512vl"} <= host_features():
+        return _round_to_bfloat16(builder, value, count)
     if out != "int8":
         return builder.fptrunc(value, vector(kind, count) if count else kind)
     suffix = f"v{count}f32" if count else "f32"
@@ -148,6 +152,21 @@ def write(typingctx: Any, address: Any, index: Any, value: Any, out: Any) -> Any
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32, out), codegen
+
+
+def _round_to_bfloat16(builder: Any, value: Any, count: int) -> Any:
+    """Half to even in integers: without the instruction LLVM would call a function that numba does not have."""
+
+    def constant(number: int) -> Any:
+        return constant_vector(I32, [number] * count) if count else I32(number)
+
+    bits = builder.bitcast(value, vector(I32, count) if count else I32)
+    upper = builder.lshr(bits, constant(16))
+    odd = builder.and_(upper, constant(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, odd), constant(0x7FFF)), constant(16))
+    quiet = builder.or_(upper, constant(0x40))
+    chosen = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.bitcast(builder.trunc(chosen, vector(I16, count) if count else I16), vector(BF16, count) if count else BF16)
 
 
 def _writer(kind: ir.Type) -> Any:
