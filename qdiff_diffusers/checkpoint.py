@@ -19,8 +19,10 @@ from .errors import CheckpointError
 from .formats import TensorInfo
 
 MAX_HEADER = 100 << 20
+MAX_BYTES = 1 << 62
 # Names that diffusers and transformers give their files: diffusion_pytorch_model.fp16-00001-of-00002.safetensors and the like.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
+SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 INDEX = re.compile(r"(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
 DTYPES = {
     "F64": torch.float64,
@@ -91,14 +93,28 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path} is not a safetensors file, or is cut off in its header")
         try:
             header = json.loads(file.read(length))
-            entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            end = max((v["data_offsets"][1] for v in entries.values()), default=0)
-            infos = {k: TensorInfo(tuple(v["shape"]), _dtype(v["dtype"])) for k, v in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            entries = {k: _entry(k, v) for k, v in header.items() if k != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a malformed safetensors header: {error}") from error
+    end = 0
+    for name, (info, start, stop) in sorted(entries.items(), key=lambda item: item[1][1:]):
+        if start != end or stop - start != info.nbytes:
+            raise CheckpointError(
+                f"{path} has a malformed safetensors header: tensor {name}, {_show(info)}, cannot lie at bytes {start} to {stop}"
+            )
+        end = stop
     if size != 8 + length + end:
         raise CheckpointError(f"{path} is truncated or damaged: {size} bytes, its header promises {8 + length + end}")
-    return infos
+    return {name: info for name, (info, _, _) in entries.items()}
+
+
+def _entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """One tensor of a header: shape and dtype, first byte and the one after the last."""
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    numbers = [*shape, *offsets]
+    if len(offsets) != 2 or not all(type(n) is int and 0 <= n < MAX_BYTES for n in numbers):
+        raise ValueError(f"tensor {name} has shape {shape!r} and offsets {offsets!r}")
+    return TensorInfo(tuple(shape), _dtype(entry["dtype"])), offsets[0], offsets[1]
 
 
 def read_headers(paths: Iterable[str | Path]) -> dict[str, TensorInfo]:
@@ -131,17 +147,29 @@ def check_index(path: Path) -> list[Path]:
     Raises:
         CheckpointError: the index is malformed, or names a file elsewhere or one that is not there.
     """
+    shards = [path.parent / name for name in index_shards(path)]
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{path} names {shard.name}, which is not there; the checkpoint is incomplete")
+    return shards
+
+
+def index_shards(path: Path) -> list[str]:
+    """Names of the shards that an index file lists, whether they are there or not.
+
+    Raises:
+        CheckpointError: the index is malformed, or names something else than safetensors files beside it.
+    """
     data = read_json(path)
     shards = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{path} needs a weight_map from tensor names to file names")
-    names = sorted(set(shards.values()))
-    for name in names:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+    if not shards or not isinstance(data.get("metadata"), dict):
+        raise CheckpointError(f"{path} needs a metadata object, and tensors in its weight_map")
+    for name in sorted(set(shards.values())):
+        if not SHARD.fullmatch(name):
             raise CheckpointError(f"{path} names {name!r}, which is not a safetensors file beside it")
-        if not (path.parent / name).is_file():
-            raise CheckpointError(f"{path} names {name}, which is not there; the checkpoint is incomplete")
-    return [path.parent / name for name in names]
+    return sorted(set(shards.values()))
 
 
 def read_json(path: Path) -> Any:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE = 1000
+
 
 class QDiffError(ValueError):
-    """Base class of qdiff's own errors."""
+    """Base class of qdiff's own errors. A message that quotes something endless is cut."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ...")
 
 
 class ConfigError(QDiffError):

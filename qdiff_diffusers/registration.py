@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+
 from diffusers.quantizers import auto as diffusers_auto
 from diffusers.utils import is_transformers_available, is_transformers_version, logging
 
@@ -9,8 +12,14 @@ from .config import QDiffConfig, QDiffMethod
 from .hub.cards import write_cards_on_upload
 from .imports import after_import
 from .quantizer import QDiffQuantizer
+from .shards import check_indices
 
 logger = logging.get_logger(__name__)
+
+SHARD_FINDERS = {
+    "diffusers.models.modeling_utils": "_get_checkpoint_shard_files",
+    "transformers.modeling_utils": "get_checkpoint_shard_files",
+}
 
 
 def register() -> None:
@@ -21,6 +30,9 @@ def register() -> None:
     write_cards_on_upload()
     after_import("peft.tuners.lora", _register_with_peft)
     after_import("diffusers.loaders.lora_pipeline", _register_with_flux_loras)
+    after_import("diffusers.models.controlnets", _register_with_controlnets)
+    for module, function in SHARD_FINDERS.items():
+        after_import(module, functools.partial(_check_indices, module, function))
     if not is_transformers_available():
         return
     if is_transformers_version("<", "5.0"):
@@ -38,6 +50,10 @@ def _register_with_transformers(name: str) -> None:
     transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QDiffConfig
 
 
+def _check_indices(module: str, function: str) -> None:
+    check_indices(sys.modules[module], function)
+
+
 def _register_with_peft() -> None:
     from .lora import install
 
@@ -46,5 +62,11 @@ def _register_with_peft() -> None:
 
 def _register_with_flux_loras() -> None:
     from .flux_lora import install
+
+    install()
+
+
+def _register_with_controlnets() -> None:
+    from .copying import install
 
     install()

@@ -325,3 +325,105 @@ def test_a_config_given_for_a_quantized_checkpoint_does_not_change_it(single):
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = DIT.from_pretrained(single, quantization_config=RTNConfig(bits=8))
     assert torch.equal(tiny_models.run(model, "dit"), tiny_models.run(DIT.from_pretrained(single), "dit"))
+
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda i: i["weight_map"].update(x="../outside.safetensors"), r"'\.\./outside\.safetensors'"),
+        (lambda i: i["weight_map"].update(x="/etc/passwd"), "/etc/passwd"),
+        (lambda i: i["weight_map"].update(x=["a"]), "weight_map"),
+        (lambda i: i["weight_map"].update(x=7), "weight_map"),
+        (lambda i: i.pop("weight_map"), "weight_map"),
+        (lambda i: i.update(weight_map={}), "weight_map"),
+        (lambda i: i.pop("metadata"), "metadata"),
+        (lambda i: i.update(metadata=None), "metadata"),
+    ],
+    ids=["parent", "absolute", "list", "number", "no map", "empty map", "no metadata", "null metadata"],
+)
+def test_a_malformed_shard_index_is_refused_before_a_file_is_opened(sharded, change, named):
+    index = json.loads((sharded / INDEX).read_text())
+    change(index)
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert_refused(sharded, named)
+    with pytest.raises(CheckpointError, match=named):
+        inspect_checkpoint(sharded)
+
+
+def test_the_index_of_another_checkpoint_is_the_libraries_affair(dense, tmp_path):
+    model = DIT.from_pretrained(dense)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index["metadata"]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(KeyError):
+        DIT.from_pretrained(tmp_path)
+
+
+def lie(folder: Path, change: Callable[[dict], Any]) -> None:
+    """Apply ``change`` to the header of a safetensors file, the data left as it is."""
+    data = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_offsets": [0, 10**30]},
+        {"data_offsets": ["0", "4"]},
+        {"data_offsets": [-4, 0]},
+        {"data_offsets": [0, 4, 8]},
+        {"data_offsets": [8, 4]},
+        {"shape": [1 << 62, 1 << 62]},
+        {"shape": [-1, -1]},
+        {"shape": 3},
+        {"dtype": "F3"},
+        {"dtype": ["F32"]},
+    ],
+    ids=str,
+)
+def test_a_header_that_lies_is_refused_by_name(single, entry):
+    lie(single, lambda h: h[f"{LAYER}.bias"].update(entry))
+    with pytest.raises(CheckpointError, match=r"malformed safetensors header|truncated or damaged"):
+        inspect_checkpoint(single)
+    assert_refused(single, WEIGHTS, (CheckpointError, OSError))
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 200_000, b'{"a":' * 200_000, b"null", b"\xff" * 64], ids=["lists", "objects", "null", "bytes"]
+)
+def test_a_header_that_is_no_object_is_refused(single, text):
+    (single / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match="malformed safetensors header"):
+        inspect_checkpoint(single)
+
+
+def test_an_endless_name_does_not_make_an_endless_message(single):
+    edit_config(single, lambda c: c["layers"].update({"a" * 100_000: c["layers"][LAYER]}))
+    with pytest.raises(CheckpointError) as raised:
+        inspect_checkpoint(single)
+    assert len(str(raised.value)) < 1100
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_variants_beside_a_checkpoint_are_not_counted_twice(layout, originals, tmp_path):
+    folder, size = tmp_path / "checkpoint", inspect_checkpoint(originals[layout]).total_bytes
+    shutil.copytree(originals[layout], folder)
+    model = DIT.from_pretrained(folder)
+    model.save_pretrained(folder, variant="fp16")
+    model.save_pretrained(folder, variant="bf16", max_shard_size="20KB")
+    assert inspect_checkpoint(folder).total_bytes == size
+
+
+def test_a_checkpoint_that_is_only_there_as_a_variant_is_described(single, tmp_path):
+    shards = {"max_shard_size": "20KB"}
+    DIT.from_pretrained(single).save_pretrained(tmp_path / "only", variant="fp16", **shards)
+    assert len(list((tmp_path / "only").glob("*.fp16-*"))) > 1
+    assert inspect_checkpoint(tmp_path / "only").layers == inspect_checkpoint(single).layers
