@@ -20,10 +20,10 @@ class QDiffConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels, *self.kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 3:  # like nn.Conv2d, take an image without a batch too
-            return self.forward(x[None])[0]
-        self.check_channels(x.shape[1], self.in_channels)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 3:  # like nn.Conv2d, take an image without a batch too
+            return self.forward(input[None])[0]
+        self.check_channels(input.shape[1], self.in_channels)
         columns = self.in_channels * self.kernel_size[0] * self.kernel_size[1]
         window = (list(self.kernel_size), list(self.stride), list(self.padding), list(self.dilation))
-        return CONV2D_OPS[self.spec.format.kind](x, *self.op_arguments(columns), *window)
+        return CONV2D_OPS[self.spec.format.kind](input, *self.op_arguments(columns), *window)

@@ -14,6 +14,6 @@ class QDiffLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_features, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_channels(x.shape[-1], self.in_features)
-        return LINEAR_OPS[self.spec.format.kind](x, *self.op_arguments(self.in_features))
+    def forward(self, input: Tensor) -> Tensor:  # some models pass it by nn.Linear's name for it
+        self.check_channels(input.shape[-1], self.in_features)
+        return LINEAR_OPS[self.spec.format.kind](input, *self.op_arguments(self.in_features))
