@@ -15,28 +15,37 @@ from ._simd import fetch_add, read_f32, read_i32, write
 from ._threads import TASK, run_job
 from ._weights import NAMES
 
-TASKS, TOKENS, ROWS, SUMS, TOKEN_SCALES, ROW_SCALES, BIAS, Y, Y_STRIDE, LENGTH = range(2, 12)
+TASKS, TOKENS, ROWS, SUMS, TOKEN_SCALES, ROW_SCALES, BIAS, TOKEN_SUMS, ZEROS, Y, Y_STRIDE, LENGTH = range(2, 14)
 PER_TASK = 8  # tokens in a task
 
 
-def scale_sums(sums: Tensor, token_scales: Tensor, row_scales: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """``y = sums * token_scales * row_scales + bias``.
+def scale_sums(
+    sums: Tensor,
+    token_scales: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    token_sums: Tensor | None = None,
+    zeros: Tensor | None = None,
+) -> None:
+    """``y = (sums * row_scales + token_sums * zeros) * token_scales + bias``.
 
     Args:
-        sums: int32 ``[tokens, rows]``, contiguous. token_scales: float32 ``[tokens]``. row_scales, bias: float32 ``[rows]``.
+        sums: int32 ``[tokens, rows]``, contiguous. token_scales: float32 ``[tokens]``. row_scales, bias, zeros: float32 ``[rows]``.
+        token_sums: int32 ``[tokens]``, given with zeros.
         y: ``[tokens, rows]`` with contiguous rows, written.
     """
     tokens, rows = sums.shape
     tasks = -(-tokens // PER_TASK)
     job = np.zeros(LENGTH, np.int64)
-    addresses = sums.data_ptr(), token_scales.data_ptr(), row_scales.data_ptr(), 0 if bias is None else bias.data_ptr()
-    job[2:] = (tasks, tokens, rows, *addresses, y.data_ptr(), y.stride(0))
+    tensors = (sums, token_scales, row_scales, bias, token_sums, zeros, y)
+    job[2:] = (tasks, tokens, rows, *(0 if t is None else t.data_ptr() for t in tensors), y.stride(0))
     threads = min(torch.get_num_threads(), tasks) if tokens * rows > 1 << 14 else 1
-    run_job(_kernel(NAMES[y.dtype], bias is not None), job, threads)
+    run_job(_kernel(NAMES[y.dtype], bias is not None, zeros is not None), job, threads)
 
 
 @lru_cache(maxsize=8)
-def _kernel(out: str, biased: bool) -> Any:
+def _kernel(out: str, biased: bool, centered: bool) -> Any:
     source = SOURCE
 
     @kernel
@@ -50,8 +59,13 @@ def _kernel(out: str, biased: bool) -> Any:
             for token in range(task * PER_TASK, min((task + 1) * PER_TASK, job[TOKENS])):
                 scale = read_f32(job[TOKEN_SCALES], token)
                 first, to = token * rows, token * job[Y_STRIDE]
+                offset = np.float32(0)
+                if centered:
+                    offset = np.float32(read_i32(job[TOKEN_SUMS], token)) * scale
                 for r in range(rows):
                     value = np.float32(read_i32(sums, first + r)) * (scale * read_f32(row_scales, r))
+                    if centered:
+                        value += offset * read_f32(job[ZEROS], r)
                     if biased:
                         value += read_f32(bias, r)
                     write(y, to + r, value, out)

@@ -2,8 +2,8 @@
 
 - Few tokens: the packed weight is decoded four rows at a time into the first-level cache and multiplied there.
 - INT8 activations: chunks of the weight are decoded to INT8 with a scale per row and multiplied by ``torch._int_mm``, at twice
-  the speed of bfloat16. Weights of up to six bits that are not integers times a row scale are rounded once more, to the
-  row's INT8 grid, an error of about 1% of the weight's standard deviation.
+  the speed of bfloat16. Weights of up to six bits that are not integers times a row scale (plus a row zero) are rounded once
+  more, to the row's INT8 grid, an error of about 1% of the weight's standard deviation.
 - Else: chunks of the weight are decoded to bfloat16 (float32 for float16 and float32 inputs) and multiplied by torch.
 """
 
@@ -125,7 +125,8 @@ def _chunk_rows(weight: Weight, size: int) -> int:
 
 
 def _multiply_decoded(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
-    if extras.activations == "int8" and (weight.bits_per_weight <= ROUNDED_BITS or weight.int8()[1]):
+    exact = weight.centered is not None or weight.int8()[1]
+    if extras.activations == "int8" and (exact or weight.bits_per_weight <= ROUNDED_BITS):
         _multiply_int8(x, weight, extras, y)
     else:
         _multiply_floats(x, weight, extras, y)
@@ -134,6 +135,11 @@ def _multiply_decoded(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> N
 def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
     operands = _operands(x, extras, torch.int8)
     assert operands.scales is not None
+    zeros = None
+    if weight.centered is not None:  # a zero per row multiplies the sum of a token's codes: the rest is exact in INT8
+        weight, zeros = weight.centered()
+        zeros = zeros.expand(y.shape[1]).contiguous()
+    token_sums = None if zeros is None else operands.values.sum(1, dtype=torch.int32)
     bias = None if extras.bias is None else extras.bias.float().contiguous()
     rows, step = y.shape[1], _chunk_rows(weight, 1)
     dense = torch.empty(min(step, rows), weight.columns, dtype=torch.int8)
@@ -142,7 +148,8 @@ def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None
         part = decode(weight, torch.int8, first, min(step, rows - first), dense, scales)
         last = first + len(part)
         sums = torch._int_mm(operands.values, part.t())
-        scale_sums(sums, operands.scales, scales, None if bias is None else bias[first:last], y[:, first:last])
+        part_bias, part_zeros = (None if v is None else v[first:last] for v in (bias, zeros))
+        scale_sums(sums, operands.scales, scales, part_bias, y[:, first:last], token_sums, part_zeros)
     branch = _branch(x, extras)
     if branch is not None:
         y.addmm_(branch[0], branch[1].t())

@@ -62,6 +62,7 @@ class Weight(NamedTuple):
     vector_size: int = 1
     bytes: ByteLevels | None = None  # if the levels are small integers
     sums: Sums | None = None  # of a codebook with a scale per row
+    centered: Callable[[], tuple[Weight, Tensor]] | None = None  # integers with a zero per row: without it, and float32 [rows or 1]
 
 
 def run_weight(weight: Weight, out: str, **fields: Any) -> None:
@@ -205,7 +206,16 @@ def integer_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: in
     zeros = None if zeros is None else _readable(zeros)
     unit = 1.0 if exact else span
     rest = columns, _readable(codes), _readable(scales), group_size, table, lambda: (unit, exact)
-    return Weight("integer", kernel, bits, *rest, zeros=zeros, bytes=_integer_bytes(bits, shared))
+    made = Weight("integer", kernel, bits, *rest, zeros=zeros, bytes=_integer_bytes(bits, shared))
+    if zeros is None or scales.shape[1] > 1:
+        return made
+
+    def centered() -> tuple[Weight, Tensor]:
+        plain = integer_weight(codes, scales, None, bits, group_size, columns)
+        assert plain is not None
+        return plain, (zeros.float() + scales.float() * 2 ** (bits - 1)).squeeze(1)
+
+    return made._replace(centered=centered)
 
 
 @lru_cache(maxsize=16)
