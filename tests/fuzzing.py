@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import logging
+import os
 import shutil
 import struct
 import sys
@@ -232,8 +233,18 @@ watching = False
 
 
 def _audit(event: str, arguments: tuple) -> None:
-    if watching and event in FORBIDDEN:
+    if watching and event in FORBIDDEN and not _of_numba():
         seen.append(event)
+
+
+def _of_numba() -> bool:
+    """Compiled CPU kernels come from numba's own cache, which is pickled, the first time that one decodes a weight."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if f"{os.sep}numba{os.sep}" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 sys.addaudithook(_audit)
