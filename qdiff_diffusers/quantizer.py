@@ -15,6 +15,7 @@ from .checkpoint import check_tensors, hub_name, read_headers
 from .config import FORMAT_VERSION, QDiffConfig
 from .errors import CheckpointError, ConfigError
 from .formats import TensorInfo
+from .hub.origin import local_card
 from .packing import (
     check_loaded,
     dequantize_model,
@@ -74,6 +75,7 @@ class QDiffQuantizer(DiffusersQuantizer):
             if len(checkpoint_files) > 1 and (lost := sorted(set(loaded_keys) - headers.keys())):
                 raise CheckpointError(f"no shard holds {', '.join(lost[:5])}, which the index lists; the checkpoint is incomplete")
         self.base_model = hub_name(checkpoint_files[0])
+        self.base_card = {} if self.pre_quantized else local_card(checkpoint_files[0])
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +128,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         }
         if base := getattr(self, "base_model", None):
             config.provenance["base_model"] = base
+        config.provenance |= getattr(self, "base_card", {})
         description = f"Quantizing ({config.method_name})"
         self.progress = logging.tqdm(total=len(self.targets), desc=description, unit="layer", delay=2)
 

@@ -229,6 +229,14 @@ def test_the_task_follows_from_the_pipeline(tmp_path, index, task):
     assert task_of(tmp_path) == task
 
 
+def test_the_license_of_a_local_model_travels_with_the_checkpoint(folders, tmp_path):
+    dense = Path(shutil.copytree(folders["rtn"].parent / "dense", tmp_path / "dense"))
+    (dense / "README.md").write_text("---\nlicense: other\nlicense_name: a-name\nlicense_link: https://example.org\n---\n")
+    DiTTransformer2DModel.from_pretrained(dense, quantization_config=RTNConfig(bits=4)).save_pretrained(tmp_path / "packed")
+    card = render_card(tmp_path / "packed", "a/b")
+    assert (card.data.license, card.data.license_name) == ("other", "a-name") and card_problems(str(card)) == []
+
+
 def test_the_card_beside_a_checkpoint_or_its_pipeline_tells_the_license(tmp_path):
     (tmp_path / "transformer").mkdir()
     file = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
