@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
+from typing import Any
 
 from diffusers.quantizers import auto as diffusers_auto
 from diffusers.utils import is_transformers_available, is_transformers_version, logging
 
 from .config import QDiffConfig, QDiffMethod
+from .errors import ConfigError
 from .hub.cards import write_cards_on_upload
 from .imports import after_import
 from .quantizer import QDiffQuantizer
@@ -16,6 +18,7 @@ from .shards import check_indices
 
 logger = logging.get_logger(__name__)
 
+OLD_TRANSFORMERS = "qdiff quantizes and loads text encoders with transformers 5.0 or newer only"
 SHARD_FINDERS = {
     "diffusers.models.modeling_utils": "_get_checkpoint_shard_files",
     "transformers.modeling_utils": "get_checkpoint_shard_files",
@@ -36,7 +39,8 @@ def register() -> None:
     if not is_transformers_available():
         return
     if is_transformers_version("<", "5.0"):
-        logger.warning("qdiff quantizes and loads text encoders with transformers 5.0 or newer only; please upgrade it")
+        logger.warning(f"{OLD_TRANSFORMERS}; please upgrade it")
+        after_import("transformers.quantizers.auto", functools.partial(_refuse_with_transformers, name))
         return
     _register_with_transformers(name)
 
@@ -48,6 +52,17 @@ def _register_with_transformers(name: str) -> None:
 
     transformers_auto.AUTO_QUANTIZER_MAPPING[name] = QDiffTransformersQuantizer
     transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QDiffConfig
+
+
+def _refuse_with_transformers(name: str) -> None:
+    """Without an entry, transformers only warns, and fills a quantized text encoder with random numbers."""
+    sys.modules["transformers.quantizers.auto"].AUTO_QUANTIZATION_CONFIG_MAPPING[name] = _Refusal  # type: ignore[attr-defined]
+
+
+class _Refusal:
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(f"this model is quantized, and {OLD_TRANSFORMERS}; please upgrade it")
 
 
 def _check_indices(module: str, function: str) -> None:

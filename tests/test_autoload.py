@@ -110,6 +110,19 @@ def test_a_broken_package_is_an_error_and_never_a_silent_model(checkpoints, tmp_
     assert out.split() == ["True"] * 4
 
 
+def test_with_an_old_transformers_a_quantized_text_encoder_is_refused(checkpoints, monkeypatch):
+    """The package cannot load it there; transformers by itself would fill it with random numbers."""
+    from transformers.quantizers import auto
+
+    from qdiff_diffusers import ConfigError, register
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "qdiff", None)
+    monkeypatch.setattr("qdiff_diffusers.registration.is_transformers_version", lambda *_: True)
+    register()
+    with pytest.raises(ConfigError, match=r"transformers 5\.0 or newer"):
+        transformers.T5EncoderModel.from_pretrained(checkpoints / "text_encoder")
+
+
 SABOTAGES = {
     "installing": "qdiff_autoload._install = fail",
     "the list of finders": "sys.meta_path = type('Sealed', (list,), {'insert': fail})(sys.meta_path)",
