@@ -1,0 +1,41 @@
+"""A quick part of docs/model_classes.md, which ``benchmarks/model_classes.py`` makes over every class and method."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+from classes.class_walk import class_names, configurations, walk
+
+QUICK = {
+    "Flux2Transformer2DModel": "svdquant",
+    "QwenImageTransformer2DModel": "fp",
+    "ZImageTransformer2DModel": "rtn",
+    "LTXVideoTransformer3DModel": "aq",
+    "UNetSpatioTemporalConditionModel": "rtn",
+    "UNetMotionModel": "fp",
+    "Transformer2DModel": "vq",
+}
+
+
+@pytest.mark.parametrize(("name", "method"), QUICK.items())
+def test_a_class_survives_quantizing_saving_and_reloading(name, method):
+    assert walk(name, method).status == "works"
+
+
+def test_classes_are_found_without_a_list():
+    names = class_names()
+    assert len(names) > 60
+    assert {"FluxTransformer2DModel", "UNet2DConditionModel", "HunyuanDiT2DModel"} <= set(names)
+    assert not any("Autoencoder" in name for name in names)
+
+
+def test_a_class_that_nobody_has_configured_shows_up_as_such(monkeypatch):
+    new = type("BrandNewTransformer2DModel", (diffusers.ModelMixin,), {})
+    monkeypatch.setattr(diffusers, new.__name__, new, raising=False)
+    monkeypatch.setattr(type(diffusers), "__dir__", lambda module: [new.__name__], raising=False)
+    assert class_names() == [new.__name__]
+    assert walk(new.__name__, "rtn").status == "no tiny configuration yet"
+
+
+def test_every_configuration_is_of_a_class_of_some_diffusers():
+    assert all(set(entry) == {"config", "inputs"} for entry in configurations().values())

@@ -1,0 +1,186 @@
+"""What is attached to a quantized model: ControlNets, IP-Adapters, LoRA, attention backends, parallelism."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from compat.conftest import METHODS, distance
+from diffusers import ControlNetModel, FluxControlNetModel, UNet2DConditionModel
+from torch import nn
+
+
+def run(model: nn.Module, **more) -> torch.Tensor:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model(**tiny_models.flux_inputs(), **more, return_dict=False)[0]
+
+
+SMALL = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+
+
+def control_inputs() -> dict:
+    torch.manual_seed(1)
+    return tiny_models.flux_inputs() | {"controlnet_cond": torch.randn(1, 16, 4)}
+
+
+@pytest.mark.row("ControlNet on a quantized base")
+def test_controlnet(load, tmp_path, method):
+    """Both parts quantized; the ControlNet's samples go into the base."""
+    torch.manual_seed(0)
+    dense = FluxControlNetModel(in_channels=4, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), **SMALL)
+    for block in dense.controlnet_blocks:
+        nn.init.normal_(block.weight, std=0.1)
+    dense.save_pretrained(tmp_path)
+    model, controlnet = load(), FluxControlNetModel.from_pretrained(tmp_path, quantization_config=METHODS[method]())
+    with torch.no_grad():
+        samples, single_samples = controlnet(**control_inputs(), return_dict=False)
+        exact, _ = dense(**control_inputs(), return_dict=False)
+    assert distance(samples[0], exact[0]) < 0.7
+    output = run(model, controlnet_block_samples=samples, controlnet_single_block_samples=single_samples)
+    assert distance(output, run(model)) > 1e-3
+
+
+@pytest.mark.row("ControlNet from a quantized base")
+def test_controlnet_from_transformer(load):
+    """A new ControlNet starts as a copy of the base's blocks: of what they are equivalent to, if they are packed."""
+    model = load()
+    controlnet = FluxControlNetModel.from_transformer(model, **SMALL)
+    copied = controlnet.transformer_blocks[0].attn.to_q
+    assert type(copied) is nn.Linear
+    assert torch.allclose(copied.weight, model.transformer_blocks[0].attn.to_q.weight)
+    assert "quantization_config" not in controlnet.config
+    assert model.transformer_blocks[0].attn.to_q.codes is not None
+
+
+@pytest.mark.row("ControlNet from a quantized UNet")
+def test_controlnet_from_unet(load):
+    model = load("sdxl_unet")
+    controlnet = ControlNetModel.from_unet(model)
+    copied = controlnet.down_blocks[0].resnets[0].conv1
+    assert torch.allclose(copied.weight, model.down_blocks[0].resnets[0].conv1.weight)
+
+
+def ip_adapter(model: nn.Module) -> dict:
+    from diffusers.models.embeddings import ImageProjection
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    torch.manual_seed(2)
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    attention = FluxIPAdapterAttnProcessor(hidden_size=width, cross_attention_dim=32, scale=1.0).state_dict()
+    image = ImageProjection(cross_attention_dim=32, image_embed_dim=32, num_image_text_embeds=4).state_dict()
+    names = [name for name in model.attn_processors if not name.startswith("single")]
+    leaves = ("to_k_ip", "to_v_ip")
+    kinds = ("weight", "bias")
+    return {
+        "image_proj": {k.replace("image_embeds", "proj"): v for k, v in image.items()},
+        "ip_adapter": {f"{i}.{n}.{k}": attention[f"{n}.0.{k}"] for i in range(len(names)) for n in leaves for k in kinds},
+    }
+
+
+@pytest.mark.row("IP-Adapter")
+def test_ip_adapter(load):
+    model = load()
+    before = run(model)
+    model._load_ip_adapter_weights([ip_adapter(model)])
+    embedding = [torch.randn(1, 1, 32)]
+    assert distance(run(model, joint_attention_kwargs={"ip_adapter_image_embeds": embedding}), before) > 1e-3
+
+
+@pytest.mark.row("fuse_qkv_projections")
+def test_fused_projections(load, note):
+    model = load()
+    expected = run(model)
+    model.fuse_qkv_projections()
+    note("the fused projections are dense copies without activation quantization, and cost memory")
+    assert distance(run(model), expected) < 0.05
+    model.unfuse_qkv_projections()
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.row("set_attention_backend")
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_backend(load, backend):
+    model = load()
+    expected = run(model)
+    model.set_attention_backend(backend)
+    try:
+        assert torch.allclose(run(model), expected, atol=1e-5)
+    finally:
+        model.reset_attention_backend()
+
+
+@pytest.mark.row("context parallel")
+def test_context_parallel(load):
+    pytest.skip("needs two accelerators: diffusers' context-parallel attention has no CPU kernels")
+
+
+@pytest.mark.row("tensor parallel")
+def test_tensor_parallel(load, refuses):
+    from diffusers.hooks.tensor_parallel import _check_tp_supported
+
+    model = load()
+    with refuses("quantiz", (ValueError, NotImplementedError)):
+        _check_tp_supported(type(model).__name__, {"transformer_blocks.*.attn.to_q": "colwise"}, 2, _Config(), model=model)
+
+
+class _Config:
+    tp_degree = 1
+    mesh = None
+
+
+@pytest.mark.row("LoRA: load, switch, unload")
+@pytest.mark.parametrize("name", ["flux", "sdxl_unet"])
+def test_lora(load, name):
+    peft = pytest.importorskip("peft")
+    model = load(name)
+    before = tiny_models.run(model, name)
+    targets = {"flux": ["to_q", "proj_mlp"], "sdxl_unet": ["to_q", "conv1"]}[name]
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    active = tiny_models.run(model, name)
+    assert distance(active, before) > 1e-2
+    model.disable_adapters()
+    assert torch.allclose(tiny_models.run(model, name), before, atol=1e-5)
+    model.enable_adapters()
+    assert torch.allclose(tiny_models.run(model, name), active, atol=1e-5)
+    model.unload_lora()
+    assert torch.allclose(tiny_models.run(model, name), before, atol=1e-5)
+
+
+@pytest.mark.row("LoRA: fuse, unfuse, save")
+def test_fused_lora(load, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+    active = run(model)
+    model.fuse_lora()
+    assert distance(run(model), active) < 1e-2  # a last bit may flip a level of 4-bit activations
+    model.save_pretrained(tmp_path)
+    assert distance(run(type(model).from_pretrained(tmp_path)), active) < 1e-2
+    model.unfuse_lora()
+    assert distance(run(model), active) < 1e-2
+
+
+@pytest.mark.row("feature caching")
+def test_first_block_cache(load):
+    from diffusers import FirstBlockCacheConfig
+
+    model = load()
+    expected = run(model)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with model.cache_context("cond"):
+        assert torch.allclose(run(model), expected, atol=1e-5)
+
+
+def test_every_controlnet_that_copies_a_base_is_covered():
+    """A new ``from_transformer`` or ``from_unet`` in a newer diffusers gets the same treatment."""
+    import diffusers.models.controlnets as package
+
+    from qdiff_diffusers.copying import COPYING
+
+    for value in vars(package).values():
+        for name in ("from_transformer", "from_unet"):
+            method = getattr(value, name, None)
+            if isinstance(value, type) and method is not None and not issubclass(value, UNet2DConditionModel):
+                assert name in COPYING
+                assert hasattr(method.__func__, "of_qdiff"), (value, name)
