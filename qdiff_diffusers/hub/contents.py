@@ -62,8 +62,8 @@ def _row(kind: str, layers: list[LayerInfo]) -> dict[str, Any]:
         "formats": shown if len(formats) <= SHOWN_FORMATS else f"{shown}; {len(formats) - SHOWN_FORMATS} more",
         "bits": 8 * nbytes / weights,
         "nbytes": nbytes,
-        "size": human_size(nbytes),
-        "dense_size": human_size(2 * weights),
+        "size": human_size(nbytes).replace(" ", "&nbsp;"),
+        "dense_size": human_size(2 * weights).replace(" ", "&nbsp;"),
         "error": "" if error is None else f"{100 * error:.2g} %",
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint import INDEX, check_index, inspect_components
-from ..errors import CheckpointError, ConfigError, HubError, QDiffError
+from ..errors import CheckpointError, ConfigError, HubError
 from .cards import CARD, base_card, is_handwritten, render_card
 from .results import read_results
 
@@ -52,21 +53,27 @@ def push_folder(
     check_name(repo_id)
     files = list(check_complete(folder))
     api = HfApi(token=token, library_name="qdiff-diffusers")
-    try:
+    with _explained(repo_id):
         user = api.whoami()["name"]
-        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-        if not is_handwritten(folder / CARD):
-            card = render_card(folder, repo_id, base_card(folder))
-            operations.append(CommitOperationAdd(CARD, str(card).encode()))
+    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    if not is_handwritten(folder / CARD):
+        card = render_card(folder, repo_id, base_card(folder))
+        operations.append(CommitOperationAdd(CARD, str(card).encode()))
+    with _explained(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.create_commit(
             repo_id, operations=operations, commit_message=message or f"Upload {folder.resolve().name}", revision=revision
         )
-    except QDiffError:
-        raise
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turns what goes wrong between us and the Hub into a :class:`HubError`."""
+    try:
+        yield
     except Exception as error:
         if (text := explain(error, repo_id)) is None:
             raise

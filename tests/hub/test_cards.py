@@ -187,7 +187,8 @@ def test_samples_stand_beside_those_of_16_bits(folder):
     for name in ("red_fox", "red_fox-16bit", "grid"):
         Image.new("RGB", (4, 4)).save(folder / "samples" / f"{name}.png")
     text = render_card(folder, "a/b").text
-    assert "| red fox | ![red fox, 16 bits](samples/red_fox-16bit.png) | ![red fox, quantized](samples/red_fox.png) |" in text
+    assert "| 16 bits | ![red fox, 16 bits](samples/red_fox-16bit.png) |" in text
+    assert "| this checkpoint | ![red fox, quantized](samples/red_fox.png) |" in text
     assert "![grid](samples/grid.png)" in text
 
 
