@@ -27,8 +27,13 @@ OFF = ("0", "false", "no", "off")
 def autoload() -> None:
     """Entry point of torch. Never raises."""
     with contextlib.suppress(Exception):
-        if os.environ.get("QDIFF_AUTOLOAD", "1").strip().lower() not in OFF:
+        if is_on():
             _install()
+
+
+def is_on() -> bool:
+    """Unless ``QDIFF_AUTOLOAD`` says otherwise."""
+    return os.environ.get("QDIFF_AUTOLOAD", "1").strip().lower() not in OFF
 
 
 def _install() -> None:

@@ -117,6 +117,12 @@ class TestMistakes:
         assert "holds no saved model" in fails(capsys, "quantize", tiny_model, "-o", tmp_path, "--method", "rtn", "--overwrite")
         assert (tmp_path / "precious.txt").read_text() == "x"
 
+    def test_a_folder_that_cannot_be_pushed(self, capsys, tiny_model, tmp_path):
+        assert "no qdiff checkpoint" in fails(capsys, "push", tiny_model, "owner/name")
+        assert "cannot be a name" in fails(capsys, "push", tiny_model, "a/b/c")
+        assert "cannot be a name" in fails(capsys, "quantize", tiny_model, "-o", tmp_path / "out", "--push", "a/b/c")
+        assert not (tmp_path / "out").exists()
+
     def test_a_truncated_checkpoint(self, capsys, quantized, tmp_path):
         broken = tmp_path / "broken"
         broken.mkdir()
@@ -134,7 +140,7 @@ class TestCommands:
     def test_help_is_shown_without_a_command(self, capsys):
         assert run() == 0
         out = capsys.readouterr().out
-        assert all(command in out for command in ("demo", "quantize", "inspect", "doctor"))
+        assert all(command in out for command in ("demo", "quantize", "inspect", "push", "doctor"))
 
     def test_quantize_writes_what_from_pretrained_loads(self, quantized):
         model = DiTTransformer2DModel.from_pretrained(quantized)
@@ -169,7 +175,7 @@ class TestCommands:
     def test_doctor_fits_a_terminal_of_a_hundred_columns(self, capsys):
         assert run("doctor") == 0
         out = capsys.readouterr().out
-        assert all(word in out for word in ("torch", "triton", "cpu", "codebook_linear", "registered"))
+        assert all(word in out for word in ("torch", "triton", "cpu", "codebook_linear", "registered", "nothing imported"))
         assert max(map(len, out.splitlines())) <= 100
 
     def test_demo_prints_a_summary_and_the_paths(self, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -103,7 +104,15 @@ def _backend() -> Table:
     table = _grid()
     for library in ("diffusers", "transformers"):
         table.add_row(f"  {library}", "qdiff is registered" if is_registered(library) else "[yellow]qdiff is not registered[/]")
+    on = "on" if loads_by_itself() else "[yellow]off[/], checkpoints load after `import qdiff_diffusers`"
+    table.add_row("  loading with nothing imported", on)
     return table
+
+
+def loads_by_itself() -> bool:
+    """Whether torch has called our entry point, and nothing switched it off."""
+    autoload = sys.modules.get("qdiff_autoload")
+    return autoload is not None and autoload.is_on()
 
 
 def _problems(console: Console) -> None:

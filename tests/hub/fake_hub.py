@@ -86,7 +86,7 @@ class Repo:
 
 
 class FakeHub(ThreadingHTTPServer):
-    """``with FakeHub() as hub: ... hub.url``. Requests are listed in ``hub.log`` as ``"METHOD /path"``."""
+    """``with FakeHub() as hub: ... hub.url``. Requests are listed in ``hub.log`` as ``"METHOD /path [range]"``."""
 
     daemon_threads = True
 
@@ -137,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.route, self.query = unquote(url.path), parse_qs(url.query)
         with self.server.lock:
-            self.server.log.append(f"{self.command} {self.route}")
+            self.server.log.append(f"{self.command} {self.route} {self.headers.get('Range', '')}".strip())
             fault = next((f for f in self.server.faults if f.strikes(self.command, self.route)), None)
         try:
             self.cut = bool(fault and fault.cut and self.command == "GET")

@@ -125,6 +125,8 @@ def test_the_three_lines_of_a_card_load_the_model(hub, client, pipeline):
     assert len(snippet.strip().splitlines()) == 3 and '"someone/three-lines"' in snippet
     done = client.run(f"{snippet}\nprint(type(pipe).__name__, type(pipe.transformer.transformer_blocks[0].attn1.to_q).__name__)")
     assert done.out == "DiTPipeline QDiffLinear\n", done.err
+    validate = "import huggingface_hub; huggingface_hub.ModelCard.load('someone/three-lines').validate()"
+    assert client.run(validate).code == 0
 
 
 def test_the_push_of_a_bare_model_and_its_card(hub, client, model):
@@ -188,7 +190,7 @@ class TestFaults:
         assert len(hub.requests(UPLOAD)) == 3
         assert hub.files("someone/cut-once").items() > snapshot(model).items()
 
-    def test_a_download_that_breaks_off_goes_on_where_it_was(self, hub, client, model):
+    def test_a_download_that_breaks_off_is_tried_again(self, hub, client, model):
         assert client.qdiff("push", model, "someone/broken-off").code == 0
         hub.faults.append(Fault("GET", "/_storage/", cut=True))
         done = client.qdiff("inspect", "someone/broken-off")
