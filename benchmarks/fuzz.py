@@ -20,7 +20,7 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1] / "tests"
 LIMIT = 1 << 30
-FAMILIES = ("config", "header", "index", "encoder config", "encoder header", "encoder index")
+FAMILIES = ("config", "header", "index", "single file", "encoder config", "encoder header", "encoder index")
 
 
 def run_family(family: str, examples: int) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def run_family(family: str, examples: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, fuzzing.quiet_libraries():
         originals = fuzzing.Originals(Path(folder))
         strategy, doors = originals.families()[family]
-        fuzzing.knock(doors[-1], originals.write(originals.sharded if "encoder" not in family else originals.encoder))
+        fuzzing.knock(doors[-1], originals.write(originals.good(family)))
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + LIMIT, taken + LIMIT))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,6 +15,7 @@ from .hub.cards import write_cards_on_upload
 from .imports import after_import
 from .quantizer import QDiffQuantizer
 from .shards import check_indices
+from .single_file import explain_failures
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +35,7 @@ def register() -> None:
     after_import("peft.tuners.lora", _register_with_peft)
     after_import("diffusers.loaders.lora_pipeline", _register_with_flux_loras)
     after_import("diffusers.models.controlnets", _register_with_controlnets)
+    after_import("diffusers.loaders.single_file_model", _explain_single_files)
     for module, function in SHARD_FINDERS.items():
         after_import(module, functools.partial(_check_indices, module, function))
     if not is_transformers_available():
@@ -67,6 +69,10 @@ class _Refusal:
 
 def _check_indices(module: str, function: str) -> None:
     check_indices(sys.modules[module], function)
+
+
+def _explain_single_files() -> None:
+    explain_failures(sys.modules["diffusers.loaders.single_file_model"])
 
 
 def _register_with_peft() -> None:

@@ -18,11 +18,11 @@ from typing import Any
 
 import tiny_models
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from qdiff_diffusers import QDiffError, SVDQuantConfig, VQConfig, inspect_checkpoint
+from qdiff_diffusers import QDiffConfig, QDiffError, SVDQuantConfig, VQConfig, inspect_checkpoint
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 ENCODER_INDEX = "model.safetensors.index.json"
@@ -152,6 +152,7 @@ class Originals:
         self.config = json.loads(self.single["config.json"])
         self.index = json.loads(self.sharded[INDEX])
         self.weights = next(name for name in self.single if name.endswith(".safetensors"))
+        self.flux = self._flux()
         self.encoder, self.sharded_encoder = self._encoders()
         self.encoder_index = json.loads(self.sharded_encoder[ENCODER_INDEX])
 
@@ -168,6 +169,13 @@ class Originals:
         model.save_pretrained(self.root / "sharded_encoder", max_shard_size="8KB")
         return [{p.name: p.read_bytes() for p in (self.root / name).iterdir()} for name in ("encoder", "sharded_encoder")]
 
+    def _flux(self) -> dict[str, bytes]:
+        tiny_models.make("flux").save_pretrained(self.root / "dense_flux")
+        config = SVDQuantConfig(bits=4, rank=2, rounds=1)
+        model = FluxTransformer2DModel.from_pretrained(self.root / "dense_flux", quantization_config=config)
+        model.save_pretrained(self.root / "flux")
+        return {p.name: p.read_bytes() for p in (self.root / "flux").iterdir()}
+
     def write(self, files: dict[str, bytes]) -> Path:
         folder = self.root / "spoiled"
         shutil.rmtree(folder, ignore_errors=True)
@@ -175,6 +183,10 @@ class Originals:
         for name, data in files.items():
             (folder / name).write_bytes(data)
         return folder
+
+    def good(self, family: str) -> dict[str, bytes]:
+        """A checkpoint of a family before it is spoiled."""
+        return self.flux if family == "single file" else self.encoder if "encoder" in family else self.single
 
     # What can be spoiled: a strategy of files for each family
 
@@ -197,6 +209,10 @@ class Originals:
                 ("inspect", "diffusers"),
             ),
             "index": (index.map(lambda i: self.sharded | {INDEX: json.dumps(i).encode()}), ("inspect", "diffusers")),
+            "single file": (
+                mangled_file(self.flux[self.weights]).map(lambda f: self.flux | {self.weights: f}),
+                ("inspect", "from_single_file"),
+            ),
             "encoder index": (
                 mangled(self.encoder_index, junk | st.sampled_from(PATHS)).map(
                     lambda i: self.sharded_encoder | {ENCODER_INDEX: json.dumps(i).encode()}
@@ -221,10 +237,17 @@ def load_transformers(folder: Path) -> Any:
     return T5EncoderModel.from_pretrained(folder)
 
 
+def load_single_file(folder: Path) -> Any:
+    config = QDiffConfig.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
+    (file,) = folder.glob("*.safetensors")
+    return FluxTransformer2DModel.from_single_file(str(file), config=str(folder), quantization_config=config)
+
+
 DOORS: dict[str, Callable[[Path], Any]] = {
     "inspect": inspect_checkpoint,
     "diffusers": load_diffusers,
     "transformers": load_transformers,
+    "from_single_file": load_single_file,
 }
 OUTCOMES = ("loaded", "refused by us", "refused by the library")
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pickle.find_class")

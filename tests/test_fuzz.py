@@ -24,7 +24,7 @@ def originals(tmp_path_factory) -> fuzzing.Originals:
         return fuzzing.Originals(tmp_path_factory.mktemp("fuzz"))
 
 
-FAMILIES = ("config", "header", "index", "encoder config", "encoder header", "encoder index")
+FAMILIES = ("config", "header", "index", "single file", "encoder config", "encoder header", "encoder index")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
