@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from .config import QDiffConfig, StoredLayer
+from .config import COMPUTE_DTYPES, QDiffConfig, StoredLayer
 from .errors import CheckpointError, QDiffError
 from .formats import codebook_table
 from .layers import PackedLayer, dense_layer, pack_layer, unsupported_reason
@@ -91,7 +91,9 @@ def describe_layers(config: QDiffConfig, layers: dict[str, PackedLayer]) -> None
     """Bring ``config`` up to date with layers that were cast, or that took up adapters, since they were quantized."""
     for name, layer in layers.items():
         config.layers[name] = config.layers[name]._replace(spec=layer.spec)
-        config.compute_dtype = str(layer.compute_dtype).removeprefix("torch.")
+        dtype = str(layer.compute_dtype).removeprefix("torch.")
+        if dtype in COMPUTE_DTYPES:  # not the float8 in which layerwise casting parks a layer between uses
+            config.compute_dtype = dtype
 
 
 def without_adapters(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

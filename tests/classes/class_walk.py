@@ -98,9 +98,10 @@ def forward(model: nn.Module, configuration: dict[str, Any]) -> torch.Tensor:
     """All tensors of the model's output, flattened into one, in float32."""
     torch.manual_seed(1)
     inputs = {key: decode(value) for key, value in configuration["inputs"].items()}
-    inputs.pop("return_dict", None)
+    if "return_dict" in inspect.signature(model.forward).parameters:
+        inputs["return_dict"] = False
     torch.manual_seed(2)
-    return torch.cat([t.flatten().float() for t in _tensors(model(**inputs, return_dict=False))])
+    return torch.cat([t.flatten().float() for t in _tensors(model(**inputs))])
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -107,6 +107,16 @@ def test_layerwise_casting(load):
     assert distance(output, expected) < 0.2
 
 
+@pytest.mark.row("layerwise casting, then save")
+def test_layerwise_casting_and_saving(load, tmp_path):
+    model = load(dtype=torch.bfloat16)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert reloaded.config.quantization_config.compute_dtype == "bfloat16"
+    assert distance(run(reloaded), run(load(dtype=torch.bfloat16))) < 0.2
+
+
 @pytest.mark.row("`.to(device)`")
 def test_to_device(load):
     model = load()
