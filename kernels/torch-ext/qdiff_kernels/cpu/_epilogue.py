@@ -11,11 +11,11 @@ from numba import carray
 from torch import Tensor
 
 from ._compile import SOURCE, kernel
-from ._simd import fetch_add, read_f32, read_i32, write
+from ._simd import fetch_add, read_f32, read_i8, read_i32, write
 from ._threads import TASK, run_job
 from ._weights import NAMES
 
-TASKS, TOKENS, ROWS, SUMS, TOKEN_SCALES, ROW_SCALES, BIAS, TOKEN_SUMS, ZEROS, Y, Y_STRIDE, LENGTH = range(2, 14)
+TASKS, TOKENS, ROWS, SUMS, TOKEN_SCALES, ROW_SCALES, BIAS, ZEROS, CODES, Y, Y_STRIDE, COLUMNS, LENGTH = range(2, 15)
 PER_TASK = 8  # tokens in a task
 
 
@@ -25,21 +25,22 @@ def scale_sums(
     row_scales: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    token_sums: Tensor | None = None,
     zeros: Tensor | None = None,
+    codes: Tensor | None = None,
 ) -> None:
-    """``y = (sums * row_scales + token_sums * zeros) * token_scales + bias``.
+    """``y = (sums * row_scales + codes.sum(1) * zeros) * token_scales + bias``.
 
     Args:
         sums: int32 ``[tokens, rows]``, contiguous. token_scales: float32 ``[tokens]``. row_scales, bias, zeros: float32 ``[rows]``.
-        token_sums: int32 ``[tokens]``, given with zeros.
+        codes: int8 ``[tokens, columns]``, contiguous, given with zeros.
         y: ``[tokens, rows]`` with contiguous rows, written.
     """
     tokens, rows = sums.shape
     tasks = -(-tokens // PER_TASK)
     job = np.zeros(LENGTH, np.int64)
-    tensors = (sums, token_scales, row_scales, bias, token_sums, zeros, y)
-    job[2:] = (tasks, tokens, rows, *(0 if t is None else t.data_ptr() for t in tensors), y.stride(0))
+    tensors = (sums, token_scales, row_scales, bias, zeros, codes, y)
+    columns = 0 if codes is None else codes.shape[1]
+    job[2:] = (tasks, tokens, rows, *(0 if t is None else t.data_ptr() for t in tensors), y.stride(0), columns)
     threads = min(torch.get_num_threads(), tasks) if tokens * rows > 1 << 14 else 1
     run_job(_kernel(NAMES[y.dtype], bias is not None, zeros is not None), job, threads)
 
@@ -61,7 +62,10 @@ def _kernel(out: str, biased: bool, centered: bool) -> Any:
                 first, to = token * rows, token * job[Y_STRIDE]
                 offset = np.float32(0)
                 if centered:
-                    offset = np.float32(read_i32(job[TOKEN_SUMS], token)) * scale
+                    codes, total = job[CODES] + token * job[COLUMNS], 0
+                    for c in range(job[COLUMNS]):
+                        total += read_i8(codes, c)
+                    offset = np.float32(total) * scale
                 for r in range(rows):
                     value = np.float32(read_i32(sums, first + r)) * (scale * read_f32(row_scales, r))
                     if centered:

@@ -139,7 +139,6 @@ def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None
     if weight.centered is not None:  # a zero per row multiplies the sum of a token's codes: the rest is exact in INT8
         weight, zeros = weight.centered()
         zeros = zeros.expand(y.shape[1]).contiguous()
-    token_sums = None if zeros is None else operands.values.sum(1, dtype=torch.int32)
     bias = None if extras.bias is None else extras.bias.float().contiguous()
     rows, step = y.shape[1], _chunk_rows(weight, 1)
     dense = torch.empty(min(step, rows), weight.columns, dtype=torch.int8)
@@ -149,7 +148,8 @@ def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None
         last = first + len(part)
         sums = torch._int_mm(operands.values, part.t())
         part_bias, part_zeros = (None if v is None else v[first:last] for v in (bias, zeros))
-        scale_sums(sums, operands.scales, scales, part_bias, y[:, first:last], token_sums, part_zeros)
+        codes = None if zeros is None else operands.values
+        scale_sums(sums, operands.scales, scales, part_bias, y[:, first:last], part_zeros, codes)
     branch = _branch(x, extras)
     if branch is not None:
         y.addmm_(branch[0], branch[1].t())

@@ -134,6 +134,7 @@ def _reader(kind: ir.Type, result: Any, convert: Any) -> Any:
 
 
 read_u8 = _reader(I8, types.int64, lambda b, v: b.zext(v, I64))
+read_i8 = _reader(I8, types.int64, lambda b, v: b.sext(v, I64))
 read_i32 = _reader(I32, types.int64, lambda b, v: b.sext(v, I64))
 read_u32 = _reader(I32, types.int64, lambda b, v: b.zext(v, I64))
 read_f32 = _reader(F32, types.float32, lambda b, v: v)

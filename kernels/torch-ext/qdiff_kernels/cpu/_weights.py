@@ -156,6 +156,10 @@ def decode(
     part = weight if count is None else rows_of(weight, first, count)
     rows = part.codes.shape[0]
     dense = torch.empty(rows, weight.columns, dtype=dtype) if target is None else target[:rows]
+    if dtype == torch.int8 and weight.kind == "integer" and weight.bits_per_weight == 8 and weight.int8()[1]:
+        assert row_scales is not None
+        row_scales[:rows] = part.scales.squeeze(1)
+        return torch.bitwise_xor(part.codes, -128, out=dense)  # bytes counted from their middle
     stride = dense.stride(0) * dense.element_size()
     run_weight(part, NAMES[dtype], TARGET=dense, TARGET_STRIDE=stride, ROW_SCALES=row_scales)
     return dense
