@@ -16,6 +16,7 @@ from .console import stdout
 REQUIRED = ("torch", "diffusers", "accelerate", "safetensors", "huggingface-hub")
 OPTIONAL = {
     "triton": "compiled GPU kernels",
+    "numba": "compiled CPU kernels",
     "transformers": "text encoders, which most pipelines need",
     "peft": "LoRA adapters on quantized models",
     "matplotlib": "plots in reports",
