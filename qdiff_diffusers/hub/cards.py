@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..checkpoint import CheckpointInfo, inspect_components
 from ..config import QDiffConfig
-from .contents import METHOD_TITLES, facts, kind_rows, samples, settings
+from .contents import METHOD_TITLES, facts, kind_rows, legend, samples, settings
 from .origin import INHERITED, LICENSE_KEYS, hub_card, is_hub_name, task_of
 from .results import Results, read_results
 
@@ -168,6 +168,7 @@ def _context(folder: Path, repo_id: str, components: list[CheckpointInfo], large
         "settings": settings(config),
         "calibrated": bool(config.provenance.get("calibration")),
         "components": [{"name": _component_name(c, folder), "rows": kind_rows(c)} for c in components],
+        "legend": legend(components),
     }
 
 

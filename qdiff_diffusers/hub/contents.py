@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint import CheckpointInfo, LayerInfo
 from ..config import QDiffConfig
+from ..formats import CodebookFormat, MinifloatFormat
 
 METHOD_TITLES = {
     "aq": "additive codebooks (AQ)",
@@ -66,6 +67,19 @@ def _row(kind: str, layers: list[LayerInfo]) -> dict[str, Any]:
         "dense_size": human_size(2 * weights).replace(" ", "&nbsp;"),
         "error": "" if error is None else f"{100 * error:.2g} %",
     }
+
+
+def legend(components: list[CheckpointInfo]) -> str:
+    """What the short names of the formats in use mean."""
+    formats = [layer.spec.format for c in components for layer in c.config.layers.values()]
+    texts = []
+    if any(isinstance(f, CodebookFormat) for f in formats):
+        texts.append("`3x8 d10`: 3 codebooks of 2^8 entries for vectors of 10 weights (shared: they come with the package).")
+    if any(isinstance(f, MinifloatFormat) for f in formats):
+        texts.append("`e2m1`: a sign, 2 bits of exponent and 1 of mantissa (uz: the code of negative zero is one more level).")
+    if any(isinstance(getattr(f, "group_size", None), int) for f in formats):
+        texts.append("`g64`: 64 weights share a scale.")
+    return " ".join(texts)
 
 
 def facts(config: QDiffConfig, components: list[CheckpointInfo]) -> list[tuple[str, str]]:
