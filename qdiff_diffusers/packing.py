@@ -66,7 +66,7 @@ def check_loaded(model: nn.Module) -> None:
         table = getattr(module.spec.format, "table", None)
         if table is not None and not module.packed_tensors()["scales"].is_meta:
             # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
-            module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device)
+            module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device).detach()
 
 
 def release_checkpoint(model: nn.Module) -> None:

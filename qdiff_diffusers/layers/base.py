@@ -58,7 +58,8 @@ class PackedLayer(nn.Module):
         if isinstance(table := getattr(spec.format, "table", None), str):
             device = tensors["codes"].device
             on = torch.device("cpu") if device.type == "meta" else device
-            module.register_buffer("codebooks", codebook_table(table).to(on), persistent=False)
+            # A tensor object of its own: offloading swaps ``.data``, and must not empty the table for everybody else.
+            module.register_buffer("codebooks", codebook_table(table).to(on).detach(), persistent=False)
         return module
 
     def tensor_infos(self) -> dict[str, TensorInfo]:
