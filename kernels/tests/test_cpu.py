@@ -68,7 +68,9 @@ def test_linear_matches_the_definition_on_either_path(variant, extras, path):
 
 @pytest.mark.parametrize("tokens", [*FEW, *MANY])
 @pytest.mark.parametrize("extras", EXTRAS)
-@pytest.mark.parametrize("variant", ["codebook-2x8-d8", "codebook-3x5-d3-int8", "e2m1-g16-e4m3-two-level", "int4-g64", "int8-row", "int8-asymmetric-row"])
+@pytest.mark.parametrize(
+    "variant", ["codebook-2x8-d8", "codebook-3x5-d3-int8", "e2m1-g16-e4m3-two-level", "int4-g64", "int8-row", "int8-asymmetric-row"]
+)
 def test_any_number_of_tokens(variant, extras, tokens):
     weight, chosen = weight_of(variant), oracle.make_extras(extras, ROWS, COLUMNS, COLUMNS)
     for dtype in TOLERANCE:
