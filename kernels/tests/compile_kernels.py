@@ -102,7 +102,8 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
         assembler = (triton.knobs.nvidia.ptxas_blackwell if blackwell else triton.knobs.nvidia.ptxas).path
         arch = re.search(r"\.target (sm_\w+)", ptx)
         command = [assembler, "-v", f"--gpu-name={arch[1] if arch else 'sm_90a'}", file.name, "-o", "/dev/null"]
-        log = subprocess.run(command, capture_output=True, text=True).stderr
+        run = subprocess.run(command, capture_output=True, text=True)
+        log = run.stdout + run.stderr
     found = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes spill stores", log)
     return facts | {"registers": int(found[1]) if found else None, "spills": int(spills[1]) if spills else None}
