@@ -95,18 +95,29 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
         return facts | {"matrix": "mfma" if "v_mfma" in compiled.asm["amdgcn"] else "-"}
     ptx = compiled.asm["ptx"]
     facts["matrix"] = next((name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx), "-")
+    log = assembler_log(ptx)
+    found = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores", log)
+    if not found or not spills:
+        raise RuntimeError(f"the assembler reported neither registers nor spills: {log[-500:]}")
+    return facts | {"registers": int(found[1]), "spills": int(spills[1])}
+
+
+def assembler_log(ptx: str) -> str:
+    """What ptxas says about a program. Triton brings two of them, and which takes its PTX depends on Triton's version."""
+    arch = re.search(r"\.target (sm_\w+)", ptx)
+    assert arch
+    log = ""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        blackwell = target.arch >= 100
-        assembler = (triton.knobs.nvidia.ptxas_blackwell if blackwell else triton.knobs.nvidia.ptxas).path
-        arch = re.search(r"\.target (sm_\w+)", ptx)
-        command = [assembler, "-v", f"--gpu-name={arch[1] if arch else 'sm_90a'}", file.name, "-o", "/dev/null"]
-        run = subprocess.run(command, capture_output=True, text=True)
-        log = run.stdout + run.stderr
-    found = re.search(r"Used (\d+) registers", log)
-    spills = re.search(r"(\d+) bytes spill stores", log)
-    return facts | {"registers": int(found[1]) if found else None, "spills": int(spills[1]) if spills else None}
+        for assembler in (triton.knobs.nvidia.ptxas, triton.knobs.nvidia.ptxas_blackwell):
+            command = [assembler.path, "-v", f"--gpu-name={arch[1]}", file.name, "-o", "/dev/null"]
+            run = subprocess.run(command, capture_output=True, text=True)
+            log = run.stdout + run.stderr
+            if run.returncode == 0:
+                break
+    return log
 
 
 H200 = 132  # multiprocessors
