@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from .api import quantize
+from .calibration import Calibration, Tuning
 from .checkpoint import CheckpointInfo, LayerInfo, inspect_checkpoint
 from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
-from .errors import CheckpointError, ConfigError, QDiffError
+from .errors import CalibrationError, CheckpointError, ConfigError, QDiffError
 from .registration import register
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AQConfig",
+    "Calibration",
+    "CalibrationError",
     "CheckpointError",
     "CheckpointInfo",
     "ConfigError",
@@ -21,6 +24,7 @@ __all__ = [
     "QDiffError",
     "RTNConfig",
     "SVDQuantConfig",
+    "Tuning",
     "VQConfig",
     "inspect_checkpoint",
     "quantize",

@@ -22,3 +22,7 @@ class CheckpointError(QDiffError):
 
 class HubError(QDiffError):
     """The Hub, or the way to it, refused: no access, too many requests, no space, no connection."""
+
+
+class CalibrationError(QDiffError):
+    """Calibration cannot go on. Whatever was finished stays in the workspace, and another run begins there."""

@@ -30,6 +30,12 @@ def quantize_layer(module: nn.Module, name: str, weight: Tensor, config: QDiffCo
     return StoredLayer(spec, tuple(weight.shape), float(f"{error:.4g}"))
 
 
+def pack_finished(model: nn.Module, layers: dict[str, tuple[StoredLayer, dict[str, Tensor]]], compute_dtype: torch.dtype) -> None:
+    """Convert the named layers in place to what was made of them: their spec and tensors."""
+    for name, (stored, tensors) in layers.items():
+        pack_layer(model.get_submodule(name), stored.spec, compute_dtype, tensors)
+
+
 def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], compute_dtype: torch.dtype) -> None:
     """Convert the named layers in place, their tensors still on the meta device.
 
@@ -66,7 +72,7 @@ def check_loaded(model: nn.Module) -> None:
         table = getattr(module.spec.format, "table", None)
         if table is not None and not module.packed_tensors()["scales"].is_meta:
             # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
-            module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device).detach()
+            module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device, copy=True)
 
 
 def release_checkpoint(model: nn.Module) -> None:

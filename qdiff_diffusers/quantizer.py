@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .checkpoint import check_tensors, hub_name, read_headers
 from .config import FORMAT_VERSION, QDiffConfig
 from .errors import CheckpointError, ConfigError
 from .formats import TensorInfo
-from .hub.origin import local_card
+from .hub.origin import is_hub_name, local_card
 from .packing import (
     check_loaded,
     dequantize_model,
@@ -46,6 +47,27 @@ class QDiffQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         config = self.quantization_config
         self.quantization_config = copy.deepcopy(config) if self.pre_quantized else config.fresh()
+
+    @classmethod
+    def of_model(cls, model: nn.Module, config: QDiffConfig) -> QDiffQuantizer:
+        """A quantizer for a model that is already in memory, its layers chosen. :meth:`take` completes it."""
+        quantizer = cls(config, pre_quantized=False)
+        quantizer.quantization_config = config
+        quantizer.update_torch_dtype(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+        keep = [name for name in getattr(model, "_keep_in_fp32_modules", None) or () if name]
+        base = str(getattr(model.config, "_name_or_path", None) or "")
+        quantizer.base_model = base if is_hub_name(base) and not Path(base).exists() else hub_name(f"{base}/config.json")
+        quantizer.base_card = local_card(Path(base, "config.json")) if base else {}
+        quantizer._select(model, keep)
+        return quantizer
+
+    def take(self, model: nn.Module) -> None:
+        """Make ``model``, whose layers have been packed, what loading a quantized checkpoint would have made it."""
+        model.is_quantized = True  # type: ignore[assignment]
+        model.quantization_method = self.quantization_config.quant_method  # type: ignore[assignment]
+        model.hf_quantizer = self  # type: ignore[assignment]
+        self.packed = packed_layers(model)
+        model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
@@ -118,6 +140,11 @@ class QDiffQuantizer(DiffusersQuantizer):
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _choose_layers(self, model: nn.Module, keep: list[str]) -> None:
+        self._select(model, keep)
+        description = f"Quantizing ({self.quantization_config.method_name})"
+        self.progress = logging.tqdm(total=len(self.targets), desc=description, unit="layer", delay=2)
+
+    def _select(self, model: nn.Module, keep: list[str]) -> None:
         config = self.quantization_config
         self.targets, config.skipped = select_layers(model, config, keep)
         if not self.targets:
@@ -129,8 +156,6 @@ class QDiffQuantizer(DiffusersQuantizer):
         if base := getattr(self, "base_model", None):
             config.provenance["base_model"] = base
         config.provenance |= getattr(self, "base_card", {})
-        description = f"Quantizing ({config.method_name})"
-        self.progress = logging.tqdm(total=len(self.targets), desc=description, unit="layer", delay=2)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any

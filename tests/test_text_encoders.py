@@ -123,9 +123,10 @@ def test_layers_that_stay_dense_are_listed_with_a_reason(name, folder):
 
 
 def test_a_cast_encoder_is_saved_in_its_new_dtype(folder, tmp_path):
-    model = load("llama", folder("llama"), RTNConfig(bits=4, group_size=16))
+    # Not a Llama: its rotary embedding casts frequencies, which are not stored and come back in float32.
+    model = load("clip", folder("clip"), RTNConfig(bits=4, group_size=16))
     model.bfloat16()
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert stored["compute_dtype"] == "bfloat16"
-    assert torch.equal(encode(load("llama", tmp_path)), encode(model))
+    assert torch.equal(encode(load("clip", tmp_path)), encode(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,12 +31,23 @@ def quantize(
     dtype: Annotated[str, typer.Option(help="Of all that is not quantized.")] = "bfloat16",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the output folder.")] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="A file of prompts, class labels (0,1,2 or 0-9), or noise: fit codes to what layers really see."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration trajectories.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a trajectory.")] = 20,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the trajectories.")] = None,
+    tune: Annotated[int, typer.Option(min=0, help="Optimizer steps after that, on codes, scales and biases.")] = 0,
+    objective: Annotated[str, typer.Option(help="What to tune: model or blocks.")] = "model",
+    workspace: Annotated[Path | None, typer.Option(help="Where finished work waits for another run.")] = None,
     push: Annotated[str | None, typer.Option(help="Also upload to this Hub name.")] = None,
 ) -> None:
-    """Quantize a model or pipeline while it loads, and save it."""
+    """Quantize a model or pipeline and save it."""
     import torch
 
     from .. import api
+    from ..calibration import Calibration, Tuning
     from ..checkpoint import inspect_components
 
     if dtype not in DTYPES:
@@ -52,8 +64,28 @@ def quantize(
         "seed": seed,
     }
     config = make_config(method, {name: value for name, value in options.items() if value is not None})
+    if calibrate is None and (samples or guidance or tune or workspace):
+        raise ConfigError("--samples, --guidance, --tune and --workspace go with --calibrate")
+    calibration = None
+    if calibrate is not None:
+        calibration = Calibration(
+            **conditions(calibrate),
+            samples=samples,
+            steps=steps,
+            guidance_scale=guidance,
+            tuning=Tuning(steps=tune, objective=objective),
+            seed=seed,
+            workspace=workspace,
+        )
     api.quantize(
-        source, config, output, components=component or None, dtype=getattr(torch, dtype), overwrite=overwrite, push_to_hub=push
+        source,
+        config,
+        output,
+        calibration=calibration,
+        components=component or None,
+        dtype=getattr(torch, dtype),
+        overwrite=overwrite,
+        push_to_hub=push,
     )
     console = stdout()
     for info in inspect_components(output):
@@ -61,6 +93,16 @@ def quantize(
         console.print(f"{info.folder}: {len(info.layers)} layers at {bits_per_weight} bits per weight, {size} in all")
     if push:
         console.print(f"https://huggingface.co/{push}")
+
+
+def conditions(text: str) -> dict[str, Any]:
+    """What ``--calibrate`` means: "noise", class labels such as "0,3,5-9", or a file of prompts."""
+    if text == "noise":
+        return {}
+    if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        spans = [[int(n) for n in part.split("-")] for part in text.split(",")]
+        return {"class_labels": [label for span in spans for label in range(span[0], span[-1] + 1)]}
+    return {"prompts": text}
 
 
 def make_config(method: str, options: dict[str, Any]) -> Any:

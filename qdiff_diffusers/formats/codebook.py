@@ -109,4 +109,4 @@ def codebook_table(name: str) -> Tensor:
     if name not in table_shapes():
         raise ValueError(f"unknown codebook table {name!r}; this version has {', '.join(table_shapes())}")
     with safe_open(TABLES_FILE, "pt") as file, torch.inference_mode(False):
-        return file.get_tensor(name).clone()  # out of the mapped file: layers share it, and none has a reason to copy it
+        return file.get_tensor(name)

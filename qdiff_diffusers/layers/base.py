@@ -58,8 +58,9 @@ class PackedLayer(nn.Module):
         if isinstance(table := getattr(spec.format, "table", None), str):
             device = tensors["codes"].device
             on = torch.device("cpu") if device.type == "meta" else device
-            # A tensor object of its own: offloading swaps ``.data``, and must not empty the table for everybody else.
-            module.register_buffer("codebooks", codebook_table(table).to(on).detach(), persistent=False)
+            # A copy of its own, of some 16 KB: offloading swaps ``.data``, which must not empty the table for everybody else, and
+            # offloading to disk writes groups of layers with safetensors, which refuses tensors that share memory.
+            module.register_buffer("codebooks", codebook_table(table).to(on, copy=True), persistent=False)
         return module
 
     def tensor_infos(self) -> dict[str, TensorInfo]:

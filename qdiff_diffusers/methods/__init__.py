@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .layer import QuantizedWeight, quantize_weight
+from .layer import LayerInputs, QuantizedWeight, format_target, quantize_weight
 
-__all__ = ["QuantizedWeight", "quantize_weight"]
+__all__ = ["LayerInputs", "QuantizedWeight", "format_target", "quantize_weight"]

@@ -13,7 +13,9 @@ from torch import Tensor
 from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from ..errors import QDiffError
 from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
+from ..formats.transform import smooth_matrix
 from . import aq, fp, rtn, svdquant, vq
+from .calibrated import fit_to_inputs
 from .unbias import sample_rows, unbias
 
 MIN_ROTATION = 16  # a smaller Hadamard block mixes too few weights to be worth a pass over the activations
@@ -25,6 +27,20 @@ class QuantizedWeight(NamedTuple):
     spec: LayerSpec
     tensors: dict[str, Tensor]
     error: float
+
+
+class LayerInputs(NamedTuple):
+    """What is known of a layer's inputs x.
+
+    Attributes:
+        hessian: float32 ``[columns, columns]``, mean of ``x x^T``, columns as in the stored matrix.
+        damping: of the Hessian, relative to its mean diagonal.
+        errors: takes the relative error of the layer's output without data, and after each round with them.
+    """
+
+    hessian: Tensor
+    damping: float = 0.01
+    errors: list[float] | None = None
 
 
 @contextmanager
@@ -39,13 +55,14 @@ def plain_defaults() -> Iterator[None]:
 
 
 @plain_defaults()
-def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> QuantizedWeight:
-    """Quantize one weight without data.
+def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: LayerInputs | None = None) -> QuantizedWeight:
+    """Quantize one weight, by itself or for inputs that are known.
 
     Args:
         weight: floating ``[out, in]`` or ``[out, in, kh, kw]``, on any device.
         config: method and settings; its ``overrides`` are not looked at.
         seed: of everything random.
+        inputs: of the layer; codes then minimise the error of its output rather than that of its weight.
 
     Raises:
         QDiffError: the weight holds NaN or infinity.
@@ -57,7 +74,10 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> Quant
     block = rotation_block(shape[1], config)
     working = rotate_matrix(matrix, shape[1], block)
     weight_format, tensors = _METHODS[config.method_name](working, config, seed)
-    if config.unbiased:
+    if inputs is not None:
+        rotated = rotate_hessian(inputs.hessian.to(working), shape[1], block)
+        tensors |= _fit(working, weight_format, tensors, inputs._replace(hessian=rotated), config.unbiased)
+    elif config.unbiased:
         tensors = unbias(working, weight_format, tensors)
     if "low_rank_down" in tensors:  # found in the rotated space, used on the raw input
         down = unrotate_matrix(tensors["low_rank_down"].float(), shape[1], block)
@@ -67,6 +87,44 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0) -> Quant
     # With the strides and the memory of a tensor read from a file: BLAS rounds [1, n] of stride (1, 1) and of (n, 1) differently.
     tensors = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in spec.tensors(shape)}
     return QuantizedWeight(spec, tensors, relative_error(matrix, spec, tensors, shape))
+
+
+@torch.no_grad()
+def format_target(weight: Tensor, spec: LayerSpec, tensors: dict[str, Tensor]) -> Tensor:
+    """What the format of a packed layer stands for: the dense ``weight`` less the low-rank branch, smoothed and rotated.
+
+    Returns:
+        float32 ``[rows, columns]``.
+    """
+    shape = tuple(weight.shape)
+    matrix = matrix_layout(weight.detach()).float()
+    if spec.rank:
+        matrix = matrix - (tensors["low_rank_up"].float() @ tensors["low_rank_down"].float()).to(matrix)
+    if spec.smooth:
+        matrix = smooth_matrix(matrix, tensors["smooth"].to(matrix))
+    return rotate_matrix(matrix, shape[1], spec.rotation).contiguous()
+
+
+def rotate_hessian(hessian: Tensor, channels: int, block: int) -> Tensor:
+    """Second moments of the rotated inputs."""
+    half = rotate_matrix(hessian, channels, block)
+    return rotate_matrix(half.T.contiguous(), channels, block)
+
+
+def _fit(
+    matrix: Tensor,
+    weight_format: WeightFormat,
+    tensors: dict[str, Tensor],
+    inputs: LayerInputs,
+    unbiased: bool,
+) -> dict[str, Tensor]:
+    """The format's tensors, fitted to what a low-rank branch leaves of ``matrix``."""
+    if "low_rank_down" in tensors:
+        matrix = matrix - tensors["low_rank_up"].float() @ tensors["low_rank_down"].float()
+    own = {name: tensors[name] for name in weight_format.tensors(*matrix.shape)}
+    return fit_to_inputs(
+        matrix, weight_format, own, inputs.hessian, damping=inputs.damping, unbiased=unbiased, errors=inputs.errors
+    )
 
 
 def rotation_block(channels: int, config: QDiffConfig) -> int:

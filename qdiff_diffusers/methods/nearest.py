@@ -32,6 +32,16 @@ def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([codes for codes, _ in parts]), torch.cat([distances for _, distances in parts])
 
 
+def nearest_few(points: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` nearest centroids of each point, nearest first: int64 and squared distances float32, both ``[N, count]``."""
+    count = min(count, len(centroids))
+    parts = [
+        torch.cdist(part, centroids).topk(count, largest=False)
+        for part in points.split(rows_in_flight(len(centroids), points.device))
+    ]
+    return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts]).square_()
+
+
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     width = min(BLOCK, len(centroids))
     blocks = [ScoreBlock(part, width) for part in centroids.split(BLOCK)]

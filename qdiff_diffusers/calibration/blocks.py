@@ -1,0 +1,167 @@
+"""Block-wise reconstruction: each repeated block is tuned to give its full-precision self's outputs for the same inputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..packing import pack_finished, packed_layers
+from . import parallel
+from .layerwise import FinishedLayer
+from .settings import Calibration
+from .store import Store, read_tensors, write_tensors
+from .trajectories import Call, call_model, detached, to_device
+from .tuning import tune
+
+
+class TunedBlock:
+    """What tuning made of one block: tensors of its layers, its other parameters, and a log."""
+
+    def __init__(self, layers: dict[str, dict[str, Tensor]], others: dict[str, Tensor], log: list[dict[str, Any]]) -> None:
+        self.layers = layers
+        self.others = others
+        self.log = log
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The outermost modules in ``nn.ModuleList``s, where diffusers' models keep their repeated blocks, in order."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return [f"{name}.{i}" for name in outermost for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+
+
+def tune_blocks(
+    model: nn.Module, layers: dict[str, FinishedLayer], calls: Store, calibration: Calibration, folder: Path, dtype: torch.dtype
+) -> dict[str, TunedBlock]:
+    """Tune every block that holds quantized layers. Memory is bounded by one block, its copy and its inputs.
+
+    In a distributed run each process takes some of the blocks.
+
+    Args:
+        model: in full precision; it stays as it is.
+        layers: as quantized one by one.
+        calls: recorded calls of the model.
+        folder: of the workspace, for finished blocks.
+        dtype: the layers' compute dtype.
+    """
+    inside = {name: [n for n in layers if n.startswith(f"{name}.")] for name in block_names(model)}
+    blocks = [name for name, own in inside.items() if own]
+    tuned: dict[str, TunedBlock] = {}
+    for index, name in enumerate(logging.tqdm(blocks, desc="Tuning blocks", unit="block", delay=2)):
+        path = folder / f"{name}.safetensors"
+        found = _read(path)
+        if found is None and parallel.is_mine(index):
+            own = {n.removeprefix(f"{name}."): layers[n] for n in inside[name]}
+            found = _tune_block(model, name, own, calls, calibration, folder, dtype)
+            _write(path, found)
+        tuned[name] = found  # type: ignore[assignment]
+    return {name: parallel.share(tuned[name], index) for index, name in enumerate(blocks)}
+
+
+def apply(model: nn.Module, layers: dict[str, FinishedLayer], tuned: dict[str, TunedBlock]) -> dict[str, FinishedLayer]:
+    """Put the tuned blocks' other parameters into the model; returns the layers with their tuned tensors."""
+    layers = dict(layers)
+    for block, result in tuned.items():
+        for leaf, tensors in result.layers.items():
+            name = f"{block}.{leaf}"
+            layers[name] = layers[name]._replace(tensors=tensors)
+        with torch.no_grad():
+            for leaf, value in result.others.items():
+                model.get_parameter(f"{block}.{leaf}").copy_(value)
+    return layers
+
+
+def _tune_block(
+    model: nn.Module,
+    name: str,
+    layers: dict[str, FinishedLayer],
+    calls: Store,
+    calibration: Calibration,
+    folder: Path,
+    dtype: torch.dtype,
+) -> TunedBlock:
+    scratch = folder / f"{name}.calls"
+    seen = _record_block(model, name, calls, scratch, calibration.memory_limit)
+    teacher = model.get_submodule(name)
+    block = copy.deepcopy(teacher).requires_grad_(False)
+    device = next(teacher.parameters()).device
+    own = {leaf: (layer.stored, {k: t.to(device) for k, t in layer.tensors.items()}) for leaf, layer in layers.items()}
+    pack_finished(block, own, dtype)
+    dense = {leaf: layer.target(teacher.get_submodule(leaf).weight) for leaf, layer in layers.items()}  # type: ignore[arg-type]
+
+    def loss_of(call: Call) -> Tensor:
+        outputs = _tensors(block(**to_device(call["inputs"], device)))
+        wanted = [t.to(device) for t in call["output"]]
+        return sum(((y.float() - t.float()).square().mean() for y, t in zip(outputs, wanted, strict=True)), torch.zeros(()))
+
+    inside = {key: p for key, p in block.named_parameters() if p.is_floating_point()} if calibration.tuning.dense else {}
+    packed = packed_layers(block)
+    log = tune(packed, inside, seen, loss_of, calibration.tuning, dense, folder / f"{name}.snapshot.safetensors", f"Tuning {name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    return TunedBlock(
+        {leaf: {k: getattr(layer, k).detach().cpu() for k in layer.tensor_infos()} for leaf, layer in packed.items()},
+        {key: p.detach().cpu() for key, p in inside.items()},
+        [{"block": name, **entry} for entry in log],
+    )
+
+
+@torch.no_grad()
+def _record_block(model: nn.Module, name: str, calls: Store, folder: Path, memory_limit: int) -> Store:
+    """Inputs and outputs of one block over all calls of the model."""
+    store = Store(folder, memory_limit)
+    block = model.get_submodule(name)
+    signature = inspect.signature(type(block).forward)
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs = dict(signature.bind(module, *args, **kwargs).arguments)
+        inputs |= inputs.pop("kwargs", {})
+        inputs.pop("self")
+        store.append({"inputs": detached(inputs), "output": [t.detach().cpu() for t in _tensors(output)], "step": step})
+
+    handle = block.register_forward_hook(record, with_kwargs=True)
+    try:
+        for call in calls:
+            step = call["step"]
+            call_model(model, call["inputs"])
+    finally:
+        handle.remove()
+    return store
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating tensors in a block's output, however it is nested."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return [t for value in values for t in _tensors(value)]
+
+
+def _write(path: Path, block: TunedBlock) -> None:
+    tensors = {f"layer/{leaf}/{k}": t for leaf, ts in block.layers.items() for k, t in ts.items()}
+    write_tensors(path, tensors | {f"other/{k}": t for k, t in block.others.items()}, {"log": block.log})
+
+
+def _read(path: Path) -> TunedBlock | None:
+    if not path.is_file():
+        return None
+    try:
+        tensors, metadata = read_tensors(path)
+    except (OSError, SafetensorError, ValueError):
+        return None
+    block = TunedBlock({}, {}, metadata["log"])
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == "other":
+            block.others[rest] = tensor.clone()
+        else:
+            leaf, _, part = rest.rpartition("/")
+            block.layers.setdefault(leaf, {})[part] = tensor.clone()
+    return block

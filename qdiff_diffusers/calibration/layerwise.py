@@ -1,0 +1,109 @@
+"""The first stage: each layer is quantized for the inputs that it sees in the full-precision model, independent of all others."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers.utils import logging
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..config import QDiffConfig, StoredLayer
+from ..errors import CalibrationError
+from ..formats import LayerSpec
+from ..methods import LayerInputs, format_target, quantize_weight
+from . import parallel
+from .settings import Calibration
+from .statistics import InputStatistics, collect, groups_within
+from .store import Store, read_tensors, write_tensors
+
+
+class FinishedLayer(NamedTuple):
+    """A quantized layer: what config.json says of it, its tensors, and what it cost."""
+
+    stored: StoredLayer
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    def target(self, weight: Tensor) -> Tensor:
+        """float32 ``[rows, columns]``: what the format's tensors stand for, given the dense weight."""
+        return format_target(weight, self.stored.spec, self.tensors)
+
+
+def quantize_layers(
+    model: nn.Module, targets: dict[str, QDiffConfig], calibration: Calibration, calls: Store | None, folder: Path
+) -> dict[str, FinishedLayer]:
+    """Quantize all layers, reading those that an earlier run finished.
+
+    Statistics of as many layers at a time as ``calibration.memory_limit`` holds are collected in one pass over the calls. In a
+    distributed run each process takes some of these groups.
+
+    Args:
+        model: in full precision; it stays as it is.
+        targets: config of each layer.
+        calls: recorded calls, or ``None`` to quantize without data.
+        folder: of the workspace, for finished layers.
+
+    Raises:
+        CalibrationError: a layer's inputs hold NaN or infinity, or the workspace cannot be written.
+    """
+    finished = {name: layer for name in targets if (layer := _read(folder / f"{name}.safetensors"))}
+    finished = parallel.share(finished, 0)
+    left = [name for name in targets if name not in finished]
+    share = -(-len(left) // parallel.world_size())
+    groups = [part for group in groups_within(model, left, calibration.memory_limit) for part in _split(group, share)]
+    progress = logging.tqdm(total=len(left), desc="Quantizing layers", unit="layer", delay=2)
+    for index, group in enumerate(groups):
+        found: dict[str, FinishedLayer] = {}
+        if parallel.is_mine(index):
+            statistics = collect(model, group, calls) if calls is not None else {}
+            for name in group:
+                found[name] = _quantize(model.get_submodule(name), name, targets[name], calibration, statistics.pop(name, None))
+                _write(folder / f"{name}.safetensors", found[name])
+                progress.update()
+        finished |= found
+    for index, group in enumerate(groups):
+        finished |= parallel.share({name: finished[name] for name in group if name in finished}, index)
+    progress.close()
+    return {name: finished[name] for name in targets}
+
+
+def _quantize(
+    layer: Any, name: str, config: QDiffConfig, calibration: Calibration, statistics: InputStatistics | None
+) -> FinishedLayer:
+    start = time.perf_counter()
+    seed = config.seed + zlib.crc32(name.encode())
+    errors: list[float] = []
+    inputs = LayerInputs(statistics.hessian, calibration.damping, errors) if statistics and statistics.tokens else None
+    try:
+        spec, tensors, error = quantize_weight(layer.weight, config, seed, inputs)
+    except ValueError as failure:
+        raise CalibrationError(f"layer {name} {list(layer.weight.shape)}: {failure}") from failure
+    facts = {"seconds": round(time.perf_counter() - start, 3), "output_errors": [float(f"{e:.4g}") for e in errors]}
+    stored = StoredLayer(spec, tuple(layer.weight.shape), float(f"{error:.4g}"))
+    return FinishedLayer(stored, {key: t.cpu() for key, t in tensors.items()}, facts)
+
+
+def _split(group: list[str], size: int) -> list[list[str]]:
+    """Pieces of at most ``size``, so that every process has something to do."""
+    return [group[i : i + size] for i in range(0, len(group), size)]
+
+
+def _write(path: Path, layer: FinishedLayer) -> None:
+    stored = layer.stored
+    metadata = {"spec": stored.spec.to_dict(), "shape": list(stored.shape), "error": stored.error, "facts": layer.facts}
+    write_tensors(path, layer.tensors, metadata)
+
+
+def _read(path: Path) -> FinishedLayer | None:
+    if not path.is_file():
+        return None
+    try:
+        tensors, metadata = read_tensors(path)
+        stored = StoredLayer(LayerSpec.from_dict(metadata["spec"]), tuple(metadata["shape"]), metadata["error"])
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None  # not finished after all
+    return FinishedLayer(stored, {name: t.clone() for name, t in tensors.items()}, metadata["facts"])

@@ -1,0 +1,174 @@
+"""What calibration runs, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+OBJECTIVES = ("model", "blocks")
+ASSIGNMENTS = ("pv", "candidates", "fixed")
+STARTS = ("distance", "uniform")
+CODEBOOKS = ("with", "after", "fixed")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Gradient descent on packed weights against the full-precision model, after every layer has been quantized by itself.
+
+    Args:
+        steps: optimizer steps, of the whole model, or of each block. 0: none.
+        objective: "model" follows the teacher's trajectories with the whole model (AQUATIC-Diff), "blocks" fits each repeated
+            block to its own outputs (VQ4DiT).
+        assignments: how codes change. "pv": straight-through weights, of which the ``fraction`` that moved furthest is encoded
+            anew each step (PV-Tuning). "candidates": softmax ratios over the ``candidates`` nearest entries (VQ4DiT). "fixed".
+        lr: of scales, codebooks, biases, norms and low-rank branches, relative to each tensor's own size; falls linearly to 0.
+        code_lr: of the straight-through weights (relative to their spread), or of the ratios' logits.
+        fraction: share of the vectors whose codes may change in one step.
+        candidates: n of VQ4DiT; 1 keeps the nearest.
+        start: ratios begin "uniform" (the paper) or by "distance" (its released code).
+        codebooks: trained "with" the assignments (the paper), "after" they are frozen (the released code), or "fixed".
+        regularizer: weight of the term that pushes ratios to 0 and 1.
+        reset_at_wrap: forget momentum where one trajectory ends and another begins (SeMI-PV).
+        reset_changed: forget momentum of weights whose codes just changed (SeMI-PV).
+        dense: train what is not packed too: biases, norms, embeddings.
+    """
+
+    steps: int = 0
+    objective: str = "model"
+    assignments: str = "pv"
+    lr: float = 1e-3
+    code_lr: float = 1e-2
+    fraction: float = 1e-2
+    candidates: int = 2
+    start: str = "distance"
+    codebooks: str = "with"
+    regularizer: float = 1.0
+    reset_at_wrap: bool = True
+    reset_changed: bool = True
+    dense: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in (("objective", OBJECTIVES), ("assignments", ASSIGNMENTS), ("start", STARTS), ("codebooks", CODEBOOKS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"tuning: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.steps < 0 or self.candidates < 1:
+            raise ConfigError(f"tuning: steps must be 0 or more and candidates 1 or more, got {self.steps} and {self.candidates}")
+        if not 0 <= self.fraction <= 1:
+            raise ConfigError(f"tuning: fraction must lie between 0 and 1, got {self.fraction!r}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where calibration data come from: the full-precision model's own trajectories, nothing else.
+
+    Args:
+        prompts: of a text-to-image pipeline; a list, or the path of a text file with one prompt per line.
+        class_labels: of a class-conditional model. Without prompts and labels a model gets nothing but noise.
+        run: for pipelines that are called in their own way, ``run(pipe, samples, generators)`` with a list of sample numbers and
+            their generators; instead of prompts and labels.
+        samples: trajectories; prompts or labels are repeated or cut to this number. By default one per prompt or label, or 16.
+        steps: denoising steps of a trajectory.
+        guidance_scale: of the pipeline; ``None`` for its own default.
+        scheduler: of a bare model, which has none; DDIM by default.
+        batch_size: trajectories that run together.
+        timesteps: steps of each trajectory to keep, evenly spaced; ``None`` for all.
+        hessian: quantize each layer against its inputs' second moments rather than against its weights alone.
+        damping: added to a Hessian's diagonal, relative to its mean.
+        tuning: the second stage.
+        seed: of noise and of everything else random.
+        memory_limit: bytes of recorded tensors, or of Hessians, to hold in memory at a time; more recorded ones go to disk.
+        workspace: folder for finished work, from which an interrupted run resumes; beside the output by default.
+    """
+
+    prompts: Any = None
+    class_labels: Sequence[int] | None = None
+    run: Callable[..., Any] | None = None
+    samples: int | None = None
+    steps: int = 20
+    guidance_scale: float | None = None
+    scheduler: Any = None
+    batch_size: int = 8
+    timesteps: int | None = None
+    hessian: bool = True
+    damping: float = 0.01
+    tuning: Tuning = field(default_factory=Tuning)
+    seed: int = 0
+    memory_limit: int = 2 << 30
+    workspace: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str | Path):
+            object.__setattr__(self, "prompts", read_prompts(self.prompts))
+        if isinstance(self.tuning, Mapping):
+            object.__setattr__(self, "tuning", _make(Tuning, self.tuning, "tuning"))
+        if sum(source is not None for source in (self.prompts, self.class_labels, self.run)) > 1:
+            raise ConfigError("calibration: give prompts, class_labels or run, not several of them")
+        for name, source in (("prompts", self.prompts), ("class_labels", self.class_labels)):
+            if source is not None and not len(source):
+                raise ConfigError(f"calibration: {name} is empty")
+        for name in ("steps", "batch_size", "samples", "timesteps", "memory_limit"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"calibration: {name} must be a whole number above 0, got {value!r}")
+        if not self.damping > 0:
+            raise ConfigError(f"calibration: damping must be above 0, got {self.damping!r}")
+
+    @property
+    def count(self) -> int:
+        """Number of trajectories."""
+        given = self.prompts if self.prompts is not None else self.class_labels
+        return self.samples or (len(given) if given is not None else 16)
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the result, JSON-able: prompts are counted, not quoted."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)} | {"tuning": asdict(self.tuning)}
+        out = {k: v for k, v in out.items() if k not in ("workspace", "memory_limit", "run", "scheduler")}
+        out["prompts"] = None if self.prompts is None else len(self.prompts)
+        out["class_labels"] = None if self.class_labels is None else list(self.class_labels)
+        return out
+
+
+def as_calibration(value: Any) -> Calibration:
+    """A calibration from what a user may give: one, a mapping of its fields, prompts, labels, or a file of prompts.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if isinstance(value, Calibration):
+        return value
+    if isinstance(value, Mapping):
+        return _make(Calibration, value, "calibration")
+    if isinstance(value, str | Path):
+        return Calibration(prompts=value)
+    if isinstance(value, Sequence) and len(value):
+        if all(isinstance(item, str) for item in value):
+            return Calibration(prompts=list(value))
+        if all(isinstance(item, int) for item in value):
+            return Calibration(class_labels=list(value))
+    raise ConfigError(f"calibration must be prompts, class labels, a file of prompts or a Calibration, got {value!r}")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Lines of a text file, blank ones left out.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no prompt.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read prompts from {path}: {error}") from error
+    if not any(lines):
+        raise ConfigError(f"{path} holds no prompt")
+    return [line for line in lines if line]
+
+
+def _make(cls: Any, values: Mapping[str, Any], name: str) -> Any:
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return cls(**values)

@@ -1,0 +1,117 @@
+"""What layers see: second moments and largest magnitudes of their inputs over all recorded calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from .store import Store
+from .trajectories import call_model
+
+
+class Moments(NamedTuple):
+    """Of one input: sum of ``x x^T``, largest magnitude per channel, number of samples."""
+
+    sums: Tensor
+    largest: Tensor
+    tokens: int
+
+
+class InputStatistics:
+    """Of one layer's inputs, each token (or pixel's window) a sample.
+
+    Attributes:
+        hessian: float32 ``[columns, columns]``, the mean of ``x x^T`` with columns as in the stored matrix: a convolution's
+            windows channels last.
+        largest: float32 ``[channels]``, largest magnitude of each input channel.
+        tokens: number of samples.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        columns = weight[0].numel()
+        self.sums = torch.zeros(columns, columns, device=weight.device)
+        self.largest = torch.zeros(weight.shape[1], device=weight.device)
+        self.tokens = 0
+
+    def add(self, moments: Moments) -> None:
+        """Take in one input."""
+        self.sums += moments.sums
+        self.tokens += moments.tokens
+        torch.maximum(self.largest, moments.largest, out=self.largest)
+
+    @property
+    def hessian(self) -> Tensor:
+        return self.sums / max(self.tokens, 1)
+
+
+def input_moments(layer: nn.Module, x: Tensor) -> Moments:
+    """Moments of one input of ``layer``."""
+    samples, channels = token_matrix(layer, x.detach()), x.shape[-3] if isinstance(layer, nn.Conv2d) else x.shape[-1]
+    return Moments(samples.T @ samples, samples.view(-1, channels).abs().amax(0), len(samples))
+
+
+def token_matrix(layer: nn.Module, x: Tensor) -> Tensor:
+    """Inputs of a layer as float32 rows ``[tokens, columns]`` that its stored matrix multiplies."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1]).float()
+    x = x if x.ndim == 4 else x[None]
+    assert not isinstance(layer.padding, str)
+    taps = F.unfold(x.float(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [batch, in * kh * kw, pixels]
+    taps = taps.unflatten(1, (x.shape[1], -1)).permute(0, 3, 2, 1)
+    return taps.reshape(-1, taps.shape[2] * taps.shape[3])
+
+
+@torch.no_grad()
+def collect(model: nn.Module, names: Sequence[str], calls: Store) -> dict[str, InputStatistics]:
+    """Statistics of the named layers over all calls."""
+    layers = {name: model.get_submodule(name) for name in names}
+    found = {name: InputStatistics(layer) for name, layer in layers.items()}
+    with _watching(layers, found):
+        for call in logging.tqdm(calls, desc="Collecting statistics", unit="call", total=len(calls), delay=2, leave=False):
+            call_model(model, call["inputs"])
+    return found
+
+
+@contextmanager
+def _watching(layers: Mapping[str, nn.Module], found: Mapping[str, InputStatistics]) -> Iterator[None]:
+    last: dict[str, Any] = {"x": None, "geometry": None}
+
+    def add(layer: nn.Module, x: Tensor, statistics: InputStatistics) -> None:
+        geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
+        if x is not last["x"] or geometry != last["geometry"]:  # query, key and value, for instance, share one input
+            last.update(x=x, geometry=geometry, moments=input_moments(layer, x))
+        statistics.add(last["moments"])
+
+    def watch(statistics: InputStatistics) -> Any:
+        return lambda layer, args: add(layer, args[0], statistics)
+
+    handles = [layer.register_forward_pre_hook(watch(found[name])) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def groups_within(model: nn.Module, names: Sequence[str], limit: int) -> list[list[str]]:
+    """Consecutive layers whose Hessians together take at most ``limit`` bytes, or one layer that alone takes more."""
+    groups: list[list[str]] = []
+    used = limit
+    for name in names:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        size = 4 * weight[0].numel() ** 2
+        if used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups

@@ -1,0 +1,251 @@
+"""The second stage: gradient descent on the packed weights against the full-precision model, all layers (or a block's) together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from ..packing import packed_layers
+from .settings import Calibration, Tuning
+from .store import Store, read_tensors, write_tensors
+from .trained import TrainedLayer, training
+from .trajectories import Call, call_model
+
+SAVE_EVERY = 50  # steps between two snapshots
+TRIAL_CALLS = 16  # calls on which the loss is taken before and after
+RMS_ALPHA = 0.9  # VQ4DiT's released code
+ADAM_BETAS = (0.9, 0.95)  # PV-Tuning's
+
+
+class Tuner:
+    """Optimises trained layers, and other parameters of the model, step by step; its state can be saved and restored.
+
+    Args:
+        layers: in training.
+        dense: further parameters, by name.
+        tuning: settings.
+        total: steps, over which learning rates fall to 0.
+    """
+
+    def __init__(self, layers: dict[str, TrainedLayer], dense: dict[str, nn.Parameter], tuning: Tuning, total: int) -> None:
+        self.layers = layers
+        self.tuning = tuning
+        self.total = total
+        self.step_number = 0
+        self.names: dict[str, nn.Parameter] = {}
+        groups = []
+
+        def add(parameters: dict[str, nn.Parameter], rate: float) -> None:
+            self.names.update(parameters)
+            groups.append({"params": list(parameters.values()), "lr": rate, "initial_lr": rate})
+
+        for name, layer in layers.items():
+            for i, group in enumerate(layer.packed.groups()):
+                rate = tuning.code_lr if group.kind == "codes" else tuning.lr
+                add({f"{name}.{i}.{j}": p for j, p in enumerate(group.parameters)}, rate * group.size)
+            for part, factor in (("down", layer.down), ("up", layer.up)):
+                if factor is not None:
+                    add({f"{name}.{part}": factor}, tuning.lr * _size(factor))
+        for name, parameter in dense.items():
+            add({name: parameter}, tuning.lr * _size(parameter))
+        candidates = tuning.assignments == "candidates"
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.RMSprop(groups, alpha=RMS_ALPHA) if candidates else torch.optim.Adam(groups, betas=ADAM_BETAS)
+        )
+
+    def step(self, loss: Tensor) -> float:
+        """One optimizer step down the gradient of ``loss`` and of the weights' own penalties. Returns the loss.
+
+        Raises:
+            CalibrationError: the loss is not a number.
+        """
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise CalibrationError(f"the loss became {value} in step {self.step_number}; lower tuning's lr or code_lr")
+        penalties = [p for layer in self.layers.values() if (p := layer.packed.penalty()) is not None]
+        total = loss + value * sum(penalties) / len(penalties) if penalties else loss  # in proportion: losses differ by model
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        decay = 1 - self.step_number / max(self.total, 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * decay
+        self.optimizer.step()
+        for layer in self.layers.values():
+            stale = layer.packed.after_step(self.tuning.fraction)
+            if self.tuning.reset_changed:
+                for parameter, mask in stale.items():
+                    if "exp_avg" in self.optimizer.state.get(parameter, {}):
+                        self.optimizer.state[parameter]["exp_avg"].masked_fill_(mask, 0)
+        self.step_number += 1
+        return value
+
+    def forget_momentum(self) -> None:
+        """Zero the first moments and keep the second: what follows has nothing to do with what went before."""
+        for state in self.optimizer.state.values():
+            if "exp_avg" in state:
+                state["exp_avg"].zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a run needs to go on exactly."""
+        out = {"step": torch.tensor(self.step_number)}
+        for name, parameter in self.names.items():
+            out[f"parameter/{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                out[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+        for name, layer in self.layers.items():
+            for key, value in layer.packed.state().items():
+                out[f"codes/{key}/{name}"] = value
+        return {key: value.clone() for key, value in out.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`state`."""
+        self.step_number = int(state["step"])
+        for key, value in state.items():
+            kind, _, rest = key.partition("/")
+            if kind == "parameter":
+                self.names[rest].copy_(value)
+            elif kind == "optimizer":
+                field, _, name = rest.partition("/")
+                self.optimizer.state[self.names[name]][field] = value.clone().to(self.names[name].device if value.ndim else "cpu")
+            elif kind == "codes":
+                field, _, name = rest.partition("/")
+                self.layers[name].packed.restore(field, value)
+
+
+def tune_model(
+    model: nn.Module, calls: Store, calibration: Calibration, dense: dict[str, Tensor], folder: Path
+) -> list[dict[str, Any]]:
+    """Distil the recorded model into its packed self: each step takes the next call of the teacher's trajectories.
+
+    Args:
+        model: with packed layers, which are changed in place.
+        calls: with the teacher's outputs.
+        dense: float32 matrices that the layers' formats approximate, for methods that need them.
+        folder: of the workspace, for snapshots.
+
+    Returns:
+        a log of the mean loss between snapshots. If the loss on a sample of calls has not fallen, the model is as it was.
+    """
+    tuning = calibration.tuning
+    guidance = calibration.guidance_scale
+
+    def loss_of(call: Call) -> Tensor:
+        return guided_loss(call_model(model, call["inputs"]), call["output"], call["inputs"], guidance)
+
+    others = _dense_parameters(model) if tuning.dense else {}
+    return tune(packed_layers(model), others, calls, loss_of, tuning, dense, folder / "tuning.safetensors", "Tuning the model")
+
+
+def tune(
+    layers: dict[str, Any],
+    others: dict[str, nn.Parameter],
+    calls: Store,
+    loss_of: Callable[[Call], Tensor],
+    tuning: Tuning,
+    dense: dict[str, Tensor],
+    snapshot: Path,
+    description: str,
+) -> list[dict[str, Any]]:
+    """Tune packed layers and other parameters against ``loss_of`` recorded calls; see :func:`tune_model`."""
+    trained = {name: TrainedLayer(layer, dense.get(name), tuning) for name, layer in layers.items()}
+    tuner = Tuner(trained, others, tuning, tuning.steps)
+    before = {name: parameter.detach().clone() for name, parameter in others.items()}
+    log: list[dict[str, Any]] = []
+    trial = [int(i) for i in torch.linspace(0, len(calls) - 1, min(TRIAL_CALLS, len(calls))).round()]
+    first = _mean_loss(calls, trial, loss_of)
+    for parameter in others.values():
+        parameter.requires_grad_(True)
+    if snapshot.is_file():
+        log = _resume(tuner, snapshot)
+    progress = logging.tqdm(total=tuning.steps, initial=tuner.step_number, desc=description, unit="step", delay=2)
+    losses: list[float] = []
+    with training(trained), torch.enable_grad():
+        while tuner.step_number < tuning.steps:
+            call = calls[tuner.step_number % len(calls)]
+            if tuning.reset_at_wrap and call["step"] == 0:
+                tuner.forget_momentum()
+            losses.append(tuner.step(loss_of(call)))
+            progress.update()
+            if tuner.step_number % SAVE_EVERY == 0 or tuner.step_number == tuning.steps:
+                log.append({"stage": "tuning", "step": tuner.step_number, "loss": float(f"{sum(losses) / len(losses):.6g}")})
+                losses = []
+                write_tensors(snapshot, tuner.state(), {"log": log})
+    progress.close()
+    return [*log, _conclude(tuner, before, others, first, lambda: _mean_loss(calls, trial, loss_of))]
+
+
+def guided_loss(student: Tensor, teacher: Tensor, inputs: dict[str, Any], guidance: float | None) -> Tensor:
+    """Mean squared difference of outputs, of guided ones if the call holds a conditional and an unconditional half.
+
+    ``guided = unconditional + g * (conditional - unconditional)``. Pipelines differ in which half comes first: those with class
+    labels put the conditional one there, those with prompts the other.
+    """
+    difference = student.float() - teacher.to(student.device).float()
+    if guidance is None or guidance == 1 or not _is_doubled(inputs):
+        return difference.square().mean()
+    first, second = difference.chunk(2)
+    conditional, unconditional = (first, second) if "class_labels" in inputs else (second, first)
+    return (unconditional + guidance * (conditional - unconditional)).square().mean()
+
+
+def _is_doubled(inputs: dict[str, Any]) -> bool:
+    sample = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 2), None)
+    if sample is None or len(sample) % 2:
+        return False
+    first, second = sample.chunk(2)
+    return torch.equal(first, second)
+
+
+def _conclude(
+    tuner: Tuner, before: dict[str, Tensor], others: dict[str, nn.Parameter], first: float, mean_loss: Callable[[], float]
+) -> dict[str, Any]:
+    """Write the result into the layers; take it back if it is worse than what there was."""
+    packed = {
+        name: {k: t.detach().clone() for k, t in layer.layer[0].packed_tensors().items()} for name, layer in tuner.layers.items()
+    }
+    for layer in tuner.layers.values():
+        layer.write_back()
+    for parameter in others.values():
+        parameter.requires_grad_(False)
+    last = mean_loss()
+    if not last < first:
+        for name, layer in tuner.layers.items():
+            for key, tensor in packed[name].items():
+                getattr(layer.layer[0], key).data = tensor
+        with torch.no_grad():
+            for name, parameter in others.items():
+                parameter.copy_(before[name])
+    return {"stage": "tuned", "loss_before": float(f"{first:.6g}"), "loss_after": float(f"{last:.6g}"), "kept": last < first}
+
+
+@torch.no_grad()
+def _mean_loss(calls: Store, indices: list[int], loss_of: Callable[[Call], Tensor]) -> float:
+    return sum(float(loss_of(calls[i])) for i in indices) / len(indices)
+
+
+def _resume(tuner: Tuner, snapshot: Path) -> list[dict[str, Any]]:
+    try:
+        state, metadata = read_tensors(snapshot)
+        tuner.restore(state)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CalibrationError(f"cannot resume from {snapshot}: {error}; remove it to tune from the beginning") from error
+    return list(metadata["log"])
+
+
+def _dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Floating parameters that are not packed: biases, norms, embeddings, layers left in 16 bits."""
+    return {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float8_e4m3fn}
+
+
+def _size(parameter: Tensor) -> float:
+    """Root mean square of a tensor: what its learning rate is relative to."""
+    return float(parameter.detach().float().square().mean().sqrt()) or 1.0

@@ -1,0 +1,134 @@
+"""Codes chosen by their effect on a layer's output: errors fall monotonically, and every format gains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from qdiff_diffusers import AQConfig, FPConfig, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers.methods import LayerInputs, format_target, quantize_weight
+from qdiff_diffusers.methods.coders import make_coder
+from qdiff_diffusers.methods.output_error import damped, descend, inverse_factor, pass_on_errors, row_errors
+
+CONFIGS = {
+    "aq": AQConfig(bits=2),
+    "aq-layer": AQConfig(num_codebooks=2, codebook_bits=4, vector_size=4, codebook="layer"),
+    "aq-tensor": AQConfig(num_codebooks=2, codebook_bits=4, vector_size=8, codebook="layer", group_size="tensor"),
+    "vq": VQConfig(bits=2, codebook="layer"),
+    "rtn": RTNConfig(bits=3, group_size=32),
+    "fp": FPConfig(bits=4),
+    "nvfp4": FPConfig(weight_format="nvfp4"),
+    "mxfp4": FPConfig(weight_format="mxfp4"),
+    "svdquant": SVDQuantConfig(bits=4, rank=4),
+}
+
+
+def problem(rows: int = 48, columns: int = 96, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and second moments of inputs that lie near a few directions."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(columns // 4, columns, generator=generator)
+    x = torch.randn(4 * columns, columns // 4, generator=generator) @ basis + 0.3 * torch.randn(4 * columns, columns, generator=generator)
+    return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
+
+
+def output_error(weight, quantized, hessian) -> float:
+    dense = quantized.spec.dequantize(quantized.tensors, tuple(weight.shape))
+    return float(row_errors(weight - dense, hessian).sum() / row_errors(weight, hessian).sum())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_inputs_lower_the_output_error_of_every_format_to_less_than_two_thirds(name):
+    weight, hessian = problem()
+    plain = quantize_weight(weight, CONFIGS[name])
+    errors: list[float] = []
+    fitted = quantize_weight(weight, CONFIGS[name], inputs=LayerInputs(hessian, errors=errors))
+    assert fitted.spec == plain.spec
+    assert {k: (t.shape, t.dtype) for k, t in fitted.tensors.items()} == {k: (t.shape, t.dtype) for k, t in plain.tensors.items()}
+    assert output_error(weight, fitted, hessian) < 0.66 * output_error(weight, plain, hessian)
+    assert len(errors) >= 2
+    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sweep_of_coordinate_descent_raises_no_rows_error(name):
+    weight, hessian = problem(seed=1)
+    hessian = damped(hessian, 0.01)
+    plain = quantize_weight(weight, CONFIGS[name])
+    target = format_target(weight, plain.spec, plain.tensors)
+    own = {k: plain.tensors[k] for k in plain.spec.format.tensors(*target.shape)}
+    coder = make_coder(plain.spec.format, own, target.shape[1], beam=8)
+    for _ in range(3):
+        before = row_errors(target - coder.values, hessian)
+        descend(target, hessian, coder)
+        after = row_errors(target - coder.values, hessian)
+        assert (after <= before * (1 + 1e-4)).all()
+        packed = plain.spec.format.dequantize(coder.pack(), target.shape[1])
+        torch.testing.assert_close(packed, coder.values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_uncorrelated_inputs_change_little(name):
+    """With H = 1 there is nothing to make up for: as good as, and hardly better than, quantizing the weight by itself."""
+    weight, _ = problem()
+    hessian = torch.eye(weight.shape[1])
+    plain = output_error(weight, quantize_weight(weight, CONFIGS[name]), hessian)
+    fitted = output_error(weight, quantize_weight(weight, CONFIGS[name], inputs=LayerInputs(hessian)), hessian)
+    assert 0.5 * plain < fitted < 1.02 * plain
+
+
+@given(columns=st.integers(3, 40), vector=st.integers(1, 7), seed=st.integers(0, 5))
+def test_columns_need_not_be_a_multiple_of_the_vector(columns, vector, seed):
+    weight, hessian = problem(8, max(columns, 4), seed)
+    weight, hessian = weight[:, :columns].contiguous(), hessian[:columns, :columns].contiguous()
+    config = VQConfig(codebook_bits=3, vector_size=vector, codebook="layer", rotation=False)
+    plain = output_error(weight, quantize_weight(weight, config), hessian)
+    fitted = quantize_weight(weight, config, inputs=LayerInputs(hessian))
+    assert output_error(weight, fitted, hessian) <= plain * 1.05  # keeping the gain may cost a little of the squared error
+
+
+def test_passing_on_errors_is_gptq():
+    """Column by column against the textbook's loop, in float64."""
+    weight, hessian = problem(5, 12)
+    hessian = damped(hessian, 0.01)
+    plain = quantize_weight(weight, RTNConfig(bits=2, group_size=12))
+    coder = make_coder(plain.spec.format, plain.tensors, 12, beam=1)
+    scale, zero = plain.tensors["scales"].double(), plain.tensors["zeros"].double()
+    pass_on_errors(weight, hessian, coder)
+    upper = inverse_factor(hessian.double())
+    left, expected = weight.double().clone(), torch.empty(5, 12, dtype=torch.float64)
+    for i in range(12):
+        code = ((left[:, i : i + 1] - zero) / scale).round().clamp(0, 3)
+        expected[:, i : i + 1] = code * scale + zero
+        error = (left[:, i] - expected[:, i]) / upper[i, i]
+        left[:, i:] -= error[:, None] * upper[i, i:]
+    torch.testing.assert_close(coder.values.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_too():
+    weight = torch.randn(8, 16, 3, 3)
+    x = torch.randn(600, 30) @ torch.randn(30, 144) + 0.3 * torch.randn(600, 144)
+    hessian = x.T @ x / 600
+    config = AQConfig(bits=2)
+    plain, fitted = quantize_weight(weight, config), quantize_weight(weight, config, inputs=LayerInputs(hessian))
+
+    def error(quantized):
+        difference = weight - quantized.spec.dequantize(quantized.tensors, tuple(weight.shape))
+        return float(row_errors(difference.permute(0, 2, 3, 1).flatten(1), hessian).sum())
+
+    assert error(fitted) < 0.66 * error(plain)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers_are_refused(bad):
+    weight, hessian = problem()
+    hessian[3, 3] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantize_weight(weight, RTNConfig(bits=4), inputs=LayerInputs(hessian))
+
+
+def test_an_input_that_never_occurs_is_no_reason_to_fail():
+    weight, hessian = problem()
+    hessian[7] = hessian[:, 7] = 0
+    fitted = quantize_weight(weight, RTNConfig(bits=4), inputs=LayerInputs(hessian))
+    assert torch.isfinite(fitted.spec.dequantize(fitted.tensors, tuple(weight.shape))).all()
