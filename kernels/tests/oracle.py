@@ -34,6 +34,7 @@ NO_EXTRAS: dict[str, Any] = {
     "smooth": None,
     "rotation": 0,
     "activations": "none",
+    "shift": None,
 }
 
 
@@ -52,6 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "codebook-3x5-d3-int8": ("codebook", {"num_codebooks": 3, "bits": 5, "vector_size": 3, "group_size": None, "int8": True}),
     "codebook-1x11-d4-tensor": ("codebook", {"num_codebooks": 1, "bits": 11, "vector_size": 4, "group_size": "tensor"}),
     "e2m1-g16-e4m3-two-level": ("minifloat", {"encodings": "e2m1", "group_size": 16, "scales": "e4m3", "tensor_scale": True}),
+    "e2m1-g16-e4m3-row-scales": ("minifloat", {"encodings": "e2m1", "group_size": 16, "scales": "e4m3", "row_scale": True}),
     "e2m1-g32-e8m0": ("minifloat", {"encodings": "e2m1", "group_size": 32, "scales": "e8m0"}),
     "e4m3-row": ("minifloat", {"encodings": "e4m3", "group_size": None, "scales": "float16"}),
     "e3m2-tensor": ("minifloat", {"encodings": "e3m2", "group_size": "tensor", "scales": "float32"}),
@@ -158,6 +160,9 @@ def _minifloat(random: Any, options: dict, rows: int, columns: int, scale_shape:
     tensor_scale = torch.tensor([0.37]) if options.get("tensor_scale") else None
     if tensor_scale is not None:
         dense *= tensor_scale.double().item()
+    if options.get("row_scale"):
+        tensor_scale = torch.from_numpy(random.uniform(0.2, 2, (rows, 1))).bfloat16().float()
+        dense *= tensor_scale.double().numpy()
     return (pack(codes, bits), scales, tensor_scale, options["encodings"], group_size), dense
 
 
@@ -196,20 +201,41 @@ def rotation_matrix(channels: int, block: int) -> Tensor:
     return splitmix64_signs(channels)[:, None] * blocks
 
 
-def quantize_activations(x: Tensor, kind: str) -> Tensor:
+def quantize_activations(x: Tensor, kind: str, shift: Tensor | None = None) -> Tensor:
     """Last dimension of float64 x as the matrix unit sees it, scales multiplied back in."""
     if kind == "none":
         return x
+    if kind == "nvfp4":
+        return _quantize_nvfp4(x)
     out = torch.empty_like(x)
     width = 64 if kind == "int4" else x.shape[-1]
     largest = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[kind]
     fp8 = np.unique([minifloat_value(c, "e4m3") for c in range(256)])
     for start in range(0, x.shape[-1], width):
         part = x[..., start : start + width]
+        if kind == "int4" and shift is not None and (shift[start : start + width] > 0).any():
+            scale = part.amax(-1, keepdim=True).clamp_min(0) / 15
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+            out[..., start : start + width] = (part / scale).round().clamp(0, 15) * scale
+            continue
         scale = part.abs().amax(-1, keepdim=True) / largest
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         units = part / scale
         out[..., start : start + width] = (_nearest(units, fp8) if kind == "fp8" else units.round()) * scale
+    return out
+
+
+def _quantize_nvfp4(x: Tensor) -> Tensor:
+    """Value by value: an E4M3 scale for every 16 channels, then the nearest E2M1 value, the even code where two are as near."""
+    levels = [minifloat_value(code, "e2m1") for code in range(8)]
+    even_first = torch.tensor([levels[code] for code in (0, 2, 4, 6, 1, 3, 5, 7)], dtype=torch.float64)
+    out = torch.empty_like(x)
+    for start in range(0, x.shape[-1], 16):
+        part = x[..., start : start + 16]
+        scale = (part.abs().amax(-1, keepdim=True) / 6).clamp(max=448).float().to(torch.float8_e4m3fn).double()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        nearest = even_first[((part / scale).abs()[..., None] - even_first).abs().argmin(-1)]
+        out[..., start : start + 16] = nearest * part.sign() * scale
     return out
 
 
@@ -238,11 +264,13 @@ def conv2d(x: Tensor, dense: Tensor, extras: dict[str, Any], window: tuple[list[
 
 
 def _inputs(x: Tensor, extras: dict[str, Any]) -> Tensor:
+    if extras.get("shift") is not None:
+        x = x + extras["shift"].double()
     if extras["smooth"] is not None:
         x = x / extras["smooth"].double()
     if extras["rotation"]:
         x = x @ rotation_matrix(x.shape[-1], extras["rotation"])
-    return quantize_activations(x, extras["activations"])
+    return quantize_activations(x, extras["activations"], extras.get("shift"))
 
 
 def _convolve(x: Tensor, rows: Tensor, window: tuple[list[int], ...]) -> Tensor:
@@ -263,7 +291,7 @@ def _convolve(x: Tensor, rows: Tensor, window: tuple[list[int], ...]) -> Tensor:
 
 
 def make_extras(names: str, rows: int, columns: int, channels: int, rotation: int = 16, rank: int = 3) -> dict[str, Any]:
-    """Extras of a layer from a "+"-separated list of bias, low_rank, smooth, rotation, int8, fp8, int4."""
+    """Extras of a layer from a "+"-separated list of bias, low_rank, smooth, shift, rotation, int8, fp8, int4, nvfp4."""
     extras = dict(NO_EXTRAS)
     for name in names.split("+"):
         if name == "bias":
@@ -273,6 +301,8 @@ def make_extras(names: str, rows: int, columns: int, channels: int, rotation: in
             extras["low_rank_up"] = torch.randn(rows, rank).half()
         elif name == "smooth":
             extras["smooth"] = (torch.rand(channels) + 0.5).half()
+        elif name == "shift":  # of the second half, in whole groups of 64
+            extras["shift"] = torch.where(torch.arange(channels) // 64 * 64 >= channels // 2, 0.171875, 0.0)
         elif name == "rotation":
             extras["rotation"] = rotation
         elif name != "plain":

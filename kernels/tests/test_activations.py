@@ -8,18 +8,19 @@ from hypothesis import strategies as st
 from qdiff_kernels import dequantize_activations, quantize_activations
 
 KINDS = ["int8", "fp8", "int4"]
+GROUPED = {"int4": 64, "nvfp4": 16}
 MAXIMA = {"int8": 127, "fp8": 448, "int4": 7}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "nvfp4"])
 @pytest.mark.parametrize("shape", [(1, 1), (17, 64), (3, 100), (2, 5, 129), (64,), (0, 8)], ids=str)
 def test_codes_times_scales_match_the_definition(kind, shape):
     x = torch.randn(shape, dtype=torch.float64) * 3
     codes, scales = quantize_activations(x, kind)
     assert codes.shape == x.shape
     assert codes.dtype == (torch.float8_e4m3fn if kind == "fp8" else torch.int8)
-    assert scales.shape == (*shape[:-1], -(-shape[-1] // 64) if kind == "int4" else 1)
-    assert torch.allclose(dequantize_activations(codes, scales), oracle.quantize_activations(x, kind), rtol=1e-12, atol=0)
+    assert scales.shape == (*shape[:-1], -(-shape[-1] // GROUPED[kind]) if kind in GROUPED else 1)
+    assert torch.allclose(dequantize_activations(codes, scales, kind), oracle.quantize_activations(x, kind), rtol=1e-12, atol=0)
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 200), st.integers(-120, 120), st.integers(0, 2**31))
@@ -65,5 +66,25 @@ def test_a_number_that_is_not_finite_is_never_turned_into_a_finite_result(kind, 
 
 
 def test_unknown_kinds_are_refused_by_name():
-    with pytest.raises(ValueError, match="int8, fp8, int4, got 'int7'"):
+    with pytest.raises(ValueError, match="int8, fp8, int4, nvfp4, got 'int7'"):
         quantize_activations(torch.zeros(1, 4), "int7")
+
+
+def test_nvfp4_takes_the_nearest_value_and_the_even_code_where_two_are_as_near():
+    x = torch.tensor([[6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, 0.3]])
+    codes, scales = quantize_activations(x, "nvfp4")
+    assert scales.item() == 0.5
+    assert (codes * scales).tolist() == [[6.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 0.0, -1.0, -1.0, -2.0, -2.0, -4.0, -4.0, 0.5]]
+
+
+def test_groups_with_a_shift_are_quantized_to_16_levels_from_zero_up():
+    x = torch.rand(3, 128)
+    shift = torch.cat([torch.zeros(64), torch.full((64,), 0.171875)])
+    codes, scales = quantize_activations(x + shift, "int4", shift)
+    assert codes[:, :64].max() == 7
+    assert (codes[:, 64:].amax(1) == 15).all()
+    assert codes.min() >= 0
+    assert torch.allclose(scales[:, 1], (x + shift)[:, 64:].amax(1) / 15)
+    signed, _ = quantize_activations(-x, "int4", shift)
+    assert signed[:, :64].min() == -7
+    assert not signed[:, 64:].any()

@@ -22,6 +22,9 @@ EXTRAS = [
     "bias+low_rank+smooth+rotation+int8",
     "bias+low_rank+smooth+rotation+fp8",
     "bias+low_rank+smooth+rotation+int4",
+    "nvfp4",
+    "bias+low_rank+smooth+shift+int4",
+    "bias+low_rank+smooth+shift+rotation+nvfp4",
 ]
 # Largest difference over the largest output. With quantized activations one rounding tie may fall the other way.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -171,7 +174,7 @@ def test_a_bias_of_another_dtype_leaves_the_output_dtype_alone(bias_dtype):
 
 def test_unknown_activations_are_refused():
     weight = oracle.packed_weight("int4-g64", 5, 64)
-    with pytest.raises(ValueError, match="int8, fp8, int4, got 'int5'"):
+    with pytest.raises(ValueError, match="int8, fp8, int4, nvfp4, got 'int5'"):
         run(weight, torch.randn(2, 64), oracle.NO_EXTRAS | {"activations": "int5"})
 
 

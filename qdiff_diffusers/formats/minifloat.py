@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from qdiff_kernels import minifloat_dequantize, pack_bits, packed_bytes
@@ -33,13 +33,13 @@ class MinifloatFormat(WeightFormat):
     Tensors of a ``[rows, columns]`` weight:
         codes: int8 ``[rows, ceil(columns * bits / 8)]``, packed.
         scales: ``scale_dtype`` ``[rows or 1, groups]`` ("e8m0": the exponent byte in int8).
-        tensor_scale: float32 ``[1]``, only if ``tensor_scale`` is set (NVFP4's second level).
+        tensor_scale: float32, only if ``tensor_scale`` is set: ``[1]`` if true (NVFP4's second level), ``[rows, 1]`` if "row".
     """
 
     encodings: tuple[str, ...]
     group_size: GroupSize = "row"
     scale_dtype: str = "float16"
-    tensor_scale: bool = False
+    tensor_scale: bool | Literal["row"] = False
 
     kind: ClassVar[str] = "minifloat"
 
@@ -51,7 +51,10 @@ class MinifloatFormat(WeightFormat):
             raise ValueError(f"the encodings of a group-adaptive format must be equally wide, got {self.encodings!r}")
         check_group_size(self.group_size)
         check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
-        check_flag("tensor_scale", self.tensor_scale)
+        if self.tensor_scale != "row":
+            check_flag("tensor_scale", self.tensor_scale)
+        elif len(self.encodings) == 2:
+            raise ValueError('tensor_scale "row" goes with one encoding')
         if len(self.encodings) == 2 and self.scale_dtype == "e8m0":
             raise ValueError("e8m0 scales have no sign to choose between two encodings; use float16 or e4m3 scales")
 
@@ -68,7 +71,8 @@ class MinifloatFormat(WeightFormat):
             "codes": TensorInfo((rows, packed_bytes(columns, self.bits)), torch.int8),
             "scales": TensorInfo(scale_shape(self.group_size, rows, columns), SCALE_DTYPES[self.scale_dtype]),
         }
-        return out | ({"tensor_scale": TensorInfo((1,), torch.float32)} if self.tensor_scale else {})
+        second = (rows, 1) if self.tensor_scale == "row" else (1,)
+        return out | ({"tensor_scale": TensorInfo(second, torch.float32)} if self.tensor_scale else {})
 
     def pack(self, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
         """codes: integer ``[rows, columns]``; scales ``[rows or 1, groups]``, already in the storage's meaning."""
@@ -76,7 +80,8 @@ class MinifloatFormat(WeightFormat):
             "codes": pack_bits(codes, self.bits),
             "scales": scales.to(SCALE_DTYPES[self.scale_dtype]).contiguous(),
         }
-        return out | ({} if tensor_scale is None else {"tensor_scale": tensor_scale.float().reshape(1)})
+        second = (-1, 1) if self.tensor_scale == "row" else (1,)
+        return out | ({} if tensor_scale is None else {"tensor_scale": tensor_scale.float().reshape(second)})
 
     def op_arguments(self, tensors: dict[str, Tensor], columns: int) -> tuple[Any, ...]:
         group = group_columns(self.group_size, columns)

@@ -19,6 +19,7 @@ from .transform import smooth_matrix, unrotate_matrix
 
 FORMATS: dict[str, type[WeightFormat]] = {f.kind: f for f in (CodebookFormat, MinifloatFormat, IntegerFormat)}
 MAX_RANK = 4096
+EXTRAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,13 @@ class LayerSpec:
 
     Attributes:
         format: of the packed weight, whose matrix is ``[out, in]`` or, for a convolution, ``[out, kh*kw*in]``.
-        rank: of the low-rank branch (``low_rank_down [rank, columns]``, ``low_rank_up [out, rank]``, float16); 0 for none.
+        rank: of the low-rank branch (``low_rank_down [rank, columns]``, ``low_rank_up [out, rank]``); 0 for none.
         rotation: Hadamard block along the input channels; 0 for none.
-        smooth: whether inputs are divided by a float16 vector ``smooth [in]``.
-        activations: "none", "int8", "fp8" or "int4".
+        smooth: whether inputs are divided by a vector ``smooth [in]``.
+        activations: "none", "int8", "fp8", "int4" or "nvfp4".
+        shift: whether a vector ``shift [in]`` is added to the inputs, before ``smooth``. "int4" groups in which it is positive
+            are quantized to 0 .. 15. The bias stored with the layer already undoes it.
+        extras_dtype: of the branch, ``smooth`` and ``shift``: "float16", "bfloat16" or "float32".
     """
 
     format: WeightFormat
@@ -38,6 +42,8 @@ class LayerSpec:
     rotation: int = 0
     smooth: bool = False
     activations: str = "none"
+    shift: bool = False
+    extras_dtype: str = "float16"
 
     def __post_init__(self) -> None:
         check_range("rank", self.rank, 0, MAX_RANK)
@@ -46,18 +52,27 @@ class LayerSpec:
             raise ValueError(f"rotation must be a power of two or 0, got {self.rotation}")
         check_flag("smooth", self.smooth)
         check_choice("activations", self.activations, KINDS)
+        check_flag("shift", self.shift)
+        check_choice("extras_dtype", self.extras_dtype, EXTRAS_DTYPES)
+        if self.shift and (self.rotation or self.activations != "int4"):
+            raise ValueError("shift goes with int4 activations that are not rotated")
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Every stored tensor of a weight with logical ``shape``, the bias left out."""
         rows, columns = matrix_shape(shape)
         if self.rotation and shape[1] % self.rotation:
             raise ValueError(f"rotation {self.rotation} does not divide the {shape[1]} input channels")
+        if self.shift and columns != shape[1]:
+            raise ValueError(f"shift is for linear layers and 1 x 1 convolutions, not for a kernel of {list(shape[2:])}")
         out = self.format.tensors(rows, columns)
+        dtype = EXTRAS_DTYPES[self.extras_dtype]
         if self.rank:
-            out["low_rank_down"] = TensorInfo((self.rank, columns), torch.float16)
-            out["low_rank_up"] = TensorInfo((rows, self.rank), torch.float16)
+            out["low_rank_down"] = TensorInfo((self.rank, columns), dtype)
+            out["low_rank_up"] = TensorInfo((rows, self.rank), dtype)
         if self.smooth:
-            out["smooth"] = TensorInfo((shape[1],), torch.float16)
+            out["smooth"] = TensorInfo((shape[1],), dtype)
+        if self.shift:
+            out["shift"] = TensorInfo((shape[1],), dtype)
         return out
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -70,15 +85,21 @@ class LayerSpec:
 
     def dequantize(self, tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight that the layer is equivalent to, in its logical ``shape``, low-rank branch included."""
-        _, columns = matrix_shape(shape)
         wide = torch.promote_types(dtype, torch.float32)
-        matrix = self.format.dequantize(tensors, columns, wide)
-        matrix = unrotate_matrix(matrix, shape[1], self.rotation)
-        if self.smooth:
-            matrix = smooth_matrix(matrix, 1 / tensors["smooth"].to(wide))
+        matrix = self._main_matrix(tensors, shape, wide)
         if self.rank:
             matrix = matrix + tensors["low_rank_up"].to(wide) @ tensors["low_rank_down"].to(wide)
         return (kernel_layout(matrix, (shape[2], shape[3])) if len(shape) == 4 else matrix).to(dtype)
+
+    def shift_offset(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """What ``shift`` adds to every output, float32 ``[out]``: to be added to the bias of the dense layer."""
+        return self._main_matrix(tensors, shape, torch.float32) @ tensors["shift"].float()
+
+    def _main_matrix(self, tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The weight matrix without the branch, as the raw inputs see it."""
+        _, columns = matrix_shape(shape)
+        matrix = unrotate_matrix(self.format.dequantize(tensors, columns, dtype), shape[1], self.rotation)
+        return smooth_matrix(matrix, 1 / tensors["smooth"].to(dtype)) if self.smooth else matrix
 
     def describe(self) -> str:
         """A few words for tables."""
@@ -86,6 +107,7 @@ class LayerSpec:
         parts += [f"rank {self.rank}"] if self.rank else []
         parts += [f"rotated {self.rotation}"] if self.rotation else []
         parts += ["smoothed"] if self.smooth else []
+        parts += ["shifted"] if self.shift else []
         parts += [f"{self.activations} activations"] if self.activations != "none" else []
         return ", ".join(parts)
 

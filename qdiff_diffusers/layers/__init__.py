@@ -34,10 +34,12 @@ def pack_layer(module: nn.Module, spec: LayerSpec, compute_dtype: torch.dtype, t
 
 def dense_layer(layer: PackedLayer) -> nn.Module:
     """Convert a packed layer back, in place, into the ``nn.Linear`` or ``nn.Conv2d`` it is equivalent to."""
-    weight = layer.dequantize()
+    weight, bias = layer.dequantize(), layer.dense_bias()
     for name in layer.packed_tensors():
         delattr(layer, name)
     del layer.spec, layer.compute_dtype
     layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
     layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    if bias is not None and bias is not layer.bias:
+        layer.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
     return layer

@@ -76,6 +76,13 @@ class PackedLayer(nn.Module):
         """The dense weight this layer is equivalent to, in its logical shape."""
         return self.spec.dequantize(self.packed_tensors(), self.weight_shape, dtype or self.compute_dtype)
 
+    def dense_bias(self) -> Tensor | None:
+        """The bias of the dense layer this layer is equivalent to."""
+        if not self.spec.shift:
+            return self.bias
+        offset = self.spec.shift_offset(self.packed_tensors(), self.weight_shape)
+        return (offset if self.bias is None else self.bias.float() + offset).to(self.compute_dtype)
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, made anew at each access: for code that asks a layer for its shape, dtype or device."""
@@ -115,7 +122,7 @@ class PackedLayer(nn.Module):
         """Packed weight and extras in the order of the kernels' arguments."""
         spec, tensors = self.spec, self.packed_tensors()
         extras = (self.bias, *(tensors.get(n) for n in ("low_rank_down", "low_rank_up", "smooth")))
-        return (*spec.format.op_arguments(tensors, columns), *extras, spec.rotation, spec.activations)
+        return (*spec.format.op_arguments(tensors, columns), *extras, spec.rotation, spec.activations, tensors.get("shift"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packed = {id(t) for t in self.packed_tensors().values()}

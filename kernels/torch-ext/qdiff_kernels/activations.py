@@ -5,26 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KINDS = ("none", "int8", "fp8", "int4")
+KINDS = ("none", "int8", "fp8", "int4", "nvfp4")
 INT4_GROUP = 64
+NVFP4_GROUP = 16
+GROUPS = {"int4": INT4_GROUP, "nvfp4": NVFP4_GROUP}
 FP8_MAX = 448.0
+INT4_MAX, UINT4_MAX = 7, 15
+E2M1_MAX = 6.0
 
 
-def quantize_activations(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, kind: str, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize the last dimension, symmetrically, with scales found from the data.
 
     Args:
-        x: floating ``[..., channels]``.
+        x: floating ``[..., channels]``, the shift already added.
         kind: "int8" or "fp8" (E4M3), one scale per token; "int4", one scale per token and group of 64 channels (the last
-            group may be short).
+            group may be short); "nvfp4", E2M1 with an E4M3 scale per token and group of 16 channels.
+        shift: ``[channels]`` or ``None``. The "int4" groups in which it is positive hold numbers from 0 up, such as what a GELU
+            gives: they are quantized to 0 .. 15, and what is below 0 to 0.
 
     Returns:
-        codes ``[..., channels]`` (int8, or float8_e4m3fn for "fp8") and scales ``[..., groups]``, float32 (float64 for float64
-        input), with ``x ~ codes * scales``. An all-zero token has scale 1.
+        codes ``[..., channels]`` (int8, or float8_e4m3fn for "fp8"; for "nvfp4" twice the E2M1 values) and scales
+        ``[..., groups]``, float32 (float64 for float64 input), with ``x ~ codes * scales``. An all-zero token or group has scale 1
+        ("nvfp4": 1/2, of codes that are twice the values).
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if kind == "int4":
-        return _quantize_grouped(wide, INT4_GROUP, 7)
+        return _quantize_int4(wide, shift)
+    if kind == "nvfp4":
+        return _quantize_nvfp4(wide)
     if kind == "int8":
         scale = _safe(wide.abs().amax(-1, keepdim=True) / 127)
         return (wide / scale).round().clamp(-127, 127).to(torch.int8), scale
@@ -34,20 +43,46 @@ def quantize_activations(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     raise ValueError(f"activations must be one of {', '.join(KINDS[1:])}, got {kind!r}")
 
 
-def dequantize_activations(codes: Tensor, scales: Tensor) -> Tensor:
-    """``codes * scales`` in the scales' dtype, ``[..., channels]``."""
+def dequantize_activations(codes: Tensor, scales: Tensor, kind: str = "int4") -> Tensor:
+    """``codes * scales`` in the scales' dtype, ``[..., channels]``. ``kind`` says how many channels share a scale."""
     values = codes.to(scales.dtype)
     if scales.shape[-1] == 1:
         return values * scales
-    return values * scales.repeat_interleave(INT4_GROUP, -1)[..., : codes.shape[-1]]
+    return values * scales.repeat_interleave(GROUPS[kind], -1)[..., : codes.shape[-1]]
 
 
-def _quantize_grouped(x: Tensor, group: int, limit: int) -> tuple[Tensor, Tensor]:
-    channels = x.shape[-1]
-    padded = torch.nn.functional.pad(x, (0, -channels % group)).unflatten(-1, (-1, group))
-    scales = _safe(padded.abs().amax(-1) / limit)
-    codes = (padded / scales[..., None]).round().clamp(-limit, limit).to(torch.int8)
-    return codes.flatten(-2)[..., :channels], scales
+def _quantize_int4(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    padded = _grouped(x, INT4_GROUP)
+    largest = padded.abs().amax(-1)
+    low, high = torch.tensor(-float(INT4_MAX)), torch.tensor(float(INT4_MAX))
+    if shift is not None:
+        unsigned = (_grouped(shift.to(x.dtype), INT4_GROUP) > 0).any(-1)
+        largest = torch.where(unsigned, padded.amax(-1).clamp_min(0), largest)
+        high = torch.where(unsigned, UINT4_MAX, INT4_MAX).to(x.dtype)[:, None]
+        low = torch.where(unsigned, 0, -INT4_MAX).to(x.dtype)[:, None]
+        scales = _safe(largest / high[:, 0])
+    else:
+        scales = _safe(largest / INT4_MAX)
+    codes = (padded / scales[..., None]).round()
+    codes = torch.minimum(torch.maximum(codes, low.to(codes)), high.to(codes)).to(torch.int8)
+    return codes.flatten(-2)[..., : x.shape[-1]], scales
+
+
+def _quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E2M1 has steps of 1/2 up to 2, of 1 up to 4 and of 2 up to 6; twice its values are integers."""
+    padded = _grouped(x, NVFP4_GROUP)
+    stored = (padded.abs().amax(-1) / E2M1_MAX).clamp_max(FP8_MAX).float().to(torch.float8_e4m3fn)
+    scales = _safe(stored.to(x.dtype))
+    units = (padded / scales[..., None]).clamp(-E2M1_MAX, E2M1_MAX)
+    magnitude = units.abs()
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(x.dtype)
+    codes = (2 * step * (units / step).round()).to(torch.int8)
+    return codes.flatten(-2)[..., : x.shape[-1]], scales / 2
+
+
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """``[..., channels]`` -> ``[..., groups, group]``, padded with zeros."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
 
 
 def _safe(scale: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def decode(
         scales: ``[rows or 1, groups]``: float16, float32 or float8_e4m3fn, or int8 holding E8M0 exponents
             (value ``2**(byte - 127)``).
             With two encodings the sign of a scale picks the group's encoding: + the first, - the second.
-        tensor_scale: float32 ``[1]`` or ``None``, a second level above the scales (NVFP4).
+        tensor_scale: float32 ``[1]`` (NVFP4), ``[rows, 1]`` or ``None``, a second level above the scales.
         encodings: one or two comma-separated names of equal width.
 
     Returns:
@@ -92,6 +92,16 @@ def decode(
     table = level_table(encodings, codes.device, wide)
     values = F.embedding(index, table[:, None]).squeeze(-1)
     return apply_scales(values, factors, group_size).to(dtype)
+
+
+def fold_row_scale(scales: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scales and second level as a kernel that knows only one second-level number takes them.
+
+    Scales of rows are multiplied into the scales of groups, in float32: exact for E4M3 scales and bfloat16 or float16 row scales.
+    """
+    if tensor_scale is None or tensor_scale.numel() == 1:
+        return scales, tensor_scale
+    return (scale_values(scales, torch.float32) * tensor_scale.float()).contiguous(), None
 
 
 def scale_values(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 With ``W`` the dequantized weight, ``R`` the rotation, ``s`` the smoothing vector and ``Q`` the activation quantizer:
 
-    linear:  y = Q(R(x / s)) W^T + (x D^T) U^T + b        (D, U: low_rank_down, low_rank_up; the branch sees the raw input)
+    linear:  y = Q(R((x + t) / s)) W^T + (x D^T) U^T + b  (t: shift; D, U: low_rank_down, low_rank_up; the branch sees the raw input)
     conv2d:  the same with a convolution; R and Q act along channels, a "token" is a pixel.
 
 Without activation quantization the product runs in the input's dtype. With it, quantized operands are multiplied exactly and
@@ -30,7 +30,8 @@ class Extras(NamedTuple):
     low_rank_up: Tensor | None  # [out, rank]
     smooth: Tensor | None  # [in]
     rotation: int  # Hadamard block, 0 for none
-    activations: str  # "none", "int8", "fp8", "int4"
+    activations: str  # "none", "int8", "fp8", "int4", "nvfp4"
+    shift: Tensor | None = None  # [in], added to the inputs; int4 groups where it is positive are quantized to 0 .. 15
 
 
 class Window(NamedTuple):
@@ -55,11 +56,11 @@ def linear(x: Tensor, weight: Tensor, extras: Extras) -> Tensor:
     if extras.activations == "none":
         y = F.linear(inputs, weight)
     else:
-        codes, scales = quantize_activations(inputs, extras.activations)
+        codes, scales = quantize_activations(inputs, extras.activations, extras.shift)
         if scales.shape[-1] == 1:
             y = F.linear(codes.to(weight.dtype), weight) * scales
         else:
-            y = F.linear(dequantize_activations(codes, scales), weight)
+            y = F.linear(dequantize_activations(codes, scales, extras.activations), weight)
     if extras.low_rank_down is not None and extras.low_rank_up is not None:
         branch = F.linear(F.linear(x, extras.low_rank_down.to(x.dtype)), extras.low_rank_up.to(x.dtype))
         y = y + branch
@@ -94,10 +95,12 @@ def conv2d(x: Tensor, weight: Tensor, window: Window, extras: Extras) -> Tensor:
     """x ``[batch, in, height, width]``, weight ``[out, kh*kw*in]`` in ``compute_dtype`` -> ``[batch, out, h, w]`` in x's dtype."""
     geometry = (window.stride, window.padding, window.dilation)
     inputs = x
-    if extras.smooth is not None or extras.rotation or extras.activations != "none":
+    changed = extras.smooth is not None or extras.shift is not None or extras.rotation
+    if changed or extras.activations != "none":
         inputs = _transform(x.movedim(1, -1), extras)
         if extras.activations != "none":
-            inputs = dequantize_activations(*quantize_activations(inputs, extras.activations))
+            quantized = quantize_activations(inputs, extras.activations, extras.shift)
+            inputs = dequantize_activations(*quantized, extras.activations)
         inputs = inputs.movedim(-1, 1)
     y = F.conv2d(inputs, kernel_layout(weight, window.kernel_size), None, *geometry)
     if extras.low_rank_down is not None and extras.low_rank_up is not None:
@@ -132,6 +135,8 @@ def conv2d_output_size(size: int, kernel: int, stride: int, padding: int, dilati
 
 
 def _transform(x: Tensor, extras: Extras) -> Tensor:
+    if extras.shift is not None:
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) + extras.shift  # its few levels are not to move with x's rounding
     if extras.smooth is not None:
         x = x / extras.smooth.to(x.dtype)
     return rotate(x, extras.rotation) if extras.rotation else x

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..activations import KINDS
 from ..reference import Extras
-from ._activations import Operands, prepare, split_bytes, split_vectors
+from ._activations import LIMITS, Operands, prepare, split_bytes, split_vectors
 from ._epilogue import scale_sums
 from ._thresholds import few_tokens, integer_tokens
 from ._weights import KINDS as DTYPES
@@ -68,6 +68,11 @@ def takes(x: Tensor, extras: Extras) -> bool:
         and extras.activations in KINDS
         and (not extras.rotation or channels % extras.rotation == 0)
     )
+
+
+def transforms(extras: Extras) -> bool:
+    """Whether there is a kernel for what becomes of the inputs; else torch transforms and multiplies, with the decoded weight."""
+    return extras.activations in LIMITS and extras.shift is None
 
 
 def operand_dtype(x: Tensor, activations: str) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bitpack import packed_bytes
-from ..minifloat import encoding_bits, levels, scale_values
+from ..minifloat import encoding_bits, fold_row_scale, levels, scale_values
 from . import _job as J
 from ._bytes import OFFSET, bytes_kernel
 from ._bytes import available as bytes_available
@@ -249,6 +249,7 @@ def minifloat_weight(
     """Arguments of ``minifloat_dequantize``; ``None`` if the kernels do not take them."""
     names = encodings.split(",")
     bits = 1 + sum(encoding_bits(names[0]))
+    scales, tensor_scale = fold_row_scale(scales, tensor_scale)
     factor = 1.0 if tensor_scale is None else float(tensor_scale)
     if len(names) > 2 or (len(names) == 2 and factor < 0):
         return None

@@ -13,7 +13,7 @@ from .. import reference
 from ..hadamard import MAX_BLOCK
 from ..reference import Extras, Window
 from . import configs, weights
-from .activations import prepare
+from .activations import CODES, prepare
 from .blocks import INTERPRETED
 from .conv2d import conv2d as convolve
 from .dequantize import dequantize as decode
@@ -41,7 +41,7 @@ def linear(kind: str, x: Tensor, *args: Any) -> Tensor:
     if not takes(x, extras):
         return NotImplemented
     weight = _pack(kind, args[:count], x.shape[-1])
-    if not matrix_units(x.device).bf16:
+    if not matrix_units(x.device).bf16 or not transforms(extras):
         return reference.linear(x, decode(weight, reference.compute_dtype(x, extras)), extras)
     return product(weight, x.reshape(-1, x.shape[-1]), extras).view(*x.shape[:-1], weight.rows)
 
@@ -114,6 +114,8 @@ def conv2d(kind: str, x: Tensor, *args: Any) -> Tensor:
     height, width = (reference.conv2d_output_size(n, *g) for n, *g in zip(x.shape[-2:], *window, strict=True))
     taps = window.kernel_size[0] * window.kernel_size[1]
     weight = _pack(kind, args[:count], x.shape[1] * taps)
+    if not transforms(extras):
+        return reference.conv2d(x, decode(weight, reference.compute_dtype(x, extras)), window, extras)
     if taps == 1 and window.stride == (1, 1) and window.padding == (0, 0):
         y = product(weight, x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), extras)
         return y.view(x.shape[0], height, width, weight.rows).permute(0, 3, 1, 2).contiguous()
@@ -159,6 +161,11 @@ def weight_name(weight: PackedWeight) -> str:
 def takes(x: Tensor, extras: Extras) -> bool:
     """Whether the kernels take this input."""
     return x.dtype in FLOATS and runs_on(x) and bool(x.numel()) and extras.rotation <= MAX_BLOCK
+
+
+def transforms(extras: Extras) -> bool:
+    """Whether there is a kernel for what becomes of the inputs; else torch transforms and multiplies, with the decoded weight."""
+    return extras.activations in CODES and extras.shift is None
 
 
 def runs_on(tensor: Tensor) -> bool:

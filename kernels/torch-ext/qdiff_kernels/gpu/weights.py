@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..bitpack import packed_bytes
-from ..minifloat import encoding_bits, levels
+from ..minifloat import encoding_bits, fold_row_scale, levels
 from ..minifloat import scale_values as minifloat_scales
 
 INTEGER, MINIFLOAT, CODEBOOK, DENSE = 0, 1, 2, 3
@@ -122,6 +122,7 @@ def minifloat(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, encodings: str, group_size: int, columns: int
 ) -> PackedWeight:
     names = encodings.split(",")
+    scales, tensor_scale = fold_row_scale(scales, tensor_scale)
     numbers = [_encoding_number(name) for name in names]
     bits = 1 + sum(encoding_bits(names[0]))
     return _packed(codes, None, scales, None, tensor_scale, columns, group_size, MINIFLOAT, bits, *numbers)
