@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import torch
 from .calibration import as_calibration, calibrate
 from .config import QDiffConfig
 from .errors import ConfigError
+from .folders import CONFIG, INDEX, check_output, written_at_once
 from .hub.push import check_name, push_folder
 
 DENOISERS = ("transformer", "unet")  # with a suffix too: "transformer_2" is the second expert of some video models
-INDEX, CONFIG = "model_index.json", "config.json"
 CALIBRATION_LOG = "calibration.json"
 
 
@@ -58,7 +57,7 @@ def quantize(
         raise ConfigError("give output_dir, the folder to write")
     folder = None if output_dir is None else Path(output_dir)
     if folder:
-        _check_output(folder, overwrite)
+        check_output(folder, overwrite)
     if push_to_hub:
         check_name(push_to_hub)
     if stored and calibration is None:
@@ -78,15 +77,11 @@ def quantize(
 
 def _save(loaded: Any, output_dir: Path, logs: dict[str, Any]) -> None:
     """Write a model or pipeline, and the logs of its calibration; ``output_dir`` appears when all is there."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as workspace:
-        written, replaced = Path(workspace, "new"), Path(workspace, "old")
-        loaded.save_pretrained(written)
+    with written_at_once(output_dir) as folder:
+        loaded.save_pretrained(folder)
         for component, log in logs.items():
-            (written / component / CALIBRATION_LOG).write_text(json.dumps(log, indent=1) + "\n")
-        if output_dir.exists():
-            output_dir.rename(replaced)
-        written.rename(output_dir)
+            (folder / component / CALIBRATION_LOG).write_text(json.dumps(log, indent=1) + "
+")
 
 
 def _denoisers(loaded: Any, components: Sequence[str] | None) -> dict[str, Any]:
@@ -147,20 +142,3 @@ def _choose(available: Collection[str], components: Sequence[str] | None, owner:
         wanted = ", ".join(missing) or " or ".join(DENOISERS)
         raise ConfigError(f"{owner} has no component {wanted}; it has {', '.join(available)}")
     return components
-
-
-def _check_output(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise ConfigError(f"{folder} is not empty; choose another folder, or overwrite it")
-    if not _is_saved_model(folder):
-        raise ConfigError(f"{folder} holds no saved model, so it is not overwritten; choose another folder")
-
-
-def _is_saved_model(folder: Path) -> bool:
-    try:
-        file = folder / INDEX if (folder / INDEX).is_file() else folder / CONFIG
-        return "_class_name" in json.loads(file.read_text())
-    except (OSError, ValueError):
-        return False

@@ -25,6 +25,7 @@ class QDiffMethod(str, Enum):
     """diffusers asks a config for ``quant_method.value``. All of qdiff's methods share one stored format and one name."""
 
     QDIFF = "qdiff"
+    NUNCHAKU = "qdiff_nunchaku"  # never stored: a nunchaku_lite folder that is being loaded into our layers
 
 
 class StoredLayer(NamedTuple):
@@ -327,7 +328,7 @@ class SVDQuantConfig(QDiffConfig):
 
     method_name: ClassVar[str] = "svdquant"
     bit_choices: ClassVar[tuple[float, ...]] = (2, 3, 4, 8)
-    activation_choices: ClassVar[tuple[str, ...]] = ("int8", "fp8", "int4")
+    activation_choices: ClassVar[tuple[str, ...]] = ("int8", "fp8", "int4", "nvfp4")
 
 
 @dataclass(repr=False)

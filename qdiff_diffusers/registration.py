@@ -13,6 +13,7 @@ from .config import QDiffConfig, QDiffMethod
 from .errors import ConfigError
 from .hub.cards import write_cards_on_upload
 from .imports import after_import
+from .nunchaku_quantizer import NunchakuQuantizer, read_nunchaku
 from .quantizer import QDiffQuantizer
 from .shards import check_indices
 from .single_file import explain_failures
@@ -31,6 +32,8 @@ def register() -> None:
     name = QDiffMethod.QDIFF.value
     diffusers_auto.AUTO_QUANTIZER_MAPPING[name] = QDiffQuantizer
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QDiffConfig
+    diffusers_auto.AUTO_QUANTIZER_MAPPING[QDiffMethod.NUNCHAKU.value] = NunchakuQuantizer
+    read_nunchaku(diffusers_auto.DiffusersAutoQuantizer)
     write_cards_on_upload()
     after_import("peft.tuners.lora", _register_with_peft)
     after_import("diffusers.loaders.lora_pipeline", _register_with_flux_loras)

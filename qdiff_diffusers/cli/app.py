@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from .bench import bench
 from .console import errors, print_error
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
@@ -30,6 +31,7 @@ app = typer.Typer(
 for command in (demo, quantize, inspect, push, doctor):
     app.command()(command)
 app.add_typer(bench, name="bench")
+app.add_typer(convert, name="convert")
 
 
 @app.callback(invoke_without_command=True)

@@ -65,7 +65,7 @@ def quantize(
     """
     candidates = [weight_format] if isinstance(weight_format, MinifloatFormat) else list(weight_format)
     best = candidates[0] if len(candidates) == 1 else _fittest(weight, candidates, search)
-    found = quantize_groups(weight, format_grids(best), best.group_size, best.scale_dtype, best.tensor_scale, search)
+    found = quantize_groups(weight, format_grids(best), best.group_size, best.scale_dtype, bool(best.tensor_scale), search)
     return best, best.pack(found.codes, found.scales, found.tensor_scale)
 
 
@@ -122,7 +122,7 @@ def _fittest(weight: Tensor, candidates: list[MinifloatFormat], search: ScaleSea
     sample = weight[::step] if step <= len(weight) // 4 else weight[:: max(1, len(weight) // 4)]
 
     def error(candidate: MinifloatFormat) -> float:
-        arguments = candidate.group_size, candidate.scale_dtype, candidate.tensor_scale
+        arguments = candidate.group_size, candidate.scale_dtype, bool(candidate.tensor_scale)
         return quantize_groups(sample, format_grids(candidate), *arguments, search).error
 
     return min(candidates, key=error)

@@ -172,11 +172,17 @@ class _Output:
             self.dense[part] = dense.view(rows, -1)[:, :columns]
 
 
+def short_scale(scale: Tensor) -> Tensor:
+    """float32 with float16's eleven significant bits: a power of two times what other programs can store in 16 bits."""
+    mantissa, exponent = torch.frexp(scale.float())
+    return torch.ldexp(mantissa.half().float(), exponent)
+
+
 def _tensor_unit(weight: Tensor, grids: Sequence[Grid]) -> float:
     """Second-level scale: the largest group's scale, six ladder steps above absmax included, is E4M3's largest number."""
     low, high = (float(v) for v in weight.aminmax())
     largest = max(-low, high) / min(max(g.high, g.low) * g.unit for g in grids)
-    return float(torch.tensor(max(largest * 1.75 / 448, TINY), dtype=torch.float32))
+    return float(short_scale(torch.tensor(max(largest * 1.75 / 448, TINY))))
 
 
 def _quantize_rows(

@@ -123,7 +123,7 @@ class ScalarResidual:
 
     def _quantize(self, residual: Tensor, with_dense: bool) -> Quantized:
         fmt = self.format
-        tensor_scale = isinstance(fmt, MinifloatFormat) and fmt.tensor_scale
+        tensor_scale = isinstance(fmt, MinifloatFormat) and bool(fmt.tensor_scale)
         return quantize_groups(residual, format_grids(fmt), fmt.group_size, fmt.scale_dtype, tensor_scale, self.search, with_dense)
 
     def _store(self, found: Quantized) -> Stored:

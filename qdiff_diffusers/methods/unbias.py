@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import WeightFormat
+from .scales import short_scale
 
 MAX_GAIN = 1.5
 
@@ -41,7 +42,7 @@ def unbias(matrix: Tensor, weight_format: WeightFormat, tensors: dict[str, Tenso
     gain = wanted.sum(dims) / (matrix * packed).sum(dims)
     gain = torch.where(gain.isfinite(), gain, 1.0).clamp(1 / MAX_GAIN, MAX_GAIN)
     if "tensor_scale" in tensors:
-        return tensors | {"tensor_scale": tensors["tensor_scale"] * gain}
+        return tensors | {"tensor_scale": short_scale(tensors["tensor_scale"] * gain)}
     if scales.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return tensors  # E8M0 scales are powers of two: nothing to adjust
     return tensors | {"scales": (scales.float() * (gain[:, None] if per_row else gain)).to(scales.dtype)}

@@ -2,7 +2,7 @@
 
 With ``W`` the dequantized weight, ``R`` the rotation, ``s`` the smoothing vector and ``Q`` the activation quantizer:
 
-    linear:  y = Q(R((x + t) / s)) W^T + (x D^T) U^T + b  (t: shift; D, U: low_rank_down, low_rank_up; the branch sees the raw input)
+    linear:  y = Q(R((x + t) / s)) W^T + (x D^T) U^T + b  (t: shift; D, U: low_rank_down, low_rank_up; the branch sees raw inputs)
     conv2d:  the same with a convolution; R and Q act along channels, a "token" is a pixel.
 
 Without activation quantization the product runs in the input's dtype. With it, quantized operands are multiplied exactly and
@@ -135,8 +135,10 @@ def conv2d_output_size(size: int, kernel: int, stride: int, padding: int, dilati
 
 
 def _transform(x: Tensor, extras: Extras) -> Tensor:
+    if extras.activations != "none":  # what is about to be rounded to few levels is not rounded to another dtype before
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
     if extras.shift is not None:
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) + extras.shift  # its few levels are not to move with x's rounding
+        x = x + extras.shift.to(x.dtype)
     if extras.smooth is not None:
         x = x / extras.smooth.to(x.dtype)
     return rotate(x, extras.rotation) if extras.rotation else x

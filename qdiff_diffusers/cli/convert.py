@@ -1,0 +1,70 @@
+"""``qdiff convert``"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import progress_bars, stdout
+
+if TYPE_CHECKING:
+    from ..convert.nunchaku_folder import Advance
+
+convert = typer.Typer(help="From and to other programs' quantized checkpoints, exactly.", no_args_is_help=True)
+
+Output = Annotated[Path, typer.Argument(help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the output folder.")]
+Config = Annotated[Path | None, typer.Option(help="Folder or config.json of the dense model, for files that carry no config.")]
+
+
+@convert.command()
+def nunchaku(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a nunchaku_lite model or pipeline, or a safetensors file of Nunchaku's.")
+    ],
+    output: Output,
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Nunchaku's INT4 and NVFP4 checkpoints: to run on any device."""
+    from ..convert import convert_nunchaku
+
+    with _progress() as advance:
+        convert_nunchaku(source, output, config=config, overwrite=overwrite, advance=advance)
+    _report(output)
+
+
+@convert.command("to-nunchaku")
+def to_nunchaku(
+    source: Annotated[Path, typer.Argument(help="Folder of a model with INT4 or NVFP4 SVDQuant layers.")],
+    output: Output,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 or float16; the one that holds all scales exactly if not given.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """INT4 and NVFP4 SVDQuant models as a nunchaku_lite folder."""
+    from ..convert import export_nunchaku
+
+    with _progress() as advance:
+        export_nunchaku(source, output, dtype=dtype, overwrite=overwrite, advance=advance)
+    stdout().print(f"{output}", highlight=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Advance]:
+    with progress_bars() as progress:
+        task = progress.add_task("tensors", total=None)
+        yield lambda done, total, name: progress.update(task, completed=done, total=total, description=name[-36:])
+
+
+def _report(output: Path) -> None:
+    from ..checkpoint import inspect_components
+
+    for info in inspect_components(output):
+        bits, size = f"{info.bits_per_weight:.2f}", f"{info.total_bytes / 1e6:.1f} MB"
+        stdout().print(f"{info.folder}: {len(info.layers)} layers at {bits} bits per weight, {size} in all")
