@@ -55,6 +55,36 @@ def to_nunchaku(
     stdout().print(f"{output}", highlight=False)
 
 
+@convert.command()
+def gguf(
+    source: Annotated[Path, typer.Argument(help="A .gguf file.")],
+    output: Output,
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """GGUF files of diffusion models: Q4_0 to Q8_0, Q4_K to Q6_K, IQ4_NL and 16 bits."""
+    from ..convert import convert_gguf
+
+    with _progress() as advance:
+        convert_gguf(source, output, config=config, overwrite=overwrite, advance=advance)
+    _report(output)
+
+
+@convert.command()
+def bfl(
+    source: Annotated[Path, typer.Argument(help="A safetensors file with FP8 or NVFP4 weights.")],
+    output: Output,
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Black Forest Labs' FP8 and NVFP4 files."""
+    from ..convert import convert_bfl
+
+    with _progress() as advance:
+        convert_bfl(source, output, config=config, overwrite=overwrite, advance=advance)
+    _report(output)
+
+
 @contextmanager
 def _progress() -> Iterator[Advance]:
     with progress_bars() as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ class LogicalLayer:
     def rows(self, index: Tensor | slice) -> LogicalLayer:
         """The layer with some of the rows, in the order of ``index``."""
         names = ("codes", "scales", "zeros", "row_scales", "bias", "up")
-        return replace(self, **{name: _pick(value, index) for name in names if (value := getattr(self, name)) is not None})
+        picked: dict[str, Any] = {name: _pick(value, index) for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **picked)
 
     def format(self) -> WeightFormat:
         """How the weight is stored here."""
@@ -105,12 +107,10 @@ def concatenate_columns(layers: list[LogicalLayer]) -> LogicalLayer:
     group = NVFP4_GROUP if first.kind == "nvfp4" else INT4_GROUP
     if any(layer.codes.shape[1] % group for layer in layers[:-1]):
         raise ValueError(f"the halves of a layer meet inside a group of {group} inputs")
-    scales = torch.cat([layer.scales.view(torch.int8) for layer in layers], 1) if first.scales.dtype.itemsize == 1 else None
     return LogicalLayer(
         kind=first.kind,
         codes=torch.cat([layer.codes for layer in layers], 1),
-        scales=torch.cat([layer.scales for layer in layers], 1) if scales is None else scales.view(first.scales.dtype),
-        row_scales=_common_row_scales(layers),
+        scales=torch.cat([_folded(layer) for layer in layers], 1),
         bias=_sum([layer.bias for layer in layers]),
         smooth=_side_by_side([layer.smooth for layer in layers], layers, 1.0),
         shift=_side_by_side([layer.shift for layer in layers], layers, 0.0),
@@ -119,12 +119,11 @@ def concatenate_columns(layers: list[LogicalLayer]) -> LogicalLayer:
     )
 
 
-def _common_row_scales(layers: list[LogicalLayer]) -> Tensor | None:
-    if layers[0].row_scales is None:
-        return None
-    if any(layer.row_scales is None or not torch.equal(layer.row_scales, layers[0].row_scales) for layer in layers):
-        raise ValueError("the halves of a layer have different scales per row, which one row of one layer cannot hold exactly")
-    return layers[0].row_scales
+def _folded(layer: LogicalLayer) -> Tensor:
+    """Scales of groups, those of rows multiplied in: each half has its own. E4M3 times 16 bits is exact in float32."""
+    if layer.kind != "nvfp4":
+        return layer.scales
+    return layer.scales.float() * (1.0 if layer.row_scales is None else layer.row_scales[:, None])
 
 
 def _sum(biases: list[Tensor | None]) -> Tensor | None:

@@ -67,18 +67,18 @@ class Part(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which rows of a source layer a layer of the model has: ``start + i * step`` for i < count."""
+    """Which rows of a source layer a layer of the model has: ``start + i * step`` for i < number."""
 
     start: int
-    count: int
+    number: int
     step: int = 1
     interleaved_halves: bool = False
 
     def picked(self) -> Tensor:
-        """The rows, int64 ``[count]``. With interleaved halves, first the even and then the odd ones."""
+        """The rows, int64 ``[number]``. With interleaved halves, first the even and then the odd ones."""
         if self.interleaved_halves:
-            return self.start + torch.arange(self.count).view(-1, 2).T.reshape(-1)
-        return self.start + self.step * torch.arange(self.count)
+            return self.start + torch.arange(self.number).view(-1, 2).T.reshape(-1)
+        return self.start + self.step * torch.arange(self.number)
 
 
 class Header(NamedTuple):
@@ -189,7 +189,9 @@ def spec_of(headers: list[Header]) -> LayerSpec:
     scale_dtype = first.infos["wscales"].dtype
     if scale_dtype not in SCALE_DTYPES.values():
         raise CheckpointError(f"tensor {first.names['wscales']} is {_show(first.infos['wscales'])}, which is no dtype of scales")
-    row_scales = any(name in h.infos for h in headers for name in ("wcscales", "wtscale"))
+    row_scales = any(name in first.infos for name in ("wcscales", "wtscale"))
+    if first.kind == "nvfp4" and len(headers) > 1:  # see logical.concatenate_columns
+        scale_dtype, row_scales = torch.float32, False
     fmt = weight_format(first.kind, scale_dtype, row_scales and first.kind == "nvfp4")
     rank = sum(h.infos["down"].shape[1] for h in headers if "down" in h.infos)
     extras = [h.infos[name].dtype for h in headers for name in ("smooth", "down", "up") if name in h.infos]

@@ -122,13 +122,14 @@ def open_checkpoint(source: Path, config: str | Path | None) -> Checkpoint:
         files, found = [source], None
     else:
         raise ConfigError(f"{source} is neither a model's folder nor a safetensors file")
-    found = found or (_read_config(Path(config)) if config is not None else _config_in(files))
+    found = found or (read_config(Path(config)) if config is not None else _config_in(files))
     if not isinstance(found, dict) or "_class_name" not in found:
         raise ConfigError(f"{source} carries no config of its model; give the dense model's folder with --config")
     return Checkpoint(found, files)
 
 
-def _read_config(path: Path) -> Any:
+def read_config(path: Path) -> Any:
+    """A model's config, from its folder or its file. Raises ConfigError if there is none."""
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"{path} holds no {CONFIG}")

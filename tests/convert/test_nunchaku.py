@@ -121,8 +121,6 @@ def flux_engine(model: nn.Module, kind: str) -> Checkpoint:
     add(single, "qkv_proj", QKV, 384, 128)
     add(single, "mlp_fc1", ["proj_mlp"], 512, 128)
     halves = [files.random_layer(kind, 128, width, rank, unsigned=width > 128) for width, rank in ((128, 16), (512, 32))]
-    if kind == "nvfp4":  # the halves of one layer share its rows
-        halves[1] = files.LogicalLayer(**{**halves[1].__dict__, "row_scales": halves[0].row_scales})
     out.w4a4(f"{single}mlp_fc2", [], halves[1])  # in the file in any order
     out.w4a4(f"{single}out_proj", [f"{single}proj_out"], halves[0])
     out.replace([f"{single}proj_out"], halves[1])

@@ -1,0 +1,124 @@
+"""Black Forest Labs' quantized files: E4M3 weights with a float32 scale per row or tensor, and NVFP4 weights.
+
+Their static activation scales (``input_scale``) are for matrix units that quantize inputs too; here inputs stay in 16 bits, as they
+do in diffusers on devices without such units.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import FPConfig, QDiffConfig, StoredLayer
+from ..errors import CheckpointError, ConfigError
+from ..formats import MinifloatFormat, TensorInfo, WeightFormat
+from .nunchaku_folder import Advance
+from .single_file import Piece, StandIn, convert_single_file
+from .stream import Source
+
+SCALE, SECOND, INPUT = ".weight_scale", ".weight_scale_2", ".input_scale"
+NVFP4_GROUP = 16
+E4M3_NAN = 0x7F
+
+
+class BflFile:
+    """A file whose quantized weights are read when they are asked for.
+
+    Raises:
+        CheckpointError: it has no quantized weight, or one without its scales, of an unknown dtype or misshapen.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._source = Source([path])
+        infos = self._source.infos
+        self._layers = {name.removesuffix(SCALE): infos[name] for name in infos if name.endswith(SCALE)}
+        if not self._layers:
+            raise CheckpointError(f"{path} has no ...{SCALE} tensors, so it is no FP8 or NVFP4 file of this kind")
+        self.nvfp4 = {layer: f"{layer}{SECOND}" in infos for layer in self._layers}
+        self.tensors: dict[str, Tensor] = {}
+        for name, info in infos.items():
+            layer = name.removesuffix(".weight")
+            if name.endswith(".weight") and layer in self._layers:
+                self.tensors[name] = self._stand_in(layer, info)
+            elif not name.endswith((SCALE, SECOND, INPUT)):
+                if info.dtype.itemsize == 1:
+                    raise CheckpointError(f"tensor {name} is {info.dtype}, but there is no {layer}{SCALE} for it")
+                self.tensors[name] = self._source.get(name)
+        if lost := [layer for layer in self._layers if f"{layer}.weight" not in infos]:
+            raise CheckpointError(f"the file lacks {lost[0]}.weight; it is incomplete")
+
+    def _stand_in(self, layer: str, info: TensorInfo) -> StandIn:
+        rows = info.shape[0] if len(info.shape) == 2 else 0
+        columns = info.shape[1] * (2 if self.nvfp4[layer] else 1) if rows else 0
+        wanted = torch.uint8 if self.nvfp4[layer] else torch.float8_e4m3fn
+        if info.dtype != wanted or not rows:
+            kind = "NVFP4" if self.nvfp4[layer] else "FP8"
+            raise CheckpointError(f"{layer}.weight is {info.dtype} {list(info.shape)}; {kind} weights are {wanted} matrices")
+        scales, shapes = self._layers[layer], [(), (1,), (rows,), (rows, 1)]
+        if self.nvfp4[layer]:
+            shapes = [(rows, columns // NVFP4_GROUP)]
+        if scales.shape not in shapes or (self.nvfp4[layer] and scales.dtype != torch.float8_e4m3fn):
+            raise CheckpointError(
+                f"{layer}{SCALE} is {scales.dtype} {list(scales.shape)}, which does not fit {rows} x {columns} weights"
+            )
+        return StandIn.of([Piece(f"{layer}.weight", 0, rows)], columns)
+
+    def format(self, pieces: list[Piece]) -> WeightFormat:
+        layers = [piece.name.removesuffix(".weight") for piece in pieces]
+        if len({self.nvfp4[layer] for layer in layers}) > 1:
+            raise CheckpointError(f"one layer of the model would be made of FP8 and NVFP4 rows: {', '.join(layers)}")
+        if self.nvfp4[layers[0]]:
+            return MinifloatFormat(("e2m1",), NVFP4_GROUP, "e4m3", True if len(set(layers)) == 1 else "row")
+        return MinifloatFormat(("e4m3",), "row", "float32")
+
+    def store(self, pieces: list[Piece], columns: int) -> dict[str, Tensor]:
+        fmt = self.format(pieces)
+        assert isinstance(fmt, MinifloatFormat)
+        weights = torch.cat([self._rows(piece) for piece in pieces])
+        if self.nvfp4[pieces[0].name.removesuffix(".weight")]:
+            scales = torch.cat([self._scales(piece, SCALE).view(torch.int8) for piece in pieces]).view(torch.float8_e4m3fn)
+            return {"codes": weights, "scales": scales, "tensor_scale": self._second(pieces, fmt)}
+        if ((weights & E4M3_NAN) == E4M3_NAN).any():
+            raise CheckpointError(f"{pieces[0].name} holds NaN, which no weight of ours is")
+        scales = torch.cat([self._scales(piece, SCALE).float().reshape(-1, 1) for piece in pieces])
+        return {"codes": weights, "scales": scales}
+
+    def _rows(self, piece: Piece) -> Tensor:
+        """Two codes to a byte, the even one in the low nibble, as here; FP8 one to a byte."""
+        return self._source.get(piece.name).view(torch.int8)[piece.start : piece.stop]
+
+    def _scales(self, piece: Piece, suffix: str) -> Tensor:
+        scales = self._source.get(piece.name.removesuffix(".weight") + suffix)
+        if scales.numel() == 1:
+            return scales.reshape(1).expand(piece.stop - piece.start)
+        return scales[piece.start : piece.stop]
+
+    def _second(self, pieces: list[Piece], fmt: MinifloatFormat) -> Tensor:
+        if fmt.tensor_scale != "row":
+            return self._source.get(pieces[0].name.removesuffix(".weight") + SECOND).float().reshape(1)
+        return torch.cat([self._scales(piece, SECOND).float() for piece in pieces]).reshape(-1, 1)
+
+
+def convert_bfl(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    config: str | Path | None = None,
+    overwrite: bool = False,
+    advance: Advance | None = None,
+) -> Path:
+    """Write one of Black Forest Labs' FP8 or NVFP4 files as a qdiff checkpoint: every code and scale as it was.
+
+    Arguments and errors as for :func:`qdiff_diffusers.convert.convert_gguf`.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a file")
+
+    def settings(layers: dict[str, StoredLayer]) -> QDiffConfig:
+        four_bits = any(getattr(layer.spec.format, "bits", 8) == 4 for layer in layers.values())
+        return FPConfig(weight_format="nvfp4" if four_bits else "e4m3")  # type: ignore[call-arg]
+
+    return convert_single_file(BflFile(path), path, Path(output_dir), settings, config, overwrite, advance)

@@ -1,0 +1,198 @@
+"""Quantized single files of other programs: their layers under diffusers' names, with diffusers' own converters.
+
+Those converters rename tensors, and cut and join them along their rows. A stand-in for a quantized tensor takes part in that and
+remembers which rows of the file it is, so that no weight has to be read, let alone decoded, before it is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import FORMAT_VERSION, QDiffConfig, StoredLayer
+from ..errors import CheckpointError, ConfigError
+from ..folders import CONFIG, check_output, written_at_once
+from ..formats import LayerSpec, TensorInfo, WeightFormat
+from ..layers import unsupported_reason
+from .importing import describe, skeleton
+from .nunchaku_folder import WEIGHTS, Advance, counted, read_config
+from .stream import write_file
+
+
+class Piece(NamedTuple):
+    """Rows ``start .. stop - 1`` of a tensor of the file."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class StandIn(torch.Tensor):
+    """A quantized weight that has not been read: its logical shape, and the rows that it consists of."""
+
+    pieces: list[Piece]
+
+    @staticmethod
+    def of(pieces: list[Piece], columns: int) -> StandIn:
+        rows = sum(piece.stop - piece.start for piece in pieces)
+        out = torch.empty(rows, columns, device="meta").as_subclass(StandIn)
+        out.pieces = pieces
+        return out
+
+    def rows(self, start: int, stop: int) -> StandIn:
+        """Some of the rows."""
+        kept, first = [], 0
+        for piece in self.pieces:
+            low, high = max(start - first, 0), min(stop - first, piece.stop - piece.start)
+            if low < high:
+                kept.append(Piece(piece.name, piece.start + low, piece.start + high))
+            first += piece.stop - piece.start
+        return StandIn.of(kept, self.shape[1])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name in ("chunk", "split", "tensor_split") and _dim(args, kwargs, 2) == 0:
+            with torch._C.DisableTorchFunctionSubclass():
+                sizes = [len(part) for part in func(torch.empty(args[0].shape, device="meta"), *args[1:], **kwargs)]
+            ends = torch.tensor(sizes).cumsum(0).tolist()
+            return tuple(args[0].rows(end - size, end) for size, end in zip(sizes, ends, strict=True))
+        if name in ("cat", "concat", "concatenate") and _dim(args, kwargs, 1) == 0:
+            if all(isinstance(part, StandIn) for part in args[0]):
+                return cls.of([piece for part in args[0] for piece in part.pieces], args[0][0].shape[1])
+        elif name == "__getitem__" and isinstance(args[1], slice) and args[1].step in (None, 1):
+            return args[0].rows(*args[1].indices(len(args[0]))[:2])
+        elif name in ("to", "contiguous", "clone", "detach", "float", "half", "bfloat16"):
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if isinstance(result, Tensor) or (isinstance(result, tuple | list) and any(isinstance(r, Tensor) for r in result)):
+            raise CheckpointError(
+                f"diffusers' converter of this model applies {name} to quantized weights, which is not a choice of rows"
+            )
+        return result
+
+
+def _dim(args: Any, kwargs: Any, position: int) -> int:
+    dim = kwargs.get("dim", args[position] if len(args) > position else 0)
+    return int(dim)
+
+
+class QuantizedFile(Protocol):
+    """A file whose quantized weights can be stored here as they are."""
+
+    tensors: dict[str, Tensor]  # dense ones, and a StandIn for each quantized weight
+
+    def format(self, pieces: list[Piece]) -> WeightFormat:
+        """How these rows are stored here. Raises CheckpointError if they cannot be one layer."""
+        ...
+
+    def store(self, pieces: list[Piece], columns: int) -> dict[str, Tensor]:
+        """The tensors of that format."""
+        ...
+
+
+class Contents(NamedTuple):
+    """What a file becomes."""
+
+    packed: dict[str, StandIn]  # by module
+    dense: dict[str, Tensor | StandIn]  # by tensor; quantized ones are decoded
+    layers: dict[str, StoredLayer]
+    infos: dict[str, TensorInfo]
+
+
+def convert_single_file(
+    opened: QuantizedFile,
+    source: Path,
+    output_dir: Path,
+    settings: Callable[[dict[str, StoredLayer]], QDiffConfig],
+    config: str | Path | None,
+    overwrite: bool,
+    advance: Advance | None,
+) -> Path:
+    """Write what ``opened`` holds as a model folder; see the importers for arguments and errors."""
+    check_output(output_dir, overwrite)
+    if config is None:
+        raise ConfigError(f"{source.name} carries no config of its model; give the dense model's folder with --config")
+    model_config = read_config(Path(config))
+    model = skeleton(model_config)
+    contents = plan(model, model_config, opened)
+    quantization = settings(contents.layers)
+    describe(quantization, model, contents.layers, source.name)
+    with written_at_once(output_dir) as folder:
+        kept = {key: value for key, value in model_config.items() if key != "quantization_config"}
+        (folder / CONFIG).write_text(json.dumps(kept | {"quantization_config": quantization.to_dict()}, indent=2) + "\n")
+        tensors = counted(_everything(contents, opened), len(contents.infos), advance)
+        write_file(folder / WEIGHTS, contents.infos, tensors, {"format": "pt", "qdiff_format_version": str(FORMAT_VERSION)})
+    return output_dir
+
+
+def plan(model: nn.Module, config: dict[str, Any], opened: QuantizedFile) -> Contents:
+    """Give every tensor of the model its place in the file.
+
+    Raises:
+        CheckpointError: one is missing, misshapen or left over, or cannot be stored exactly.
+    """
+    found = diffusers_names(model, config, opened.tensors)
+    expected = model.state_dict()
+    if lost := sorted(expected.keys() - found.keys()):
+        raise CheckpointError(f"the file lacks {', '.join(lost[:5])}; it is incomplete, or of another model than the config")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise CheckpointError(f"the file holds {', '.join(extra[:5])}, which {type(model).__name__} has no place for")
+    out = Contents({}, {}, {}, {})
+    for name, tensor in found.items():
+        module, _, leaf = name.rpartition(".")
+        if tuple(tensor.shape) != tuple(expected[name].shape):
+            raise CheckpointError(f"tensor {name} has shape {list(tensor.shape)}, the model needs {list(expected[name].shape)}")
+        if isinstance(tensor, StandIn) and leaf == "weight" and unsupported_reason(model.get_submodule(module)) is None:
+            shape = tuple(tensor.shape)
+            out.packed[module] = tensor
+            out.layers[module] = StoredLayer(LayerSpec(opened.format(tensor.pieces)), shape, None)
+            out.infos.update({f"{module}.{key}": info for key, info in out.layers[module].spec.tensors(shape).items()})
+        else:
+            out.dense[name] = tensor
+    if not out.packed:
+        raise CheckpointError("the file holds no quantized weight of this model")
+    for name, tensor in out.dense.items():
+        dtype = torch.float32 if isinstance(tensor, StandIn) else tensor.dtype
+        out.infos[name] = TensorInfo(tuple(tensor.shape), dtype)
+    return out
+
+
+def diffusers_names(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under diffusers' names."""
+    if tensors.keys() >= model.state_dict().keys():
+        return dict(tensors)
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    known: Any = SINGLE_FILE_LOADABLE_CLASSES.get(type(model).__name__)
+    if known is None:
+        raise CheckpointError(
+            f"diffusers has no converter for single files of {type(model).__name__}, and the names are not its own"
+        )
+    try:
+        converted: dict[str, Tensor] = known["checkpoint_mapping_fn"](config=config, checkpoint=dict(tensors))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the file does not hold the tensors of a {type(model).__name__} ({type(error).__name__}: {error}); it is incomplete, "
+            "or of another model than the config"
+        ) from error
+    return converted
+
+
+def _everything(contents: Contents, opened: QuantizedFile) -> Iterator[tuple[str, Tensor]]:
+    for module, stand_in in contents.packed.items():
+        for leaf, tensor in opened.store(stand_in.pieces, stand_in.shape[1]).items():
+            yield f"{module}.{leaf}", tensor
+    for name, tensor in contents.dense.items():
+        if isinstance(tensor, StandIn):
+            columns = tensor.shape[1]
+            yield name, opened.format(tensor.pieces).dequantize(opened.store(tensor.pieces, columns), columns)
+        else:
+            yield name, tensor
