@@ -80,8 +80,7 @@ def _save(loaded: Any, output_dir: Path, logs: dict[str, Any]) -> None:
     with written_at_once(output_dir) as folder:
         loaded.save_pretrained(folder)
         for component, log in logs.items():
-            (folder / component / CALIBRATION_LOG).write_text(json.dumps(log, indent=1) + "
-")
+            (folder / component / CALIBRATION_LOG).write_text(json.dumps(log, indent=1) + "\n")
 
 
 def _denoisers(loaded: Any, components: Sequence[str] | None) -> dict[str, Any]:

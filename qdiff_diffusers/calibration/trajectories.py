@@ -127,6 +127,8 @@ def _model_runner(model: nn.Module, calibration: Calibration) -> Callable[[list[
         )
     if calibration.prompts is not None:
         raise ConfigError(f"{type(model).__name__} alone takes no prompts; calibrate the pipeline that it belongs to")
+    if calibration.class_labels is None and getattr(model, "class_embedding", None) is not None:
+        raise ConfigError(f"{type(model).__name__} needs class_labels for calibration")
     scheduler: Any = calibration.scheduler or DDIMScheduler()
     size = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
     _, labels = _conditions(calibration)

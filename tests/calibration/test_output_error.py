@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from qdiff_diffusers import AQConfig, FPConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.methods import LayerInputs, format_target, quantize_weight
 from qdiff_diffusers.methods.coders import make_coder
@@ -28,7 +31,9 @@ def problem(rows: int = 48, columns: int = 96, seed: int = 0) -> tuple[torch.Ten
     """A weight, and second moments of inputs that lie near a few directions."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(columns // 4, columns, generator=generator)
-    x = torch.randn(4 * columns, columns // 4, generator=generator) @ basis + 0.3 * torch.randn(4 * columns, columns, generator=generator)
+    x = torch.randn(4 * columns, columns // 4, generator=generator) @ basis + 0.3 * torch.randn(
+        4 * columns, columns, generator=generator
+    )
     return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
 
 
@@ -47,7 +52,7 @@ def test_inputs_lower_the_output_error_of_every_format_to_less_than_two_thirds(n
     assert {k: (t.shape, t.dtype) for k, t in fitted.tensors.items()} == {k: (t.shape, t.dtype) for k, t in plain.tensors.items()}
     assert output_error(weight, fitted, hessian) < 0.66 * output_error(weight, plain, hessian)
     assert len(errors) >= 2
-    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(errors))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

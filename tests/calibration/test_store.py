@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qdiff_diffusers import Calibration, CalibrationError, ConfigError, Tuning
 from qdiff_diffusers.calibration import as_calibration
 from qdiff_diffusers.calibration.store import Store

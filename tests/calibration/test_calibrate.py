@@ -1,0 +1,289 @@
+"""Calibration from end to end on tiny models: it lowers errors, resumes exactly, spreads over processes and saves what it made."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, UNet2DModel
+
+from qdiff_diffusers import (
+    AQConfig,
+    Calibration,
+    CalibrationError,
+    ConfigError,
+    RTNConfig,
+    SVDQuantConfig,
+    Tuning,
+    VQConfig,
+    quantize,
+)
+from qdiff_diffusers.calibration import tuning as tuning_module
+from qdiff_diffusers.calibration.store import Store
+from qdiff_diffusers.calibration.trajectories import call_model, record
+from qdiff_diffusers.calibration.tuning import guided_loss
+from qdiff_diffusers.layers import PackedLayer
+
+CONFIG = AQConfig(num_codebooks=2, codebook_bits=4, vector_size=4, codebook="layer", keep_outer_layers=True)
+FEW = {"class_labels": [0, 1], "samples": 4, "steps": 3, "batch_size": 2, "guidance_scale": 1.0}
+
+
+def dit() -> DiTPipeline:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), norm_num_groups=8
+    )
+    return DiTPipeline(tiny_models.make("dit"), vae, DDIMScheduler(), {0: "shirt", 1: "shoe"})
+
+
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        layers_per_block=1,
+        num_class_embeds=2,
+        attention_head_dim=8,
+    )
+
+
+def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def output_error(pipe: DiTPipeline) -> float:
+    """On a trajectory that calibration has not seen."""
+    exact, error, size = dit(), 0.0, 0.0
+    store = Store(Path("unused"), 1 << 30)
+    record(exact, {"transformer": exact.transformer}, Calibration(**FEW, seed=7), {"transformer": store})
+    for call in store:
+        found = call_model(pipe.transformer, call["inputs"])
+        error += float((found - call["output"]).square().sum())
+        size += float(call["output"].square().sum())
+    return error / size
+
+
+def test_calibrating_beats_quantizing_by_itself_and_is_saved_and_reloaded_exactly(tmp_path):
+    dit().save_pretrained(tmp_path / "dense")
+    plain = quantize(dit(), RTNConfig(bits=2))
+    folder = quantize(tmp_path / "dense", RTNConfig(bits=2), tmp_path / "out", calibration=FEW, dtype=torch.float32)
+    calibrated = quantize(dit(), RTNConfig(bits=2), calibration=FEW)
+    assert output_error(calibrated) < 0.8 * output_error(plain)
+    reloaded = DiTPipeline.from_pretrained(folder)
+    assert_equal(tensors(reloaded.transformer), tensors(calibrated.transformer))
+    log = json.loads((folder / "transformer" / "calibration.json").read_text())
+    layers = [name for name, m in calibrated.transformer.named_modules() if isinstance(m, PackedLayer)]
+    assert [entry["name"] for entry in log] == layers
+    assert all(entry["output_errors"][-1] <= entry["output_errors"][0] for entry in log)
+    assert reloaded.transformer.config.quantization_config.provenance["calibration"]["class_labels"] == [0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]  # the workspace is gone
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_others():
+    first, second = (tensors(quantize(dit(), CONFIG, calibration=FEW).transformer) for _ in range(2))
+    assert_equal(first, second)
+    other = tensors(quantize(dit(), CONFIG, calibration=FEW | {"seed": 1}).transformer)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+TUNINGS = {
+    "pv": (AQConfig(bits=2), {"assignments": "pv"}),
+    "pv, own codebooks": (CONFIG, {"assignments": "pv"}),
+    "fixed": (AQConfig(bits=2), {"assignments": "fixed"}),
+    "candidates": (VQConfig(bits=2, codebook="layer"), {"assignments": "candidates", "candidates": 3, "code_lr": 0.1}),
+    "candidates, codebooks after": (
+        VQConfig(bits=2, codebook="layer"),
+        {"assignments": "candidates", "codebooks": "after", "candidates": 2, "code_lr": 0.1},
+    ),
+    "scalar": (RTNConfig(bits=2), {"assignments": "pv"}),
+    "low rank": (SVDQuantConfig(bits=2, rank=4, activations="int8"), {"assignments": "fixed"}),
+}
+
+
+@pytest.mark.parametrize("objective", ["model", "blocks"])
+@pytest.mark.parametrize("name", TUNINGS)
+def test_tuning_lowers_the_loss_and_what_is_saved_is_what_was_tuned(name, objective, tmp_path):
+    config, settings = TUNINGS[name]
+    steps = 150 if settings["assignments"] == "candidates" else 30
+    calibration = Calibration(**FEW, hessian=False, tuning=Tuning(steps=steps, objective=objective, lr=3e-3, **settings))
+    pipe = dit()
+    folder = quantize(pipe, config, tmp_path / "out", calibration=calibration)
+    log = json.loads((folder / "transformer" / "calibration.json").read_text())
+    results = [entry for entry in log if entry["stage"] == "tuned"]
+    assert len(results) == (1 if objective == "model" else len(pipe.transformer.transformer_blocks))
+    assert all(result["kept"] and result["loss_after"] < 0.97 * result["loss_before"] for result in results)
+    assert_equal(tensors(DiTPipeline.from_pretrained(folder).transformer), tensors(pipe.transformer))
+    assert not any(parameter.requires_grad and parameter.grad is not None for parameter in pipe.transformer.parameters())
+
+
+def test_tuning_that_would_make_it_worse_changes_nothing():
+    plain = quantize(dit(), RTNConfig(bits=4), calibration=FEW)
+    worse = quantize(dit(), RTNConfig(bits=4), calibration=Calibration(**FEW, tuning=Tuning(steps=3, lr=1.0)))
+    assert_equal(tensors(worse.transformer), tensors(plain.transformer))
+
+
+@pytest.mark.parametrize("objective", ["model", "blocks"])
+@pytest.mark.parametrize("stop", ["layers", "tuning"])
+def test_an_interrupted_run_resumes_with_identical_results(stop, objective, tmp_path, monkeypatch):
+    calibration = Calibration(**FEW, tuning=Tuning(steps=12, objective=objective))
+    monkeypatch.setattr(tuning_module, "SAVE_EVERY", 5)
+    expected = quantize(dit(), AQConfig(bits=2), tmp_path / "whole", calibration=calibration)
+    from qdiff_diffusers.calibration import layerwise
+
+    target, name, after = (layerwise, "quantize_weight", 5) if stop == "layers" else (tuning_module.Tuner, "step", 8)
+    original, calls = getattr(target, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, name, interrupted)
+        quantize(dit(), AQConfig(bits=2), tmp_path / "out", calibration=calibration)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out-calibration" / "recorded").is_file()
+    done = len(list((tmp_path / ".out-calibration").rglob("layers/*.safetensors")))
+    calls.clear()
+    monkeypatch.setattr(target, name, lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    folder = quantize(dit(), AQConfig(bits=2), tmp_path / "out", calibration=calibration)
+    if stop == "layers":
+        assert done == 5
+        assert len(calls) == len(json.loads((folder / "transformer/config.json").read_text())["quantization_config"]["layers"]) - 5
+    else:
+        assert len(calls) < 12 * (1 if objective == "model" else 2)
+    a, b = (DiTPipeline.from_pretrained(f).transformer for f in (expected, folder))
+    assert_equal(tensors(a), tensors(b))
+
+
+WORKER = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from calibration.test_calibrate import CONFIG, FEW, dit, tensors
+from qdiff_diffusers import Calibration, Tuning, quantize
+from qdiff_diffusers.calibration import parallel
+from safetensors.torch import save_file
+pipe = dit()
+quantize(pipe, CONFIG, calibration=Calibration(**FEW, memory_limit=200_000, tuning=Tuning(steps=4, objective="blocks")))
+save_file({{k: v.contiguous() for k, v in tensors(pipe.transformer).items()}}, {out!r} + f"/{{parallel.rank()}}.safetensors")
+"""
+
+
+def test_two_processes_give_bit_for_bit_the_result_of_one(tmp_path):
+    from safetensors.torch import load_file
+
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        script = tmp_path / f"worker{processes}.py"
+        script.write_text(WORKER.format(tests=str(Path(__file__).parents[1]), out=str(out)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+        run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        assert run.returncode == 0, run.stderr[-3000:]
+        found[processes] = [load_file(out / f"{rank}.safetensors") for rank in range(processes)]
+    assert_equal(found[1][0], found[2][0])
+    assert_equal(found[1][0], found[2][1])
+
+
+def test_a_bare_unet_is_calibrated_with_noise_and_labels():
+    labels = [0, 1]
+    plain = quantize(unet(), RTNConfig(bits=2))
+    calibrated = quantize(unet(), RTNConfig(bits=2), calibration={"class_labels": labels, "steps": 3})
+    assert any(isinstance(module, PackedLayer) and isinstance(module, torch.nn.Conv2d) for module in calibrated.modules())
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        exact, *others = (m(x, 500, class_labels=torch.tensor(labels))[0] for m in (unet(), plain, calibrated))
+    errors = [float((other - exact).square().mean()) for other in others]
+    assert errors[1] < errors[0]
+
+
+def test_a_bare_model_that_needs_labels_says_so():
+    with pytest.raises(ConfigError, match="needs class_labels"):
+        quantize(unet(), RTNConfig(bits=2), calibration={"samples": 2})
+
+
+def test_an_unconditional_pipeline_is_calibrated_with_noise():
+    model = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    pipe = quantize(DDIMPipeline(model, DDIMScheduler()), RTNConfig(bits=4), calibration={"samples": 2, "steps": 2})
+    assert any(isinstance(module, PackedLayer) for module in pipe.unet.modules())
+
+
+def test_a_loss_that_is_no_number_is_an_error_that_keeps_finished_layers(tmp_path):
+    pipe = dit()
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[1].ff.net[2].bias.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match=r"NaN or infinity|loss became nan"):
+        quantize(pipe, RTNConfig(bits=4), tmp_path / "out", calibration=Calibration(**FEW, tuning=Tuning(steps=2)))
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / ".out-calibration").rglob("layers/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (["a prompt"], "needs class labels for calibration, got prompt"),
+        ({"samples": 2}, "needs class labels for calibration, got neither"),
+    ],
+)
+def test_what_the_pipeline_cannot_take_is_refused(calibration, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        quantize(dit(), RTNConfig(bits=4), tmp_path / "out", calibration=calibration)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_model_is_not_calibrated_again():
+    pipe = quantize(dit(), RTNConfig(bits=4))
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize(pipe, RTNConfig(bits=4), calibration=FEW)
+
+
+def test_a_workspace_with_other_work_is_refused(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files"):
+        quantize(dit(), RTNConfig(bits=4), calibration=FEW | {"workspace": tmp_path / "work"})
+    assert (tmp_path / "work" / "file").read_text() == "mine"
+
+
+def test_guidance_weighs_the_two_halves_as_the_pipeline_does():
+    teacher, student, x = torch.zeros(4, 1, 2, 2), torch.randn(4, 1, 2, 2), torch.randn(2, 1, 2, 2)
+    inputs = {"hidden_states": torch.cat([x, x])}
+    first, second = student.chunk(2)
+    labels = guided_loss(student, teacher, inputs | {"class_labels": torch.zeros(4)}, 3.0)
+    prompts = guided_loss(student, teacher, inputs, 3.0)
+    torch.testing.assert_close(labels, (second + 3 * (first - second)).square().mean())
+    torch.testing.assert_close(prompts, (first + 3 * (second - first)).square().mean())
+    torch.testing.assert_close(
+        guided_loss(student, teacher, {"hidden_states": torch.randn(4, 1, 2, 2)}, 3.0), student.square().mean()
+    )
+    torch.testing.assert_close(guided_loss(student, teacher, inputs, None), student.square().mean())
