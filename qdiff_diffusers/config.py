@@ -256,6 +256,8 @@ class AQConfig(QDiffConfig):
         num_codebooks, codebook_bits, vector_size: the format, codes cost ``num_codebooks * codebook_bits / vector_size`` bits.
         codebook: "shared" (a universal table that costs nothing to store; wants rotation) or "layer" (fitted to each layer).
         effort: 0 (one pass) to 3 (wide beams, many alternations): quantization time against error.
+        kernel_vectors: vectors of a convolution run through the taps of one channel's kernel rather than through channels; with a
+            vector_size of 9 each 3 x 3 kernel is a vector (AQUATIC-Diff's KAQ).
     """
 
     num_codebooks: int | None = None
@@ -264,6 +266,7 @@ class AQConfig(QDiffConfig):
     codebook: str | None = None
     group_size: GroupSize | None = None
     effort: int = 1
+    kernel_vectors: bool = False
 
     method_name: ClassVar[str] = "aq"
     bit_choices: ClassVar[tuple[float, ...]] = (1.5, 2, 3, 4)

@@ -15,7 +15,7 @@ from .base import TensorInfo, WeightFormat, check_choice, check_flag, check_rang
 from .codebook import CodebookFormat
 from .integer import IntegerFormat
 from .minifloat import MinifloatFormat
-from .transform import smooth_matrix, unrotate_matrix
+from .transform import channels_last, smooth_matrix, unrotate_matrix
 
 FORMATS: dict[str, type[WeightFormat]] = {f.kind: f for f in (CodebookFormat, MinifloatFormat, IntegerFormat)}
 MAX_RANK = 4096
@@ -34,6 +34,8 @@ class LayerSpec:
         activations: "none", "int8", "fp8", "int4" or "nvfp4".
         shift: whether a vector ``shift [in]`` is added to the inputs, before ``smooth``. "int4" groups in which it is positive
             are quantized to 0 .. 15. The bias stored with the layer already undoes it.
+        kernel_vectors: whether the columns of a convolution's stored matrix run through the kernel's taps before the next channel,
+            so that a vector of kh*kw weights is one kernel (KAQ); otherwise through the channels before the next tap.
         extras_dtype: of the branch, ``smooth`` and ``shift``: "float16", "bfloat16" or "float32".
     """
 
@@ -44,6 +46,7 @@ class LayerSpec:
     activations: str = "none"
     shift: bool = False
     extras_dtype: str = "float16"
+    kernel_vectors: bool = False
 
     def __post_init__(self) -> None:
         check_range("rank", self.rank, 0, MAX_RANK)
@@ -53,6 +56,7 @@ class LayerSpec:
         check_flag("smooth", self.smooth)
         check_choice("activations", self.activations, KINDS)
         check_flag("shift", self.shift)
+        check_flag("kernel_vectors", self.kernel_vectors)
         check_choice("extras_dtype", self.extras_dtype, EXTRAS_DTYPES)
         if self.shift and (self.rotation or self.activations != "int4"):
             raise ValueError("shift goes with int4 activations that are not rotated")
@@ -64,6 +68,8 @@ class LayerSpec:
             raise ValueError(f"rotation {self.rotation} does not divide the {shape[1]} input channels")
         if self.shift and columns != shape[1]:
             raise ValueError(f"shift is for linear layers and 1 x 1 convolutions, not for a kernel of {list(shape[2:])}")
+        if self.kernel_vectors and len(shape) != 4:
+            raise ValueError(f"kernel_vectors are for convolutions, not for a weight of shape {list(shape)}")
         out = self.format.tensors(rows, columns)
         dtype = EXTRAS_DTYPES[self.extras_dtype]
         if self.rank:
@@ -95,10 +101,15 @@ class LayerSpec:
         """What ``shift`` adds to every output, float32 ``[out]``: to be added to the bias of the dense layer."""
         return self._main_matrix(tensors, shape, torch.float32) @ tensors["shift"].float()
 
+    def stored_order(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The format's matrix ``[rows, columns]`` with its columns channels last, whichever order it has."""
+        return channels_last(matrix, shape[1]) if self.kernel_vectors else matrix
+
     def _main_matrix(self, tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The weight matrix without the branch, as the raw inputs see it."""
         _, columns = matrix_shape(shape)
-        matrix = unrotate_matrix(self.format.dequantize(tensors, columns, dtype), shape[1], self.rotation)
+        matrix = self.stored_order(self.format.dequantize(tensors, columns, dtype), shape)
+        matrix = unrotate_matrix(matrix, shape[1], self.rotation)
         return smooth_matrix(matrix, 1 / tensors["smooth"].to(dtype)) if self.smooth else matrix
 
     def describe(self) -> str:
@@ -106,6 +117,7 @@ class LayerSpec:
         parts = [self.format.describe()]
         parts += [f"rank {self.rank}"] if self.rank else []
         parts += [f"rotated {self.rotation}"] if self.rotation else []
+        parts += ["by kernels"] if self.kernel_vectors else []
         parts += ["smoothed"] if self.smooth else []
         parts += ["shifted"] if self.shift else []
         parts += [f"{self.activations} activations"] if self.activations != "none" else []

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import LayerSpec
+from . import decoded
 from .base import PackedLayer
 from .conv import QDiffConv2d
 from .linear import QDiffLinear
 
-__all__ = ["PackedLayer", "QDiffConv2d", "QDiffLinear", "dense_layer", "pack_layer", "unsupported_reason"]
+__all__ = ["PackedLayer", "QDiffConv2d", "QDiffLinear", "decoded", "dense_layer", "pack_layer", "unsupported_reason"]
 
 
 def unsupported_reason(module: nn.Module) -> str | None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..formats import matrix_shape
+from . import decoded
 from .base import CONV2D_OPS, PackedLayer
 
 
@@ -24,6 +26,15 @@ class QDiffConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
         if input.ndim == 3:  # like nn.Conv2d, take an image without a batch too
             return self.forward(input[None])[0]
         self.check_channels(input.shape[1], self.in_channels)
+        if self.spec.kernel_vectors:
+            return self._decode_and_convolve(input)
         columns = self.in_channels * self.kernel_size[0] * self.kernel_size[1]
         window = (list(self.kernel_size), list(self.stride), list(self.padding), list(self.dilation))
         return CONV2D_OPS[self.spec.format.kind](input, *self.op_arguments(columns), *window)
+
+    def _decode_and_convolve(self, x: Tensor) -> Tensor:
+        """Columns in kernel order are known to no fused kernel; for an image's thousands of pixels decoding hardly counts."""
+        tensors = self.packed_tensors()
+        matrix = self.spec.format.dequantize(tensors, matrix_shape(self.weight_shape)[1], x.dtype)
+        branch = (tensors["low_rank_down"], tensors["low_rank_up"]) if self.spec.rank else None
+        return decoded.conv2d(self, x, self.spec.stored_order(matrix, self.weight_shape), branch)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from ..errors import QDiffError
 from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
-from ..formats.transform import smooth_matrix
+from ..formats.transform import kernels_first, smooth_matrix
 from . import aq, fp, rtn, svdquant, vq
 from .calibrated import fit_to_inputs
 from .unbias import sample_rows, unbias
@@ -72,10 +72,15 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
         raise QDiffError("the weight holds NaN or infinity")
     block = rotation_block(shape[1], config)
+    by_kernels = wants_kernel_vectors(shape, config)
     working = rotate_matrix(matrix, shape[1], block)
+    if by_kernels:
+        working = kernels_first(working, shape[1])
     weight_format, tensors = _METHODS[config.method_name](working, config, seed)
     if inputs is not None:
         rotated = rotate_hessian(inputs.hessian.to(working), shape[1], block)
+        if by_kernels:
+            rotated = kernels_first(kernels_first(rotated, shape[1]).T.contiguous(), shape[1])
         tensors |= _fit(working, weight_format, tensors, inputs._replace(hessian=rotated), config.unbiased)
     elif config.unbiased:
         tensors = unbias(working, weight_format, tensors)
@@ -83,7 +88,7 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         down = unrotate_matrix(tensors["low_rank_down"].float(), shape[1], block)
         tensors["low_rank_down"] = down.to(torch.float16)
     rank = tensors["low_rank_down"].shape[0] if "low_rank_down" in tensors else 0
-    spec = LayerSpec(weight_format, rank=rank, rotation=block, activations=config.activations or "none")
+    spec = LayerSpec(weight_format, rank=rank, rotation=block, activations=config.activations or "none", kernel_vectors=by_kernels)
     # With the strides and the memory of a tensor read from a file: BLAS rounds [1, n] of stride (1, 1) and of (n, 1) differently.
     tensors = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in spec.tensors(shape)}
     return QuantizedWeight(spec, tensors, relative_error(matrix, spec, tensors, shape))
@@ -102,7 +107,15 @@ def format_target(weight: Tensor, spec: LayerSpec, tensors: dict[str, Tensor]) -
         matrix = matrix - (tensors["low_rank_up"].float() @ tensors["low_rank_down"].float()).to(matrix)
     if spec.smooth:
         matrix = smooth_matrix(matrix, tensors["smooth"].to(matrix))
-    return rotate_matrix(matrix, shape[1], spec.rotation).contiguous()
+    matrix = rotate_matrix(matrix, shape[1], spec.rotation)
+    return (kernels_first(matrix, shape[1]) if spec.kernel_vectors else matrix).contiguous()
+
+
+def wants_kernel_vectors(shape: tuple[int, ...], config: QDiffConfig) -> bool:
+    """Whether a convolution's vectors should run through its kernels' taps: if that was asked for, and there are several."""
+    if not isinstance(config, AQConfig) or not config.kernel_vectors or len(shape) != 4:
+        return False
+    return shape[2] * shape[3] > 1
 
 
 def rotate_hessian(hessian: Tensor, channels: int, block: int) -> Tensor:
