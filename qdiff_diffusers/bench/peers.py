@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from .contenders import Contender
 
 GPU = ("cuda",)
+LINEAR_AND_CONV = (nn.Linear, nn.Conv2d)
+
+
+class UnchangedError(ValueError):
+    """A peer leaves a layer of this shape in 16 bits."""
 
 
 def contenders(device: torch.device) -> list[Contender]:
@@ -40,8 +45,8 @@ def _within(layer: nn.Module, change: Callable[[nn.Module], Any]) -> nn.Module:
 def _require_change(layer: nn.Module) -> None:
     """A peer that does not take a shape leaves the layer alone, and would be timed as itself."""
     weight = getattr(layer, "weight", None)
-    if type(layer) is nn.Linear and type(weight) is nn.Parameter and weight.is_floating_point():
-        raise ValueError("left the layer as it was")
+    if type(layer) in LINEAR_AND_CONV and type(weight) is nn.Parameter and weight.is_floating_point():
+        raise UnchangedError("left the layer as it was")
 
 
 def _torchao(device: torch.device) -> list[Contender]:
@@ -137,10 +142,11 @@ def _quanto() -> list[Contender]:
 
         return _within(layer, change)
 
-    return [
-        Contender(f"quanto-int{bits}", "quanto", partial(convert, qtype=f"qint{bits}"), bits, "optimum-quanto", ("optimum.quanto",))
-        for bits in (8, 4, 2)
-    ]
+    def row(bits: int) -> Contender:
+        change, modules = partial(convert, qtype=f"qint{bits}"), ("optimum.quanto",)
+        return Contender(f"quanto-int{bits}", "quanto", change, bits, "optimum-quanto", modules, layers=LINEAR_AND_CONV)
+
+    return [row(bits) for bits in (8, 4, 2)]
 
 
 def _gguf() -> list[Contender]:
@@ -195,11 +201,11 @@ def _sdnq() -> list[Contender]:
     def convert(layer: nn.Module, **options: Any) -> nn.Module:
         from sdnq import sdnq_post_load_quant
 
-        settings = {"use_quantized_matmul": False, "add_skip_keys": False} | options
+        settings = {"use_quantized_matmul": False, "add_skip_keys": False, "quant_conv": True} | options
         return _within(layer, lambda model: sdnq_post_load_quant(model, torch_dtype=layer.weight.dtype, **settings))
 
     def row(name: str, bits: int, **options: Any) -> Contender:
-        return Contender(f"sdnq-{name}", "sdnq", partial(convert, **options), bits, "sdnq", ("sdnq",))
+        return Contender(f"sdnq-{name}", "sdnq", partial(convert, **options), bits, "sdnq", ("sdnq",), layers=LINEAR_AND_CONV)
 
     return [
         row("int8", 8, weights_dtype="int8"),
@@ -208,7 +214,10 @@ def _sdnq() -> list[Contender]:
         row("uint4", 4, weights_dtype="uint4"),
         row("uint4-a8", 4, weights_dtype="uint4", use_quantized_matmul=True),
         row("uint4-svd", 4, weights_dtype="uint4", use_svd=True, svd_rank=32),
+        row("uint3", 3, weights_dtype="uint3"),
+        row("uint3-svd", 3, weights_dtype="uint3", use_svd=True, svd_rank=32),
         row("uint2", 2, weights_dtype="uint2"),
+        row("uint2-svd", 2, weights_dtype="uint2", use_svd=True, svd_rank=32),
     ]
 
 

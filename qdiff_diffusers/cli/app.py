@@ -14,6 +14,7 @@ from .console import errors, print_error
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
+from .eval import evaluate
 from .inspect import inspect
 from .push import push
 from .quantize import quantize
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (demo, quantize, inspect, push, doctor):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 app.add_typer(convert, name="convert")
 

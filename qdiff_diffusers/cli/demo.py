@@ -32,7 +32,7 @@ def demo(
             methods=methods,
             seed=seed,
             device=check_device(device),
-            workers=_workers(device),
+            workers=default_workers(device),
             progress=progress,
         )
     console = stdout()
@@ -59,7 +59,7 @@ def check_device(device: str | None) -> str | None:
     return device
 
 
-def _workers(device: str | None) -> int:
+def default_workers(device: str | None) -> int:
     """One process per core, but a GPU is used by one."""
     import torch
 

@@ -1,4 +1,4 @@
-"""Image metrics: PSNR and SSIM against a reference, Frechet distance of features, class accuracy."""
+"""Image metrics: PSNR and SSIM against a reference, Frechet distance, precision and recall of features, class accuracy."""
 
 from __future__ import annotations
 
@@ -75,6 +75,35 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
 
+def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -> tuple[Tensor, Tensor]:
+    """Which samples lie on the other set's manifold (Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric").
+
+    A set's manifold is the union of balls around its samples, each reaching to the sample's ``neighbours``-th nearest neighbour.
+    The mean of the first result is the precision (what is drawn is plausible), that of the second the recall (what there is, is
+    drawn). Both grow with the size of the sets: compare only sets of equal size.
+
+    Args:
+        features, reference: ``[samples, features]`` and ``[references, features]``.
+
+    Returns:
+        ``(inside, covered)``, bool ``[samples]`` and ``[references]``.
+
+    Raises:
+        ValueError: a set has no more than ``neighbours`` samples.
+    """
+    if min(len(features), len(reference)) <= neighbours:
+        raise ValueError(f"precision and recall need more than {neighbours} samples, got {len(features)} and {len(reference)}")
+    x, y = features.double(), reference.double()
+    between = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return (between <= _radii(y, neighbours)).any(1), (between <= _radii(x, neighbours)[:, None]).any(0)
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """``|output - reference| / |reference|`` of each entry of the first dimension, averaged; 0 where both are zero."""
+    error = (output.double() - reference.double()).flatten(1).norm(dim=1)
+    return (error / reference.double().flatten(1).norm(dim=1).clamp_min(1e-30)).mean().item()
+
+
 def class_accuracy(logits: Tensor, labels: list[int]) -> float:
     """Share of rows of ``logits`` ``[samples, classes]`` whose largest entry is at the label that was asked for."""
     return (logits.argmax(1).cpu() == torch.tensor(labels)).double().mean().item()
@@ -89,6 +118,12 @@ def load_statistics(path: str | PathLike[str]) -> Statistics:
     """Inverse of :func:`save_statistics`."""
     with np.load(path) as file:
         return Statistics(file["mean"].astype(np.float64), file["covariance"].astype(np.float64))
+
+
+def _radii(points: Tensor, neighbours: int) -> Tensor:
+    """Distance of each point to its ``neighbours``-th nearest other one; the nearest of all is the point itself."""
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.kthvalue(neighbours + 1, dim=1).values
 
 
 def _blur(images: Tensor, window: int, sigma: float) -> Tensor:

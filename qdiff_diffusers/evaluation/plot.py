@@ -1,10 +1,10 @@
-"""Quality against stored bits, as an SVG that takes its text colours from the page it stands in."""
+"""Quality against stored bits, as SVGs that take their text colours from the page they stand in."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 COLOURS = {"rtn": "#8b949e", "fp": "#d18616", "svdquant": "#3b82f6", "vq": "#a855f7", "aq": "#16a34a"}
@@ -22,6 +22,23 @@ def quality_plot(points: Mapping[str, Sequence[tuple[float, float]]], labels: Ma
     Returns:
         An ``<svg>`` element whose text and axes are ``currentColor`` and ``var(--line)``; ``None`` without matplotlib.
     """
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for method, line in points.items():
+            bits, quality = zip(*sorted(line), strict=True)
+            dashes = "--" if method == "rtn" else "-"
+            axes.plot(bits, quality, dashes, marker="o", lw=2, ms=6, color=COLOURS.get(method), label=labels[method])
+        axes.set_xlabel("stored bits per weight")
+        axes.set_ylabel("PSNR, dB")
+        axes.grid(lw=0.6)
+        axes.legend(frameon=False)
+
+    return svg_figure(draw)
+
+
+def svg_figure(draw: Callable[[Any], None]) -> str | None:
+    """The ``<svg>`` of what ``draw`` puts on a figure, text and axes in the page's colours; ``None`` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -33,15 +50,7 @@ def quality_plot(points: Mapping[str, Sequence[tuple[float, float]]], labels: Ma
     style |= {"xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT, "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        for method, line in points.items():
-            bits, quality = zip(*sorted(line), strict=True)
-            dashes = "--" if method == "rtn" else "-"
-            axes.plot(bits, quality, dashes, marker="o", lw=2, ms=6, color=COLOURS.get(method), label=labels[method])
-        axes.set_xlabel("stored bits per weight")
-        axes.set_ylabel("PSNR, dB")
-        axes.grid(lw=0.6)
-        axes.legend(frameon=False)
+        draw(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     return _inline(buffer.getvalue())

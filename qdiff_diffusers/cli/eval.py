@@ -1,0 +1,157 @@
+"""``qdiff eval``"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..errors import ConfigError
+from .console import progress_bars, stdout
+from .demo import check_device, default_workers
+from .quantize import DTYPES
+
+FILE_SETTINGS = ("model", "images", "paired", "steps", "guidance_scale", "seed", "batch_size", "classes", "prompts", "dtype")
+
+
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="dit or unet (they come with the package), or a pipeline's folder or Hub name.")
+    ] = None,
+    config: Annotated[
+        list[str] | None, typer.Option("-c", "--config", help="A row: aq:bits=2,activations=int8, a peer, a folder.")
+    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="YAML or JSON file of rows and settings.")] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder to write; what it holds already is not made again.")
+    ] = Path("eval"),
+    images: Annotated[int | None, typer.Option(min=1, help="Per row. [default: 200]")] = None,
+    paired: Annotated[int | None, typer.Option(min=1, help="Of these, compared one by one. [default: 64]")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with a prompt per line, for a text-to-image pipeline.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Such as 0-9 or 1,5,7, for a class-conditional pipeline.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's default.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default.")] = None,
+    size: Annotated[str | None, typer.Option(help="Of the images, such as 512x512; the pipeline's default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the set of images. [default: 0]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per call of the pipeline. [default: 50]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the arithmetic; float32 on a CPU, bfloat16 on a GPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Rows at the same time; one per core, on a GPU one.")] = None,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep every quantized model in the output folder.")] = False,
+    peers: Annotated[bool, typer.Option("--list-peers", help="Name the peers that a row can be, and exit.")] = False,
+) -> None:
+    """Compare quantized versions of a pipeline: the same seeds, scores with intervals, pictures, one page."""
+    import torch
+
+    from ..evaluation.evaluate import Settings, run_eval
+    from ..evaluation.rows import parse_rows, read_row_file
+    from ..evaluation.subject import find_subject
+
+    if peers:
+        return _list_peers(check_device(device) or "cpu")
+    data = _checked(read_row_file(rows), rows) if rows else {"rows": []}
+    place = check_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
+    given: dict[str, Any] = {"images": images, "paired": paired, "seed": seed, "batch_size": batch, "dtype": dtype, "steps": steps}
+    given |= {
+        "model": model,
+        "guidance_scale": guidance,
+        "prompts": prompts,
+        "classes": parse_classes(classes) if classes else None,
+    }
+    chosen = data | {key: value for key, value in given.items() if value is not None}
+    if not chosen.get("model"):
+        raise ConfigError("name a model: dit, unet, or a pipeline's folder or Hub name")
+    subject = find_subject(
+        str(chosen["model"]),
+        prompts=_prompts(chosen.get("prompts"), rows),
+        classes=chosen.get("classes"),
+        steps=chosen.get("steps"),
+        guidance_scale=chosen.get("guidance_scale"),
+        arguments=_size(size),
+    )
+    entries = parse_rows([*data["rows"], *(config or [])], subject)
+    kind = chosen.get("dtype") or ("float32" if place == "cpu" else "bfloat16")
+    if kind not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {kind!r}")
+    counts = {key: chosen[key] for key in ("images", "paired", "seed", "batch_size") if key in chosen}
+    settings = Settings(**counts, dtype=kind, device=place, keep_models=keep_models)
+    command = shlex.join(["qdiff", *sys.argv[1:]])
+    with progress_bars() as progress:
+        results = run_eval(
+            subject, entries, output, settings, workers=workers or default_workers(place), command=command, progress=progress
+        )
+    _print(results, output)
+
+
+def parse_classes(text: str) -> list[int]:
+    """``0-9`` or ``1,5,7`` or both.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    out: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise ConfigError(f"classes are such as 0-9 or 1,5,7, got {text!r}")
+        out += range(int(first), int(last or first) + 1)
+    return out
+
+
+def _checked(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Settings in a file of rows, refused where they are unknown or of another type."""
+    if unknown := sorted(set(data) - {*FILE_SETTINGS, "rows"}):
+        raise ConfigError(f"{path} has unknown settings {', '.join(unknown)}; it may have {', '.join(FILE_SETTINGS)}")
+    for key in ("images", "paired", "steps", "seed", "batch_size"):
+        if key in data and (not isinstance(data[key], int) or isinstance(data[key], bool)):
+            raise ConfigError(f"{path}: {key} must be a whole number, got {data[key]!r}")
+    if isinstance(data.get("classes"), str):
+        data["classes"] = parse_classes(data["classes"])
+    return data
+
+
+def _prompts(given: Any, rows: Path | None) -> Any:
+    """Prompts as they stand in a file of rows, or the file that it names, which is searched beside it."""
+    if isinstance(given, str):
+        return (rows.parent if rows else Path()) / given
+    return given
+
+
+def _size(text: str | None) -> dict[str, int]:
+    if text is None:
+        return {}
+    width, times, height = text.partition("x")
+    if not times or not width.isdigit() or not height.isdigit():
+        raise ConfigError(f"size is such as 512x512 (width x height), got {text!r}")
+    return {"width": int(width), "height": int(height)}
+
+
+def _list_peers(device: str) -> None:
+    import torch
+
+    from ..evaluation.peers import PEERS
+
+    for name, peer in PEERS.items():
+        stdout().print(f"{name:<24} {peer.unavailable(torch.device(device)) or ''}", highlight=False)
+
+
+def _print(results: dict[str, Any], output: Path) -> None:
+    from ..evaluation.tables import about, columns_of, notes
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = columns_of(results["rows"])
+    table.add_column("Row", overflow="fold")
+    for column in columns:
+        table.add_column(f"{column.heading}\n{column.note}", justify="right", no_wrap=True)
+    for row in results["rows"]:
+        name = f"{row['name']} [red]{notes(row)}[/]" if "failed" in row else row["name"]
+        table.add_row(name, *(column.show(row, with_margin=False) for column in columns))
+    console = stdout()
+    console.print(table)
+    console.print(about(results["run"]), highlight=False)
+    for name in ("report.html", "table.md", "grid.png", "results.json"):
+        typer.echo(f"  {output / name}")

@@ -1,0 +1,158 @@
+"""From a row to a pipeline that draws with its weights, and what that costs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers.utils import logging
+
+from .. import api
+from ..bench.contenders import resident_bytes
+from ..checkpoint import inspect_components, weight_files
+from ..errors import ConfigError
+from ..layers import PackedLayer
+from .peers import apply_peer, copy_in, find_peer, stored_bits, target_layers, weight_shapes
+from .rows import EvalRow
+from .sampling import denoisers
+from .subject import Subject
+
+Costs = dict[str, Any]
+MODEL = "model"  # folder of a row's quantized model
+
+
+def build(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype, device: str, costs: Costs) -> Any:
+    """A pipeline with the row's weights, in ``dtype`` on ``device``. Fills in ``costs``.
+
+    A config's model is written to ``folder / "model"``, and taken from there if it is there already.
+
+    Raises:
+        Exception: whatever stands in the way of this row.
+    """
+    if row.kind == "reference":
+        pipe = load_dense(subject, dtype)
+        _add_costs(costs, pipe, _shapes(pipe), _stored_bytes(Path(subject.source), subject.components), None)
+    elif row.kind == "peer":
+        pipe = _with_peer(row, subject, dtype, device, costs)
+    else:
+        pipe = _quantized(row, subject, folder, dtype, costs)
+    return pipe.to(device)
+
+
+def load(source: str | Path, dtype: torch.dtype, **more: Any) -> Any:
+    """A pipeline, without diffusers' bars and remarks."""
+    with quiet_diffusers():
+        return DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **more)
+
+
+def load_dense(subject: Subject, dtype: torch.dtype) -> Any:
+    """The unquantized pipeline in ``dtype``, its weights rounded to 16 bits first, as a row's are that it does not quantize."""
+    pipe = load(subject.source, subject.stored_dtype)
+    with quiet_diffusers():
+        return pipe.to(dtype)
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """No bars of diffusers' own, and none of its remarks about a pixel-space autoencoder."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def _quantized(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype, costs: Costs) -> Any:
+    shapes = _shapes(load(subject.source, subject.stored_dtype))
+    if row.kind == "config":
+        source = folder / MODEL
+        if not (source / api.INDEX).is_file():
+            shutil.rmtree(source, ignore_errors=True)
+            seconds = _quantize(row, subject, source)
+        else:
+            seconds = costs["quantize_seconds"]
+    else:
+        source, seconds = Path(row.target), None
+    if (source / api.INDEX).is_file():
+        pipe = load(source, dtype)
+    else:
+        with quiet_diffusers():
+            model = AutoModel.from_pretrained(str(source), dtype=dtype)
+        pipe = load(subject.source, dtype, **{_place_of(subject): model})
+    size = sum(info.total_bytes for info in inspect_components(source))
+    _add_costs(costs, pipe, shapes, size, seconds)
+    return pipe
+
+
+def _quantize(row: EvalRow, subject: Subject, folder: Path) -> float:
+    """Quantize into ``folder``; the seconds it took, loading and saving included."""
+    more = {} if row.calibration is None else {"calibration": row.calibration}
+    start = time.perf_counter()
+    with quiet_diffusers():
+        api.quantize(subject.source, row.config(), folder, components=list(subject.components), dtype=subject.stored_dtype, **more)
+    return time.perf_counter() - start
+
+
+def _with_peer(row: EvalRow, subject: Subject, dtype: torch.dtype, device: str, costs: Costs) -> Any:
+    """Convert twice: in 16 bits, as users do, to count bytes and seconds; and in ``dtype``, to draw."""
+    peer = find_peer(row.target, torch.device(device))
+    pipe = load_dense(subject, dtype).to(device)
+    size, seconds = 0, 0.0
+    bits = weights = converted = total = 0.0
+    for _, model in denoisers(pipe):
+        shapes = weight_shapes(target_layers(model))
+        count = float(sum(torch.Size(shape).numel() for shape in shapes.values()))
+        narrow = model if dtype.itemsize == 2 else copy_in(model, torch.bfloat16)
+        start = time.perf_counter()
+        converted += len(apply_peer(peer, narrow, list(shapes)))
+        seconds += time.perf_counter() - start
+        bits, weights, total = bits + count * stored_bits(narrow, shapes), weights + count, total + len(shapes)
+        size += resident_bytes(narrow)
+        if narrow is not model:
+            apply_peer(peer, model, list(shapes))
+    costs |= {"bits_per_weight": round(bits / weights, 4), "size_bytes": size, "quantize_seconds": round(seconds, 3)}
+    costs |= {"layers": int(converted), "target_layers": int(total)}
+    return pipe
+
+
+def _shapes(pipe: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Component -> shapes of the layers that count, from a dense pipeline."""
+    return {name: weight_shapes(target_layers(model)) for name, model in denoisers(pipe)}
+
+
+def _add_costs(
+    costs: Costs, pipe: Any, shapes: dict[str, dict[str, tuple[int, ...]]], size: int | None, seconds: float | None
+) -> None:
+    bits = weights = 0.0
+    packed = 0
+    for name, model in denoisers(pipe):
+        count = float(sum(torch.Size(shape).numel() for shape in shapes[name].values()))
+        bits, weights = bits + count * stored_bits(model, shapes[name]), weights + count
+        packed += sum(isinstance(model.get_submodule(layer), PackedLayer) for layer in shapes[name])
+    costs |= {"bits_per_weight": round(bits / weights, 4), "size_bytes": size, "layers": packed}
+    costs |= {"quantize_seconds": None if seconds is None else round(seconds, 3)}
+    costs["target_layers"] = sum(map(len, shapes.values()))
+
+
+def _stored_bytes(root: Path, components: tuple[str, ...]) -> int | None:
+    """Size of the components' weight files in a local folder."""
+    folders = [root / name for name in components]
+    if not all(folder.is_dir() for folder in folders):
+        return None
+    return sum(path.stat().st_size for folder in folders for path in weight_files(folder))
+
+
+def _place_of(subject: Subject) -> str:
+    """Which component of the pipeline a bare model takes the place of."""
+    if len(subject.components) > 1:
+        raise ConfigError(f"{subject.name} has {', '.join(subject.components)}; give a folder of the whole quantized pipeline")
+    return subject.components[0]

@@ -1,0 +1,259 @@
+"""Quality of many quantized versions of one pipeline: the same seeds for all, scores, pictures and one page.
+
+Every row has a folder of its own in the output folder, with its images and all that is known of it. A run that was interrupted,
+or is repeated with more images or more rows, goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from ..bench.results import commit
+from ..bench.timing import describe_failure
+from ..errors import ConfigError
+from .build import MODEL, Costs, build
+from .machine import machine_facts
+from .outputs import write_outputs
+from .probes import Probes, layer_errors, record, step_errors
+from .rows import REFERENCE, EvalRow
+from .sampling import image_seeds, num_steps, sample
+from .scores import Judge
+from .store import PROBES, RowStore, digest
+from .subject import Subject
+from .workers import Reporter, run_jobs
+
+ROWS = "rows"
+VERSION = 1  # of what a row's folder holds; another number makes all rows anew
+PART = 500  # images after which a row's work is on disk
+PROBE_IMAGES = 8
+DEFAULT_STEPS = 50  # that the progress bar expects of a pipeline that chooses for itself
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is drawn, and how.
+
+    Attributes:
+        images: per row, for the scores of sets: Frechet distance, precision and recall, accuracy.
+        paired: of these, the first so many are compared with the 16-bit model's, one by one.
+        seed: of the set of images.
+        batch_size: images per call of the pipeline.
+        dtype: of the arithmetic and of all that is not quantized.
+        device: where everything runs.
+        keep_models: keep what was quantized; a calibrated model is always kept.
+    """
+
+    images: int = 200
+    paired: int = 64
+    seed: int = 0
+    batch_size: int = 50
+    dtype: str = "float32"
+    device: str = "cpu"
+    keep_models: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("images", "paired", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to make."""
+
+    row: EvalRow
+    subject: Subject
+    settings: Settings
+    root: Path
+
+    @property
+    def store(self) -> RowStore:
+        """The row's folder; its name changes with everything that its pictures depend on, except their number."""
+        subject, settings = self.subject, self.settings
+        definition = {"version": VERSION, "row": self.row.definition(), "model": subject.fingerprint, "labels": subject.labels}
+        definition |= {"steps": subject.steps, "guidance_scale": subject.guidance_scale, "arguments": subject.arguments}
+        definition |= {"seed": settings.seed, "dtype": settings.dtype, "device": settings.device.partition(":")[0]}
+        return RowStore(self.root / ROWS, self.row.name, definition)
+
+    def reference(self) -> Job:
+        """The job that makes the 16-bit model's row."""
+        return Job(REFERENCE, self.subject, self.settings, self.root)
+
+    def score_key(self) -> str:
+        """Changes with everything that the scores depend on besides the row's images."""
+        return digest([self.settings.images, self.settings.paired, self.reference().store.key])
+
+
+def run_eval(
+    subject: Subject,
+    rows: Sequence[EvalRow],
+    output_dir: str | Path,
+    settings: Settings,
+    *,
+    workers: int = 1,
+    command: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Draw with the 16-bit model and with every row, score, and write the results.
+
+    Writes ``results.json``, ``table.md``, ``grid.png`` and ``report.html`` into ``output_dir``. A row that fails says so in
+    them and stops nobody else; the next run tries it again.
+
+    Args:
+        subject: the pipeline; see :func:`find_subject`.
+        rows: see :func:`parse_rows`.
+        workers: rows that are made at the same time, each by a process of one thread; 1 makes them here, one by one.
+        command: what the user typed, for the report.
+        progress: a running rich progress display to draw bars on.
+
+    Returns:
+        What ``results.json`` holds: ``{"rows": [...], "run": {...}}``.
+
+    Raises:
+        ConfigError: the 16-bit model cannot be run.
+    """
+    root = Path(output_dir)
+    jobs = [Job(row, subject, settings, root) for row in (REFERENCE, *rows)]
+    try:
+        run_jobs(_make_row, jobs[:1], workers=1, steps=_steps(jobs[:1]), progress=progress)
+        if failure := jobs[0].store.facts().get("failed"):
+            raise ConfigError(f"the 16-bit model of {subject.name} cannot be run: {failure}")
+        waiting = [job for job in jobs[1:] if not _is_done(job)]
+        if waiting:
+            workers = min(workers, len(waiting))
+            run_jobs(
+                _make_row, waiting[::-1] if workers > 1 else waiting, workers=workers, steps=_steps(waiting), progress=progress
+            )
+    finally:
+        results: dict[str, Any] = {"rows": [_result(job) for job in jobs], "run": _run_facts(subject, settings, command)}
+        if "failed" not in results["rows"][0] and results["rows"][0]["images"]:
+            made = [(job.row, job.store) for job in jobs]
+            write_outputs(root, results, made, subject)
+    return results
+
+
+def _make_row(job: Job, reporter: Reporter) -> None:
+    """Make what is missing of a row, and score it. An error becomes the row's."""
+    store = job.store
+    facts = {key: value for key, value in store.facts().items() if key != "failed"}
+    try:
+        with torch.inference_mode():
+            _draw_row(job, store, facts, reporter)
+        if facts.get("score_key") != job.score_key():
+            reporter.start(f"{job.row.name}: scoring")
+            facts |= {"scores": _scores(job), "score_key": job.score_key()}
+    except Exception as error:
+        facts["failed"] = describe_failure(error)
+    store.write_facts(facts)
+
+
+def _draw_row(job: Job, store: RowStore, facts: Costs, reporter: Reporter) -> None:
+    """Build the row's pipeline, ask it the probes' questions, and draw the images that are missing."""
+    settings = job.settings
+    have = store.count_images()
+    if have >= settings.images and "step_errors" in facts:
+        return
+    reporter.start(f"{job.row.name}: {'loading' if job.row.kind in ('reference', 'folder') else 'quantizing'}")
+    pipe = build(job.row, job.subject, store.folder, getattr(torch, settings.dtype), settings.device, facts)
+    store.write_facts(facts)
+    pipe.set_progress_bar_config(disable=True)
+    if "step_errors" not in facts:
+        reporter.start(f"{job.row.name}: probing")
+        facts |= _probe(job, pipe)
+    if have < settings.images:
+        start = time.perf_counter()
+        reporter.start(f"{job.row.name}: sampling", _steps([job]))
+        part = -(-PART // settings.batch_size) * settings.batch_size
+        for first in range(have, settings.images, part):
+            store.add_images(first, _draw(job, pipe, first, min(first + part, settings.images), reporter.step))
+        facts["seconds_per_image"] = round((time.perf_counter() - start) / (settings.images - have), 4)
+    facts |= {"machine": machine_facts(torch.device(settings.device)), "commit": commit(), "threads": torch.get_num_threads()}
+    if job.row.kind == "config" and job.row.calibration is None and not settings.keep_models:
+        shutil.rmtree(store.folder / MODEL, ignore_errors=True)
+
+
+def _draw(job: Job, pipe: Any, first: int, last: int, on_step: Callable[[], None] | None = None) -> torch.Tensor:
+    """Images ``first`` to ``last`` of the row's sequence."""
+    labels, seeds = job.subject.labels_of(last), image_seeds(last, job.settings.seed)
+    return sample(
+        pipe,
+        None if labels is None else labels[first:],
+        seeds[first:],
+        steps=job.subject.steps,
+        guidance_scale=job.subject.guidance_scale,
+        batch_size=job.settings.batch_size,
+        on_step=on_step,
+        **job.subject.arguments,
+    )
+
+
+def _probe(job: Job, pipe: Any) -> dict[str, Any]:
+    """Errors by step and by layer; the reference's own row makes the questions instead."""
+    path = job.reference().store.folder / PROBES
+    if job.row.kind == "reference":
+        count = min(PROBE_IMAGES, job.settings.images)
+        probes = record(pipe, lambda: _draw(job, pipe, 0, count))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probes.save(path)
+        return {"step_errors": [], "layer_errors": {}}
+    probes = Probes.load(path)
+    probes.to(job.settings.device)
+    steps = [[timestep, float(f"{error:.4g}")] for timestep, error in step_errors(pipe, probes)]
+    return {"step_errors": steps, "layer_errors": {name: float(f"{e:.4g}") for name, e in layer_errors(pipe, probes).items()}}
+
+
+def _scores(job: Job) -> dict[str, Any]:
+    settings, subject = job.settings, job.subject
+    reference = job.reference().store.images(settings.images)
+    labels: Any = subject.labels_of(settings.images) if subject.by_class else None
+    judge = Judge(reference, settings.paired, labels, subject.classifier)
+    if job.row.kind == "reference":
+        return judge.scores(reference, True)
+    return judge.scores(job.store.images(settings.images), False)
+
+
+def _is_done(job: Job) -> bool:
+    facts = job.store.facts()
+    drawn = job.store.count_images() >= job.settings.images and "step_errors" in facts
+    return drawn and "failed" not in facts and facts.get("score_key") == job.score_key()
+
+
+def _result(job: Job) -> dict[str, Any]:
+    """A row of ``results.json``."""
+    facts = job.store.facts()
+    if not facts:
+        facts = {"failed": "not made yet"}
+    row: dict[str, Any] = {"name": job.row.name, "kind": job.row.kind, "method": job.row.method, "folder": job.store.folder.name}
+    row |= {"definition": job.row.definition(), "images": min(job.store.count_images(), job.settings.images)}
+    return row | {key: value for key, value in facts.items() if key != "score_key"}
+
+
+def _run_facts(subject: Subject, settings: Settings, command: str) -> dict[str, Any]:
+    asked = "classes" if subject.by_class else "prompts" if subject.labels else "nothing"
+    return {
+        "model": subject.name,
+        "asked for": asked,
+        "labels": list(subject.labels or ()),
+        "steps": subject.steps,
+        "guidance_scale": subject.guidance_scale,
+        "arguments": subject.arguments,
+        "command": command,
+    } | {key: value for key, value in asdict(settings).items() if key != "keep_models"}
+
+
+def _steps(jobs: Sequence[Job]) -> int:
+    """What all jobs will report."""
+
+    def of(job: Job) -> int:
+        missing = max(0, job.settings.images - job.store.count_images())
+        return num_steps(missing, steps=job.subject.steps or DEFAULT_STEPS, batch_size=job.settings.batch_size)
+
+    return sum(map(of, jobs))

@@ -1,0 +1,142 @@
+"""Other packages' quantizers as rows, each with its own defaults, on the very layers that ours quantize."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..bench import k_quants
+from ..bench.contenders import Contender, resident_bytes
+from ..bench.models import detached
+from ..bench.peers import UnchangedError
+from ..bench.peers import contenders as bench_contenders
+from ..config import QDiffConfig
+from ..errors import ConfigError
+from ..layers import PackedLayer
+from ..selection import select_layers
+
+K_QUANTS = {"Q4_K": 4, "Q3_K": 3, "Q2_K": 2}
+DENSE_BITS = 16
+ANY_METHOD: dict[str, Any] = {"method": "rtn"}  # all methods choose the same layers
+
+
+def _k_quant(layer: nn.Module, kind: str) -> nn.Module:
+    """A GGUF layer whose codes are chosen by our encoder."""
+    import gguf
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    assert isinstance(layer, nn.Linear)
+    weight = layer.weight.data
+    if weight.shape[1] % k_quants.SUPER_BLOCK:
+        raise UnchangedError(f"{kind} needs a multiple of {k_quants.SUPER_BLOCK} columns")
+    data = k_quants.quantize(weight, kind).to(weight.device)
+    out = GGUFLinear(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=weight.dtype, device="meta")
+    out.weight = GGUFParameter(data, quant_type=gguf.GGMLQuantizationType[kind])
+    out.bias = layer.bias
+    return out
+
+
+def _all_peers() -> dict[str, Contender]:
+    """Every peer of the speed benchmarks that is there for its weights' sake, and K-quants with real codes."""
+    found = [c for c in bench_contenders(torch.device("cpu")) if not c.compiled and c.family not in ("gemlite", "nunchaku_lite")]
+    real = [
+        Contender(f"gguf-{kind}", "gguf", partial(_k_quant, kind=kind), bits, "gguf", ("gguf",)) for kind, bits in K_QUANTS.items()
+    ]
+    return {c.name: c for c in (*found, *real)}
+
+
+PEERS = _all_peers()
+
+
+def find_peer(name: str, device: torch.device) -> Contender:
+    """A peer that can run here.
+
+    Raises:
+        ConfigError: it is not installed, or not for this device.
+    """
+    peer = next(c for c in bench_contenders(device) if c.name == name) if name.startswith("torchao") else PEERS[name]
+    if reason := peer.unavailable(device):
+        raise ConfigError(f"{name}: {reason}")
+    return peer
+
+
+def target_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that count: all that can be packed inside the repeated blocks, whatever a row does with them."""
+    names, _ = select_layers(model, QDiffConfig(**ANY_METHOD), list(getattr(model, "_keep_in_fp32_modules", None) or []))
+    return {name: model.get_submodule(name) for name in names}
+
+
+def weight_shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the layers' weights, in the order of the layers."""
+    return {name: tuple(layer.weight.shape) for name, layer in layers.items()}  # type: ignore[operator, arg-type]
+
+
+@torch.no_grad()
+def apply_peer(peer: Contender, model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Convert layers of ``model`` in place. Those that the peer leaves alone stay as they are.
+
+    Returns:
+        Names of the layers that it converted.
+
+    Raises:
+        Exception: what the peer raises; UnchangedError if it takes no layer at all.
+    """
+    converted = []
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, peer.layers):
+            continue
+        try:
+            out = peer.convert(detached(layer)).eval()
+        except UnchangedError:
+            continue
+        model.set_submodule(name, out)
+        converted.append(name)
+    if not converted:
+        raise UnchangedError(f"{peer.name} takes none of the {len(names)} layers")
+    return converted
+
+
+def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose floating-point tensors have another dtype."""
+    out = copy.deepcopy(model)
+    nn.Module.to(out, dtype)  # a diffusers model's own to() warns of layers that its checkpoints keep in float32
+    return out
+
+
+def stored_bits(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> float:
+    """Stored bits per weight over the layers of ``shapes``; one that is dense counts 16 bits per weight.
+
+    Ours count as their checkpoints do, a peer's with every tensor that its layer holds, except the bias.
+    """
+    bits = weights = 0.0
+    for name, shape in shapes.items():
+        layer, count = model.get_submodule(name), float(torch.Size(shape).numel())
+        weights += count
+        if isinstance(layer, PackedLayer):
+            bits += layer.bits_per_weight * count
+        elif type(layer) in (nn.Linear, nn.Conv2d) and _is_plain(layer):
+            bits += DENSE_BITS * count
+        else:
+            bits += 8 * (resident_bytes(layer) - _bias_bytes(layer))
+    return bits / weights
+
+
+def families() -> list[str]:
+    """Families of the peers."""
+    return list(dict.fromkeys(peer.family for peer in PEERS.values()))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    weight: Any = getattr(layer, "weight", None)
+    return type(weight) is nn.Parameter and weight.is_floating_point()
+
+
+def _bias_bytes(layer: nn.Module) -> int:
+    bias: Any = getattr(layer, "bias", None)
+    return 0 if bias is None else bias.untyped_storage().nbytes()

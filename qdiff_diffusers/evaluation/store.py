@@ -1,0 +1,85 @@
+"""What a run has made so far, on disk: a folder per row, named by what made it, so that a later run goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ConfigError
+from .report import write_text
+
+IMAGES, PROBES, FACTS = "images", "probes.pt", "row.json"
+
+
+def digest(definition: Any) -> str:
+    """A short hash of anything JSON-able."""
+    return hashlib.sha256(json.dumps(definition, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+class RowStore:
+    """The folder of one row.
+
+    Images lie in parts, each the next few of the row's sequence of seeds, in float16: rounding them moves a PSNR of 62 dB by
+    hundredths. ``row.json`` holds everything else that is known of the row.
+    """
+
+    def __init__(self, root: Path, name: str, definition: dict[str, Any]) -> None:
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
+        self.key = digest(definition)
+        found = sorted(root.glob(f"*-{self.key}"))  # whatever the row was called then
+        self.folder = found[0] if found else root / f"{slug}-{self.key}"
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the row so far.
+
+        Raises:
+            ConfigError: the file was damaged.
+        """
+        path = self.folder / FACTS
+        try:
+            return json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged; remove {self.folder} to make the row again") from error
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / FACTS, json.dumps(facts, indent=1) + "\n")
+
+    def add_images(self, start: int, images: Tensor) -> None:
+        """Keep images ``[n, channels, height, width]`` whose first is number ``start`` of the row."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{IMAGES}-{start:06d}.safetensors"
+        part = path.with_name(path.name + ".part")
+        save_file({IMAGES: images.half().contiguous()}, part)
+        part.replace(path)
+
+    def count_images(self) -> int:
+        """How many images are there, from the first without a gap."""
+        count = 0
+        for path in self._parts():
+            if int(path.stem.rpartition("-")[2]) != count:
+                break
+            with safe_open(path, "pt") as file:
+                count += file.get_slice(IMAGES).get_shape()[0]
+        return count
+
+    def images(self, count: int) -> Tensor:
+        """The first ``count`` images, float32."""
+        found, parts = 0, []
+        for path in self._parts():
+            if found < count:
+                with safe_open(path, "pt") as file:
+                    parts.append(file.get_slice(IMAGES)[: count - found])
+                found += len(parts[-1])
+        return torch.cat(parts).float()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{IMAGES}-*.safetensors"))

@@ -1,0 +1,178 @@
+"""What is evaluated: a pipeline, how it is asked, and what is known about its pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..api import DENOISERS, pipeline_components
+from ..checkpoint import read_header, weight_files
+from ..errors import CheckpointError, ConfigError
+from ..formats import TensorInfo
+
+PACKAGE = Path(__file__).parents[1]
+# The models that come with the package. Both are judged by the classifier of the first.
+BUNDLED = {"dit": PACKAGE / "demo_model", "unet": PACKAGE / "demo_unet"}
+CLASSIFIER = BUNDLED["dit"] / "classifier"
+BUNDLED_STEPS, BUNDLED_GUIDANCE = 20, 2.0
+EDGE = 1 << 20  # bytes at either end of a weight file that tell it from another
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline and how it is asked.
+
+    Attributes:
+        name: what the user calls it.
+        source: its folder or Hub name.
+        components: names of its transformers or UNets.
+        labels: classes or prompts that the images walk through in turn; ``None`` for a pipeline that takes neither.
+        steps, guidance_scale: of its call, ``None`` for its defaults.
+        arguments: more arguments of its call.
+        classifier: folder with the classifier of its pictures and what it makes of real ones; ``None`` if there is none.
+    """
+
+    name: str
+    source: str
+    components: tuple[str, ...]
+    labels: tuple[int, ...] | tuple[str, ...] | None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    classifier: Path | None = None
+
+    def labels_of(self, count: int) -> list[int] | list[str] | None:
+        """One label per image."""
+        labels: Any = self.labels
+        return None if labels is None else [labels[i % len(labels)] for i in range(count)]
+
+    @property
+    def by_class(self) -> bool:
+        return self.labels is not None and isinstance(self.labels[0], int)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Tensors of the components in the files of a local folder, named ``component.tensor``; nothing for a Hub name."""
+        out: dict[str, TensorInfo] = {}
+        for component in self.components:
+            folder = Path(self.source) / component
+            for path in weight_files(folder) if folder.is_dir() else ():
+                out |= {f"{component}.{name}": info for name, info in read_header(path).items()}
+        return out
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The 16-bit dtype that most of the stored weights have, bfloat16 if they have none."""
+        found = [info.dtype for info in self.tensors.values() if info.dtype in (torch.float16, torch.bfloat16)]
+        return max(set(found), key=found.count) if found else torch.bfloat16
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the files of a local folder. For a Hub name it is the name."""
+        root = Path(self.source)
+        if not root.is_dir():
+            return self.source
+        digest = hashlib.sha256()
+        paths = [path for name in self.components for path in weight_files(root / name)]
+        paths += [path for path in sorted(root.rglob("*.json")) if path.parent == root or path.parent.parent == root]
+        for path in paths:
+            digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(EDGE))
+                file.seek(max(EDGE, path.stat().st_size - EDGE))
+                digest.update(file.read(EDGE))
+        return digest.hexdigest()
+
+
+def find_subject(
+    model: str,
+    *,
+    prompts: Path | Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    arguments: dict[str, Any] | None = None,
+) -> Subject:
+    """The pipeline of a name, and how to ask it.
+
+    Args:
+        model: "dit" or "unet" for one that comes with the package, else a pipeline's folder or Hub name.
+        prompts: texts, or a file with one per line.
+        classes: class labels. One of the two at most; neither for a pipeline that draws of noise alone.
+
+    Raises:
+        ConfigError: there is no such pipeline, it has nothing to quantize, or there is nothing to ask it.
+    """
+    if prompts is not None and classes is not None:
+        raise ConfigError("prompts and classes were both given; a pipeline takes one of them")
+    labels: Any = read_prompts(prompts) if prompts is not None else tuple(classes) if classes is not None else None
+    if labels == ():
+        raise ConfigError("the list of classes is empty")
+    bundled = BUNDLED.get(model)
+    source = str(bundled or model)
+    available = pipeline_components(source)
+    if available is None:
+        raise ConfigError(f"{model} is a single model, which draws nothing by itself; give the folder of its pipeline")
+    components = tuple(name for name in available if name.startswith(DENOISERS))
+    if not components:
+        raise ConfigError(f"{model} has no {' or '.join(DENOISERS)}; it has {', '.join(available)}")
+    if bundled:
+        steps, guidance_scale = steps or BUNDLED_STEPS, BUNDLED_GUIDANCE if guidance_scale is None else guidance_scale
+        labels = labels or tuple(range(len(class_names(bundled))))
+    classifier = CLASSIFIER if bundled else _own_classifier(Path(source))
+    return Subject(model, source, components, labels, steps, guidance_scale, arguments or {}, classifier)
+
+
+def read_prompts(prompts: Path | Sequence[str]) -> tuple[str, ...]:
+    """Prompts, empty lines left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or there is no prompt.
+    """
+    if isinstance(prompts, Path):
+        try:
+            lines: Iterable[str] = prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the prompt file {prompts} cannot be read: {error}") from error
+    else:
+        lines = prompts
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
+        raise ConfigError(f"{prompts if isinstance(prompts, Path) else 'the list of prompts'} holds no prompt")
+    return found
+
+
+def class_names(folder: Path) -> list[str]:
+    """The classes of a pipeline's folder, in the order of their labels; empty if it names none."""
+    index = folder / "model_index.json"
+    labels = json.loads(index.read_text()).get("id2label") if index.is_file() else None
+    return [labels[str(i)] for i in range(len(labels))] if labels else []
+
+
+def check_layer_names(subject: Subject, patterns: Iterable[str], where: str) -> None:
+    """Refuse a part of a layer's name that fits none of the subject's layers.
+
+    Raises:
+        ConfigError: names the pattern.
+    """
+    layers = [name.partition(".")[2].rpartition(".")[0] for name in subject.tensors if name.endswith(".weight")]
+    for pattern in patterns:
+        if layers and not any(pattern in name for name in layers):
+            example = layers[len(layers) // 2]
+            raise ConfigError(f"{where}: no layer of {subject.name} has {pattern!r} in its name; one is called {example}")
+
+
+def _own_classifier(root: Path) -> Path | None:
+    """A folder ``classifier`` beside the model's own, as the bundled model has one."""
+    folder = root / "classifier"
+    try:
+        return folder if folder.is_dir() and "head.weight" in read_header(folder / "model.safetensors") else None
+    except (OSError, CheckpointError):
+        return None
