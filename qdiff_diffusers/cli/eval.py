@@ -13,7 +13,7 @@ from rich.table import Table
 from ..errors import ConfigError
 from .console import progress_bars, stdout
 from .demo import check_device, default_workers
-from .quantize import DTYPES
+from .quantize import DTYPES, parse_classes
 
 FILE_SETTINGS = ("model", "images", "paired", "steps", "guidance_scale", "seed", "batch_size", "classes", "prompts", "dtype")
 
@@ -85,21 +85,6 @@ def evaluate(
             subject, entries, output, settings, workers=workers or default_workers(place), command=command, progress=progress
         )
     _print(results, output)
-
-
-def parse_classes(text: str) -> list[int]:
-    """``0-9`` or ``1,5,7`` or both.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    out: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise ConfigError(f"classes are such as 0-9 or 1,5,7, got {text!r}")
-        out += range(int(first), int(last or first) + 1)
-    return out
 
 
 def _checked(data: dict[str, Any], path: Path) -> dict[str, Any]:

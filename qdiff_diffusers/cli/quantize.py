@@ -12,6 +12,7 @@ import typer
 from ..errors import ConfigError
 from .console import stdout
 
+CLASSES = re.compile(r"[\d,\s-]+")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -99,10 +100,24 @@ def conditions(text: str) -> dict[str, Any]:
     """What ``--calibrate`` means: "noise", class labels such as "0,3,5-9", or a file of prompts."""
     if text == "noise":
         return {}
-    if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        spans = [[int(n) for n in part.split("-")] for part in text.split(",")]
-        return {"class_labels": [label for span in spans for label in range(span[0], span[-1] + 1)]}
+    if CLASSES.fullmatch(text):
+        return {"class_labels": parse_classes(text)}
     return {"prompts": text}
+
+
+def parse_classes(text: str) -> list[int]:
+    """``0-9`` or ``1,5,7`` or both.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    out: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise ConfigError(f"classes are such as 0-9 or 1,5,7, got {text!r}")
+        out += range(int(first), int(last or first) + 1)
+    return out
 
 
 def make_config(method: str, options: dict[str, Any]) -> Any:

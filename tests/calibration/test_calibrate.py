@@ -287,3 +287,34 @@ def test_guidance_weighs_the_two_halves_as_the_pipeline_does():
         guided_loss(student, teacher, {"hidden_states": torch.randn(4, 1, 2, 2)}, 3.0), student.square().mean()
     )
     torch.testing.assert_close(guided_loss(student, teacher, inputs, None), student.square().mean())
+
+
+def test_the_command_line_calibrates(tmp_path):
+    from qdiff_diffusers.cli.app import main
+
+    dit().save_pretrained(tmp_path / "dense")
+    arguments = ["quantize", str(tmp_path / "dense"), "-o", str(tmp_path / "out"), "-m", "rtn", "-b", "2", "--dtype", "float32"]
+    arguments += ["--calibrate", "0-1", "--samples", "2", "--steps", "2", "--guidance", "1", "--tune", "2"]
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 0
+    stored = json.loads((tmp_path / "out/transformer/config.json").read_text())["quantization_config"]["provenance"]["calibration"]
+    assert (stored["class_labels"], stored["samples"], stored["steps"], stored["tuning"]["steps"]) == ([0, 1], 2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tune", "3"], "go with --calibrate"),
+        (["--calibrate", "no-such-file.txt"], "cannot read prompts"),
+        (["--calibrate", "3-1"], "classes are such as"),
+        (["--calibrate", "noise", "--objective", "layers"], "objective must be one of"),
+    ],
+)
+def test_the_command_line_refuses_what_cannot_work_before_it_begins(options, message, tmp_path, capsys):
+    from qdiff_diffusers.cli.app import main
+
+    with pytest.raises(SystemExit) as done:
+        main(["quantize", str(tmp_path), "-o", str(tmp_path / "out"), "-m", "rtn", *options])
+    assert done.value.code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
