@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def tune_blocks(
     inside = {name: [n for n in layers if n.startswith(f"{name}.")] for name in block_names(model)}
     blocks = [name for name, own in inside.items() if own]
     tuned: dict[str, TunedBlock] = {}
+    tuning = calibration.tuning
+    if tuning.minutes and blocks:
+        share = tuning.minutes * parallel.world_size() / len(blocks)
+        calibration = replace(calibration, tuning=replace(tuning, minutes=share))
     for index, name in enumerate(logging.tqdm(blocks, desc="Tuning blocks", unit="block", delay=2)):
         path = folder / f"{name}.safetensors"
         found = _read(path)

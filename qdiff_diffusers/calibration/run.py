@@ -63,7 +63,7 @@ def calibrate(
 
 def _recorded(pipe: Any, models: dict[str, nn.Module], calibration: Calibration, folder: Path, keep: bool) -> dict[str, Store]:
     """Recorded calls of each model: those of an interrupted run, or new ones."""
-    if not calibration.hessian and not calibration.tuning.steps:
+    if not calibration.hessian and not calibration.tuning.wanted:
         return {}
     keep = keep and parallel.rank() == 0
     own = folder if keep else folder / f"process-{parallel.rank()}"
@@ -90,11 +90,11 @@ def _calibrate(
     quantizer = QDiffQuantizer.of_model(model, config)
     layers = quantize_layers(model, quantizer.targets, calibration, calls if calibration.hessian else None, folder / "layers")
     log = [{"stage": "layer", "name": name, **layer.facts} for name, layer in layers.items()]
-    if calls is not None and tuning.steps and tuning.objective == "blocks":
+    if calls is not None and tuning.wanted and tuning.objective == "blocks":
         tuned = tune_blocks(model, layers, calls, calibration, folder / "blocks", quantizer.compute_dtype)
         layers = apply(model, layers, tuned)
         log += [entry for block in tuned.values() for entry in block.log]
-    whole = calls is not None and tuning.steps > 0 and tuning.objective == "model"
+    whole = calls is not None and tuning.wanted and tuning.objective == "model"
     wants_dense = whole and tuning.assignments == "candidates"
     dense = {name: layer.target(_weight(model, name)) for name, layer in layers.items()} if wants_dense else {}
     config.layers = {name: layer.stored for name, layer in layers.items()}

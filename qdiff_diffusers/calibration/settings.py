@@ -21,6 +21,7 @@ class Tuning:
 
     Args:
         steps: optimizer steps, of the whole model, or of each block. 0: none.
+        minutes: instead of steps, as many as this time allows: the speed is measured once, then the number stands.
         objective: "model" follows the teacher's trajectories with the whole model (AQUATIC-Diff), "blocks" fits each repeated
             block to its own outputs (VQ4DiT).
         assignments: how codes change. "pv": straight-through weights, of which the ``fraction`` that moved furthest is encoded
@@ -38,6 +39,7 @@ class Tuning:
     """
 
     steps: int = 0
+    minutes: float | None = None
     objective: str = "model"
     assignments: str = "pv"
     lr: float = 1e-3
@@ -57,8 +59,15 @@ class Tuning:
                 raise ConfigError(f"tuning: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.steps < 0 or self.candidates < 1:
             raise ConfigError(f"tuning: steps must be 0 or more and candidates 1 or more, got {self.steps} and {self.candidates}")
+        if self.minutes is not None and (self.steps or not self.minutes > 0):
+            raise ConfigError(f"tuning: give steps or minutes above 0, got {self.steps} and {self.minutes!r}")
         if not 0 <= self.fraction <= 1:
             raise ConfigError(f"tuning: fraction must lie between 0 and 1, got {self.fraction!r}")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.steps or self.minutes)
 
 
 @dataclass(frozen=True)

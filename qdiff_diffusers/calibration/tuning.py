@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .store import Store, read_tensors, write_tensors
 from .trained import TrainedLayer, training
 from .trajectories import Call, call_model
 
+STEP_OVERHEAD = 1.3  # of the optimizer and of encoding anew, over the gradient's time
 SAVE_EVERY = 50  # steps between two snapshots
 TRIAL_CALLS = 16  # calls on which the loss is taken before and after
 RMS_ALPHA = 0.9  # VQ4DiT's released code
@@ -95,7 +97,7 @@ class Tuner:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a run needs to go on exactly."""
-        out = {"step": torch.tensor(self.step_number)}
+        out = {"step": torch.tensor(self.step_number), "total": torch.tensor(self.total)}
         for name, parameter in self.names.items():
             out[f"parameter/{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -108,7 +110,7 @@ class Tuner:
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
         """Inverse of :meth:`state`."""
-        self.step_number = int(state["step"])
+        self.step_number, self.total = int(state["step"]), int(state["total"])
         for key, value in state.items():
             kind, _, rest = key.partition("/")
             if kind == "parameter":
@@ -166,16 +168,18 @@ def tune(
         parameter.requires_grad_(True)
     if snapshot.is_file():
         log = _resume(tuner, snapshot)
-    progress = logging.tqdm(total=tuning.steps, initial=tuner.step_number, desc=description, unit="step", delay=2)
+    elif tuning.minutes:
+        tuner.total = _steps_within(tuning.minutes, trained, calls, loss_of)
+    progress = logging.tqdm(total=tuner.total, initial=tuner.step_number, desc=description, unit="step", delay=2)
     losses: list[float] = []
     with training(trained), torch.enable_grad():
-        while tuner.step_number < tuning.steps:
+        while tuner.step_number < tuner.total:
             call = calls[tuner.step_number % len(calls)]
             if tuning.reset_at_wrap and call["step"] == 0:
                 tuner.forget_momentum()
             losses.append(tuner.step(loss_of(call)))
             progress.update()
-            if tuner.step_number % SAVE_EVERY == 0 or tuner.step_number == tuning.steps:
+            if tuner.step_number % SAVE_EVERY == 0 or tuner.step_number == tuner.total:
                 log.append({"stage": "tuning", "step": tuner.step_number, "loss": float(f"{sum(losses) / len(losses):.6g}")})
                 losses = []
                 write_tensors(snapshot, tuner.state(), {"log": log})
@@ -230,6 +234,19 @@ def _conclude(
 @torch.no_grad()
 def _mean_loss(calls: Store, indices: list[int], loss_of: Callable[[Call], Tensor]) -> float:
     return sum(float(loss_of(calls[i])) for i in indices) / len(indices)
+
+
+def _steps_within(minutes: float, trained: dict[str, TrainedLayer], calls: Store, loss_of: Callable[[Call], Tensor]) -> int:
+    """Steps that fit into a time, by the time of two gradients that are thrown away; at least 1."""
+    seconds = 0.0
+    with training(trained), torch.enable_grad():
+        for i in range(2):
+            start = time.perf_counter()
+            loss_of(calls[i % len(calls)]).backward()
+            seconds = time.perf_counter() - start
+    for layer in trained.values():
+        layer.zero_grad(set_to_none=True)
+    return max(1, int(minutes * 60 / (seconds * STEP_OVERHEAD)))
 
 
 def _resume(tuner: Tuner, snapshot: Path) -> list[dict[str, Any]]:

@@ -318,3 +318,17 @@ def test_the_command_line_refuses_what_cannot_work_before_it_begins(options, mes
         main(["quantize", str(tmp_path), "-o", str(tmp_path / "out"), "-m", "rtn", *options])
     assert done.value.code == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("objective", ["model", "blocks"])
+def test_minutes_buy_as_many_steps_as_they_allow(objective, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning_module, "STEP_OVERHEAD", 1.0)
+    calibration = Calibration(**FEW, hessian=False, tuning=Tuning(minutes=0.02, objective=objective))
+    folder = quantize(dit(), AQConfig(bits=2), tmp_path / "out", calibration=calibration)
+    log = json.loads((folder / "transformer" / "calibration.json").read_text())
+    assert max(entry["step"] for entry in log if entry["stage"] == "tuning") >= 1
+
+
+def test_steps_and_minutes_together_are_refused():
+    with pytest.raises(ConfigError, match="steps or minutes"):
+        Tuning(steps=3, minutes=2)
