@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Conv2d, Linear, LoraModel
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from qdiff_kernels import matrix_layout
 from torch import Tensor, nn
 
@@ -33,11 +33,12 @@ class PackedLora:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         factors = {name: self._factors(name) for name in names}
         for name, (down, up) in factors.items():
+            before = base.spec.extras_dtype
             base.append_branch(down, up)
             if self.lora_bias[name]:
                 base.bias.data += self.lora_B[name].bias * self.scaling[name]
             self.merged_adapters.append(name)
-            self.__dict__.setdefault("fused", []).append((name, len(down), self.scaling[name]))
+            self.__dict__.setdefault("fused", []).append((name, len(down), self.scaling[name], before))
 
     def unmerge(self: Any) -> None:
         """Take the fused adapters out again, exactly."""
@@ -45,8 +46,8 @@ class PackedLora:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             self.merged_adapters.pop()
-            name, rank, scaling = self.fused.pop()
-            self.get_base_layer().drop_branch(rank)
+            name, rank, scaling, before = self.fused.pop()
+            self.get_base_layer().drop_branch(rank, before)
             if self.lora_bias.get(name):
                 self.get_base_layer().bias.data -= self.lora_B[name].bias * scaling
 
@@ -80,6 +81,9 @@ def install() -> None:
     model: Any = LoraModel
     if not hasattr(model._create_new_module, "of_qdiff"):
         model._create_new_module = staticmethod(_packed_aware(model._create_new_module))
+    tuner: Any = BaseTuner
+    if not hasattr(tuner._replace_module, "of_qdiff"):
+        tuner._replace_module = _unfusable(tuner._replace_module)
 
 
 def _packed_aware(create: Any) -> Any:
@@ -92,3 +96,23 @@ def _packed_aware(create: Any) -> Any:
 
     create_new_module.of_qdiff = True  # type: ignore[attr-defined]
     return create_new_module
+
+
+def _unfusable(replace_module: Any) -> Any:
+    """Adapters other than LoRA (LoKr, LoHa, OFT, ...) run beside a packed layer; fused, they would be lost without a word."""
+
+    @functools.wraps(replace_module)
+    def refuse_to_fuse(self: Any, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        replace_module(self, parent, child_name, new_module, child)
+        if isinstance(new_module, BaseTunerLayer) and isinstance(new_module.get_base_layer(), PackedLayer):
+            new_module.merge = functools.partial(_refuse, type(self).__name__)  # type: ignore[method-assign]
+
+    refuse_to_fuse.of_qdiff = True  # type: ignore[attr-defined]
+    return refuse_to_fuse
+
+
+def _refuse(kind: str, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    raise QDiffError(
+        f"adapters of PEFT's {kind} cannot be fused into packed layers; leave them loaded and active without fuse_lora, or "
+        "dequantize() the model first"
+    )

@@ -11,12 +11,13 @@ import tiny_models
 import torch
 from torch import nn
 
-from qdiff_diffusers import FPConfig, QDiffConfig, QDiffError, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, QDiffError, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.layers import PackedLayer
 
 peft = pytest.importorskip("peft")
 
 CONFIGS = {
+    "aq": lambda: AQConfig(num_codebooks=1, codebook_bits=8, vector_size=4, codebook="shared", rotation=True, effort=0),
     "vq": lambda: VQConfig(codebook_bits=4, vector_size=2, restarts=1),
     "fp": lambda: FPConfig(weight_format="nvfp4"),
     "svdquant": lambda: SVDQuantConfig(bits=4, rank=2, rounds=1),
@@ -42,6 +43,12 @@ def adapter(name: str, **kwargs) -> peft.LoraConfig:
     return peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS[name], init_lora_weights=False, **kwargs)
 
 
+def packed_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every packed tensor."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+    return {f"{name}.{leaf}": tensor.clone() for name, layer in layers.items() for leaf, tensor in layer.packed_tensors().items()}
+
+
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -54,9 +61,12 @@ def test_a_fused_adapter_counts_as_an_active_one_and_comes_out_exactly(name, met
     model.add_adapter(adapter(name))
     active = tiny_models.run(model, name)
     assert distance(base, active) > 0.1
+    stored = packed_state(model)
     model.fuse_lora()
-    assert distance(tiny_models.run(model, name), active) < 1e-3
+    assert distance(tiny_models.run(model, name), active) < 1e-6
     model.unfuse_lora()
+    assert packed_state(model).keys() == stored.keys()
+    assert all(torch.equal(value, stored[key]) for key, value in packed_state(model).items())
     assert distance(tiny_models.run(model, name), active) < 1e-6
     model.unload_lora()
     assert distance(tiny_models.run(model, name), base) < 1e-6
@@ -83,7 +93,7 @@ def test_two_adapters_are_fused_and_taken_out_one_after_the_other(folders):
     model.set_adapters(["a", "b"], [0.7, 0.3])
     active = tiny_models.run(model, "flux")
     model.fuse_lora()
-    assert distance(tiny_models.run(model, "flux"), active) < 1e-3
+    assert distance(tiny_models.run(model, "flux"), active) < 1e-6
     model.unfuse_lora()
     assert distance(tiny_models.run(model, "flux"), active) < 1e-6
 

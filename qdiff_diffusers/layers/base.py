@@ -18,6 +18,7 @@ from qdiff_kernels import (
 from torch import Tensor, nn
 
 from ..formats import LayerSpec, TensorInfo, codebook_table
+from ..formats.spec import EXTRAS_DTYPES
 
 LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integer": integer_linear}
 CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integer": integer_conv2d}
@@ -94,17 +95,23 @@ class PackedLayer(nn.Module):
         return self.spec.bits_per_weight(self.weight_shape)
 
     def append_branch(self, down: Tensor, up: Tensor) -> None:
-        """Add ``up [rows, rank] @ down [rank, columns]`` to the weight, by lengthening the low-rank branch."""
-        balance = (up.norm(dim=0) / down.norm(dim=1).clamp_min(1e-30)).sqrt().clamp(1e-4, 1e4)  # both factors within float16
-        factors = {"low_rank_down": down * balance[:, None], "low_rank_up": up / balance}
-        for dim, (name, factor) in enumerate(factors.items()):
-            factor = factor.to(self.codes.device, torch.float16)
-            old = getattr(self, name, None)
-            self.register_buffer(name, factor.contiguous() if old is None else torch.cat([old, factor], dim))
-        self.spec = replace(self.spec, rank=self.spec.rank + len(down))
+        """Add ``up [rows, rank] @ down [rank, columns]`` to the weight, by lengthening the low-rank branch.
 
-    def drop_branch(self, rank: int) -> None:
-        """Undo the last :meth:`append_branch`, which added ``rank``."""
+        The branch keeps its dtype if that holds the factors exactly, and becomes float32 if not.
+        """
+        spec = self.spec
+        has_extras = spec.rank or spec.smooth or spec.shift
+        choices = (spec.extras_dtype,) if has_extras else ("float16", "bfloat16")
+        name = next((name for name in choices if _fits(down, name) and _fits(up, name)), "float32")
+        self._cast_extras(name)
+        for dim, (key, factor) in enumerate({"low_rank_down": down, "low_rank_up": up}.items()):
+            factor = factor.to(self.codes.device, EXTRAS_DTYPES[name]).contiguous()
+            old = getattr(self, key, None)
+            self.register_buffer(key, factor if old is None else torch.cat([old, factor], dim))
+        self.spec = replace(self.spec, rank=spec.rank + len(down))
+
+    def drop_branch(self, rank: int, extras_dtype: str) -> None:
+        """Undo the last :meth:`append_branch`, which added ``rank`` and found the branch in ``extras_dtype``."""
         left = self.spec.rank - rank
         self.spec = replace(self.spec, rank=left)
         if left:
@@ -112,6 +119,14 @@ class PackedLayer(nn.Module):
             self.low_rank_up = self.low_rank_up[:, :left].contiguous()
         else:
             del self.low_rank_down, self.low_rank_up
+        self._cast_extras(extras_dtype)
+
+    def _cast_extras(self, name: str) -> None:
+        """Store branch, ``smooth`` and ``shift`` in another dtype."""
+        for key in ("low_rank_down", "low_rank_up", "smooth", "shift"):
+            if (tensor := getattr(self, key, None)) is not None:
+                self.register_buffer(key, tensor.to(EXTRAS_DTYPES[name]))
+        self.spec = replace(self.spec, extras_dtype=name)
 
     def check_channels(self, given: int, expected: int) -> None:
         """Refuse inputs of another width: the kernels know only the packed bytes, which widths that round up alike share."""
@@ -150,3 +165,8 @@ class PackedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}, {self.bits_per_weight:.2f} bits"
+
+
+def _fits(tensor: Tensor, name: str) -> bool:
+    """Whether a dtype holds a float32 tensor exactly."""
+    return torch.equal(tensor.to(EXTRAS_DTYPES[name]).float(), tensor)
