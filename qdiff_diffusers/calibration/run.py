@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..packing import pack_finished
 from ..quantizer import QDiffQuantizer
 from . import parallel
+from .allocation import allocate
 from .blocks import apply, tune_blocks
 from .layerwise import FinishedLayer, quantize_layers
 from .settings import Calibration
@@ -63,7 +64,7 @@ def calibrate(
 
 def _recorded(pipe: Any, models: dict[str, nn.Module], calibration: Calibration, folder: Path, keep: bool) -> dict[str, Store]:
     """Recorded calls of each model: those of an interrupted run, or new ones."""
-    if not calibration.hessian and not calibration.tuning.wanted:
+    if not (calibration.hessian or calibration.mixed or calibration.tuning.wanted):
         return {}
     keep = keep and parallel.rank() == 0
     own = folder if keep else folder / f"process-{parallel.rank()}"
@@ -88,6 +89,8 @@ def _calibrate(
 ) -> list[dict[str, Any]]:
     tuning = calibration.tuning
     quantizer = QDiffQuantizer.of_model(model, config)
+    if calibration.mixed and calls is not None:
+        quantizer.targets = allocate(model, quantizer.targets, calls, calibration, folder)
     layers = quantize_layers(model, quantizer.targets, calibration, calls if calibration.hessian else None, folder / "layers")
     log = [{"stage": "layer", "name": name, **layer.facts} for name, layer in layers.items()]
     if calls is not None and tuning.wanted and tuning.objective == "blocks":

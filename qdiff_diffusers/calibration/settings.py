@@ -86,6 +86,7 @@ class Calibration:
         batch_size: trajectories that run together.
         timesteps: steps of each trajectory to keep, evenly spaced; ``None`` for all.
         hessian: quantize each layer against its inputs' second moments rather than against its weights alone.
+        mixed: let ``bits`` be the mean over all layers, and give more to those whose errors the model's output shows most.
         damping: added to a Hessian's diagonal, relative to its mean.
         tuning: the second stage.
         seed: of noise and of everything else random.
@@ -103,6 +104,7 @@ class Calibration:
     batch_size: int = 8
     timesteps: int | None = None
     hessian: bool = True
+    mixed: bool = False
     damping: float = 0.01
     tuning: Tuning = field(default_factory=Tuning)
     seed: int = 0

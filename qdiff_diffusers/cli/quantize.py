@@ -39,6 +39,7 @@ def quantize(
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration trajectories.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a trajectory.")] = 20,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the trajectories.")] = None,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Let --bits be the mean, more for layers that matter more.")] = False,
     tune: Annotated[int, typer.Option(min=0, help="Optimizer steps after that, on codes, scales and biases.")] = 0,
     objective: Annotated[str, typer.Option(help="What to tune: model or blocks.")] = "model",
     workspace: Annotated[Path | None, typer.Option(help="Where finished work waits for another run.")] = None,
@@ -65,8 +66,8 @@ def quantize(
         "seed": seed,
     }
     config = make_config(method, {name: value for name, value in options.items() if value is not None})
-    if calibrate is None and (samples or guidance or tune or workspace):
-        raise ConfigError("--samples, --guidance, --tune and --workspace go with --calibrate")
+    if calibrate is None and (samples or guidance or tune or workspace or mixed):
+        raise ConfigError("--samples, --guidance, --mixed, --tune and --workspace go with --calibrate")
     calibration = None
     if calibrate is not None:
         calibration = Calibration(
@@ -74,6 +75,7 @@ def quantize(
             samples=samples,
             steps=steps,
             guidance_scale=guidance,
+            mixed=mixed,
             tuning=Tuning(steps=tune, objective=objective),
             seed=seed,
             workspace=workspace,

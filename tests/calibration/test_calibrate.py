@@ -25,6 +25,7 @@ from qdiff_diffusers import (
     quantize,
 )
 from qdiff_diffusers.calibration import tuning as tuning_module
+from qdiff_diffusers.calibration.allocation import spend
 from qdiff_diffusers.calibration.store import Store
 from qdiff_diffusers.calibration.trajectories import call_model, record
 from qdiff_diffusers.calibration.tuning import guided_loss
@@ -74,7 +75,8 @@ def output_error(pipe: DiTPipeline) -> float:
     store = Store(Path("unused"), 1 << 30)
     record(exact, {"transformer": exact.transformer}, Calibration(**FEW, seed=7), {"transformer": store})
     for call in store:
-        found = call_model(pipe.transformer, call["inputs"])
+        with torch.no_grad():
+            found = call_model(pipe.transformer, call["inputs"])
         error += float((found - call["output"]).square().sum())
         size += float(call["output"].square().sum())
     return error / size
@@ -332,3 +334,31 @@ def test_minutes_buy_as_many_steps_as_they_allow(objective, tmp_path, monkeypatc
 def test_steps_and_minutes_together_are_refused():
     with pytest.raises(ConfigError, match="steps or minutes"):
         Tuning(steps=3, minutes=2)
+
+
+def test_mixed_bits_cost_no_more_and_err_less():
+    uniform = quantize(dit(), RTNConfig(bits=3), calibration=FEW | {"hessian": False})
+    mixed = quantize(dit(), RTNConfig(bits=3), calibration=FEW | {"hessian": False, "mixed": True})
+
+    def stored_bits(pipe):
+        layers = [module for module in pipe.transformer.modules() if isinstance(module, PackedLayer)]
+        sizes = [torch.Size(layer.weight_shape).numel() for layer in layers]
+        return sum(layer.bits_per_weight * n for layer, n in zip(layers, sizes, strict=True)) / sum(sizes)
+
+    assert stored_bits(mixed) <= stored_bits(uniform)
+    assert output_error(mixed) < 0.9 * output_error(uniform)
+    layers = mixed.transformer.config.quantization_config.layers.values()
+    assert len({layer.spec.format.bits for layer in layers}) > 1
+
+
+def test_bits_are_spent_where_they_gain_most():
+    costs = {"loud": [(1, 8.0, 1), (2, 4.0, 2), (4, 1.0, 4)], "quiet": [(1, 1.0, 1), (2, 0.5, 2), (4, 0.1, 4)]}
+    assert spend(costs, {"loud": 10, "quiet": 10}, 40) == {"loud": 2, "quiet": 2}
+    assert spend(costs, {"loud": 10, "quiet": 10}, 50) == {"loud": 4, "quiet": 1}
+    assert spend(costs, {"loud": 10, "quiet": 10}, 80) == {"loud": 4, "quiet": 4}
+    assert spend(costs, {"loud": 10, "quiet": 10}, 0) == {"loud": 1, "quiet": 1}
+
+
+def test_mixed_bits_need_bits():
+    with pytest.raises(ConfigError, match="need a config with bits"):
+        quantize(dit(), AQConfig(num_codebooks=1, codebook_bits=4, vector_size=4), calibration=FEW | {"mixed": True})
