@@ -98,7 +98,7 @@ def _calibrate(
         layers = apply(model, layers, tuned)
         log += [entry for block in tuned.values() for entry in block.log]
     whole = calls is not None and tuning.wanted and tuning.objective == "model"
-    wants_dense = whole and tuning.assignments == "candidates"
+    wants_dense = whole and tuning.assignments in ("candidates", "rounding")
     dense = {name: layer.target(_weight(model, name)) for name, layer in layers.items()} if wants_dense else {}
     config.layers = {name: layer.stored for name, layer in layers.items()}
     pack_finished(model, _on_device(model, layers), quantizer.compute_dtype)

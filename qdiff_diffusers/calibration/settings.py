@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 
 OBJECTIVES = ("model", "blocks")
-ASSIGNMENTS = ("pv", "candidates", "fixed")
+ASSIGNMENTS = ("pv", "candidates", "rounding", "fixed")
 STARTS = ("distance", "uniform")
 CODEBOOKS = ("with", "after", "fixed")
 
@@ -25,7 +25,8 @@ class Tuning:
         objective: "model" follows the teacher's trajectories with the whole model (AQUATIC-Diff), "blocks" fits each repeated
             block to its own outputs (VQ4DiT).
         assignments: how codes change. "pv": straight-through weights, of which the ``fraction`` that moved furthest is encoded
-            anew each step (PV-Tuning). "candidates": softmax ratios over the ``candidates`` nearest entries (VQ4DiT). "fixed".
+            anew each step (PV-Tuning). "candidates": softmax ratios over the ``candidates`` nearest entries (VQ4DiT).
+            "rounding": each weight of an integer or floating format learns whether to go up or down (AdaRound). "fixed".
         lr: of scales, codebooks, biases, norms and low-rank branches, relative to each tensor's own size; falls linearly to 0.
         code_lr: of the straight-through weights (relative to their spread), or of the ratios' logits.
         fraction: share of the vectors whose codes may change in one step.

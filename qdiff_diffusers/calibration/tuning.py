@@ -34,25 +34,28 @@ class Tuner:
         layers: in training.
         dense: further parameters, by name.
         tuning: settings.
-        total: steps, over which learning rates fall to 0.
+        loss_unit: what penalties are relative to: the loss before tuning.
     """
 
-    def __init__(self, layers: dict[str, TrainedLayer], dense: dict[str, nn.Parameter], tuning: Tuning, total: int) -> None:
+    def __init__(self, layers: dict[str, TrainedLayer], dense: dict[str, nn.Parameter], tuning: Tuning, loss_unit: float) -> None:
         self.layers = layers
         self.tuning = tuning
-        self.total = total
+        self.total = tuning.steps  # over which learning rates fall to 0
         self.step_number = 0
+        self.loss_unit = loss_unit
         self.names: dict[str, nn.Parameter] = {}
         groups = []
 
-        def add(parameters: dict[str, nn.Parameter], rate: float) -> None:
+        def add(parameters: dict[str, nn.Parameter], rate: float, steady: bool = False) -> None:
             self.names.update(parameters)
-            groups.append({"params": list(parameters.values()), "lr": rate, "initial_lr": rate})
+            groups.append({"params": list(parameters.values()), "lr": rate, "initial_lr": rate, "steady": steady})
 
         for name, layer in layers.items():
             for i, group in enumerate(layer.packed.groups()):
                 rate = tuning.code_lr if group.kind == "codes" else tuning.lr
-                add({f"{name}.{i}.{j}": p for j, p in enumerate(group.parameters)}, rate * group.size)
+                # Choices have to be made in the end, so what makes them must not slow down.
+                steady = group.kind == "codes" and tuning.assignments in ("candidates", "rounding")
+                add({f"{name}.{i}.{j}": p for j, p in enumerate(group.parameters)}, rate * group.size, steady)
             for part, factor in (("down", layer.down), ("up", layer.up)):
                 if factor is not None:
                     add({f"{name}.{part}": factor}, tuning.lr * _size(factor))
@@ -72,13 +75,14 @@ class Tuner:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise CalibrationError(f"the loss became {value} in step {self.step_number}; lower tuning's lr or code_lr")
-        penalties = [p for layer in self.layers.values() if (p := layer.packed.penalty()) is not None]
-        total = loss + value * sum(penalties) / len(penalties) if penalties else loss  # in proportion: losses differ by model
+        progress = self.step_number / max(self.total, 1)
+        penalties = [p for layer in self.layers.values() if (p := layer.packed.penalty(progress)) is not None]
+        total = loss + self.loss_unit * sum(penalties) / len(penalties) if penalties else loss
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         decay = 1 - self.step_number / max(self.total, 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * decay
+            group["lr"] = group["initial_lr"] * (1 if group["steady"] else decay)
         self.optimizer.step()
         for layer in self.layers.values():
             stale = layer.packed.after_step(self.tuning.fraction)
@@ -159,11 +163,11 @@ def tune(
 ) -> list[dict[str, Any]]:
     """Tune packed layers and other parameters against ``loss_of`` recorded calls; see :func:`tune_model`."""
     trained = {name: TrainedLayer(layer, dense.get(name), tuning) for name, layer in layers.items()}
-    tuner = Tuner(trained, others, tuning, tuning.steps)
     before = {name: parameter.detach().clone() for name, parameter in others.items()}
     log: list[dict[str, Any]] = []
     trial = [int(i) for i in torch.linspace(0, len(calls) - 1, min(TRIAL_CALLS, len(calls))).round()]
     first = _mean_loss(calls, trial, loss_of)
+    tuner = Tuner(trained, others, tuning, loss_unit=first)
     for parameter in others.values():
         parameter.requires_grad_(True)
     if snapshot.is_file():

@@ -155,6 +155,29 @@ class ScalarCoder:
                 self.tensors = self.tensors | {name: stored(old.float() * change, old.dtype)}
         self._read_scales()
 
+    def neighbours(self, dense: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scales and zeros of every weight of ``dense [rows, columns]``, and the ranks of the levels just below and above it."""
+        group = torch.arange(self.columns, device=dense.device) // group_columns(self.format.group_size, self.columns)
+        scale, zero, second = (t.expand(len(dense), -1)[:, group] for t in (self.scales, self.zeros, self.second))
+        wanted = (dense - zero) / torch.where(scale == 0, 1, scale)
+        ranks = torch.searchsorted(self.levels[0], wanted.contiguous(), right=True)
+        if len(self.levels) > 1:
+            ranks = torch.where(second, torch.searchsorted(self.levels[1], wanted.contiguous(), right=True), ranks)
+        count = self.levels.shape[1]
+        below = (ranks - 1).clamp(0, count - 1)
+        above = ranks.clamp(0, count - 1)
+        offset = second.long() * count  # ranks of the second encoding follow those of the first
+        return scale, zero, below + offset, above + offset
+
+    def levels_of(self, ranks: Tensor) -> Tensor:
+        """Levels at ``ranks`` as :meth:`neighbours` counts them."""
+        return self.levels.flatten()[ranks]
+
+    def take(self, ranks: Tensor) -> None:
+        """Make the codes those of the levels at ``ranks [rows, columns]``."""
+        self.codes = self.order.flatten()[ranks].to(self.codes.dtype)
+        self._read_scales()
+
     @property
     def can_rescale(self) -> bool:
         """Whether scales are fine enough to be adjusted by less than their own steps."""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..calibration.settings import Tuning
 
 BEAM = 16
+STRETCH, LOWEST = 1.2, -0.1  # of AdaRound's rectified sigmoid
+WARM_UP, BETA_START, BETA_END = 0.2, 20.0, 2.0  # of AdaRound's penalty
+ROUNDING_STRENGTH = 1000.0  # of the mean over all weights, so that each feels it beside the loss
 SURE = 0.99  # ratio from which on a vector's assignment is settled (VQ4DiT's released code)
 
 
@@ -50,8 +53,8 @@ class TrainableWeight(nn.Module):
         if self.factors.requires_grad:
             yield ParameterGroup([self.factors], "continuous", 1.0)
 
-    def penalty(self) -> Tensor | None:
-        """A term that the loss should include, the same for every step's data."""
+    def penalty(self, progress: float) -> Tensor | None:
+        """A term that the loss should include, the same for every step's data; ``progress`` goes from 0 to 1."""
         return None
 
     @torch.no_grad()
@@ -194,7 +197,7 @@ class CandidateWeight(CodebookWeight):
         yield from super().groups()
         yield ParameterGroup([self.logits], "codes", 1.0)
 
-    def penalty(self) -> Tensor | None:
+    def penalty(self, progress: float) -> Tensor | None:
         if bool(self.settled.all()):
             return None
         ratios = self._ratios()
@@ -227,6 +230,51 @@ class CandidateWeight(CodebookWeight):
         return scales.expand(-1, -1, self.coder.step).flatten(1)[:, : self.coder.columns]
 
 
+class RoundedWeight(TrainableWeight):
+    """Learned rounding (AdaRound, Nagel et al. 2020) on any scalar format's own grid: each weight goes to the level below it or
+    to the one above, whichever serves the outputs. On a floating grid the two are as far apart as the weight's binade has it.
+
+    Args:
+        coder: of an integer or minifloat format.
+        dense: float32 ``[rows, columns]``, the weights to round.
+    """
+
+    coder: ScalarCoder
+
+    def __init__(self, coder: ScalarCoder, dense: Tensor) -> None:
+        super().__init__(coder)
+        scale, zero, self.below, self.above = coder.neighbours(dense)
+        self.scale, self.zero = scale, zero
+        low, high = coder.levels_of(self.below), coder.levels_of(self.above)
+        self.low, self.step = low, high - low
+        share = (dense - zero) / torch.where(scale == 0, 1, scale) - low
+        share = (share / torch.where(self.step == 0, 1, self.step)).clamp(0, 1)
+        self.logits = nn.Parameter(-((STRETCH / (share - LOWEST)) - 1).log())
+
+    def forward(self) -> Tensor:
+        return ((self.low + self._share() * self.step) * self.scale + self.zero) * self.factors
+
+    def groups(self) -> Iterator[ParameterGroup]:
+        yield from super().groups()
+        yield ParameterGroup([self.logits], "codes", 1.0)
+
+    def penalty(self, progress: float) -> Tensor | None:
+        if progress < WARM_UP:
+            return None
+        left = 1 - (progress - WARM_UP) / (1 - WARM_UP)
+        power = BETA_END + (BETA_START - BETA_END) * left
+        return ROUNDING_STRENGTH * (1 - (2 * self._share() - 1).abs().pow(power)).mean()
+
+    @torch.no_grad()
+    def pack(self) -> dict[str, Tensor]:
+        self.coder.take(torch.where(self._share() < 0.5, self.below, self.above))
+        return super().pack()
+
+    def _share(self) -> Tensor:
+        """How far from the level below to the one above, ``[rows, columns]``: a sigmoid that reaches 0 and 1."""
+        return (self.logits.sigmoid() * STRETCH + LOWEST).clamp(0, 1)
+
+
 def make_trainable(
     fmt: WeightFormat, tensors: dict[str, Tensor], columns: int, dense: Tensor | None, tuning: Tuning
 ) -> TrainableWeight:
@@ -239,9 +287,9 @@ def make_trainable(
         tuning: settings.
     """
     coder = make_coder(fmt, tensors, columns, BEAM)
-    if not isinstance(fmt, CodebookFormat):
-        return TrainableWeight(coder)
-    assert isinstance(coder, CodebookCoder)
+    if isinstance(coder, ScalarCoder):
+        return RoundedWeight(coder, dense) if tuning.assignments == "rounding" and dense is not None else TrainableWeight(coder)
+    assert isinstance(fmt, CodebookFormat)
     if tuning.assignments == "candidates" and dense is not None:
         return CandidateWeight(coder, dense, tuning)
     if tuning.assignments == "pv":

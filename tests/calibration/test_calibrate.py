@@ -18,6 +18,7 @@ from qdiff_diffusers import (
     Calibration,
     CalibrationError,
     ConfigError,
+    FPConfig,
     RTNConfig,
     SVDQuantConfig,
     Tuning,
@@ -115,6 +116,9 @@ TUNINGS = {
         {"assignments": "candidates", "codebooks": "after", "candidates": 2, "code_lr": 0.1},
     ),
     "scalar": (RTNConfig(bits=2), {"assignments": "pv"}),
+    "rounding, integers": (RTNConfig(bits=2), {"assignments": "rounding", "code_lr": 0.05}),
+    "rounding, two encodings": (FPConfig(bits=4), {"assignments": "rounding", "code_lr": 0.05}),
+    "rounding, nvfp4": (FPConfig(weight_format="nvfp4"), {"assignments": "rounding", "code_lr": 0.05}),
     "low rank": (SVDQuantConfig(bits=2, rank=4, activations="int8"), {"assignments": "fixed"}),
 }
 
@@ -123,7 +127,7 @@ TUNINGS = {
 @pytest.mark.parametrize("name", TUNINGS)
 def test_tuning_lowers_the_loss_and_what_is_saved_is_what_was_tuned(name, objective, tmp_path):
     config, settings = TUNINGS[name]
-    steps = 150 if settings["assignments"] == "candidates" else 30
+    steps = 150 if settings["assignments"] in ("candidates", "rounding") else 30
     calibration = Calibration(**FEW, hessian=False, tuning=Tuning(steps=steps, objective=objective, lr=3e-3, **settings))
     pipe = dit()
     folder = quantize(pipe, config, tmp_path / "out", calibration=calibration)
@@ -362,3 +366,24 @@ def test_bits_are_spent_where_they_gain_most():
 def test_mixed_bits_need_bits():
     with pytest.raises(ConfigError, match="need a config with bits"):
         quantize(dit(), AQConfig(num_codebooks=1, codebook_bits=4, vector_size=4), calibration=FEW | {"mixed": True})
+
+
+def test_rounding_begins_at_the_weight_itself_and_ends_on_a_neighbour():
+    from qdiff_diffusers.methods import format_target, quantize_weight
+    from qdiff_diffusers.methods.trainable import RoundedWeight, make_trainable
+
+    weight = torch.randn(16, 64)
+    for config in (RTNConfig(bits=3, group_size=16), FPConfig(bits=4), FPConfig(weight_format="mxfp4")):
+        quantized = quantize_weight(weight, config)
+        target = format_target(weight, quantized.spec, quantized.tensors)
+        trained = make_trainable(quantized.spec.format, quantized.tensors, 64, target, Tuning(assignments="rounding"))
+        assert isinstance(trained, RoundedWeight)
+        values, nearest = trained().detach(), quantized.spec.format.dequantize(quantized.tensors, 64)
+        inside = (values - target).abs() < 1e-4
+        assert inside.float().mean() > 0.8  # the others lie beyond the largest level
+        packed = quantized.spec.format.dequantize(trained.pack(), 64)
+        assert (packed == nearest).float().mean() > 0.99  # nothing learned yet: round to nearest, but for ties
+        with torch.no_grad():
+            trained.logits.fill_(9.0)
+        upward = quantized.spec.format.dequantize(trained.pack(), 64)
+        assert ((upward - values) * torch.sign(trained.scale) >= -1e-4).all()
