@@ -27,10 +27,10 @@ from qdiff_diffusers.evaluation.evaluate import Settings, run_eval
 from qdiff_diffusers.evaluation.intervals import bootstrap, mean_estimate
 from qdiff_diffusers.evaluation.metrics import precision_recall, relative_error
 from qdiff_diffusers.evaluation.probes import Probes, layer_errors, record, step_errors
-from qdiff_diffusers.evaluation.rows import parse_rows, read_row_file
+from qdiff_diffusers.evaluation.rows import calibration_of, parse_rows, read_row_file
 from qdiff_diffusers.evaluation.scores import Judge
 from qdiff_diffusers.evaluation.store import RowStore
-from qdiff_diffusers.evaluation.subject import find_subject, read_prompts
+from qdiff_diffusers.evaluation.subject import find_subject
 
 SMALL = Settings(images=4, paired=3, batch_size=2)
 
@@ -263,20 +263,18 @@ class TestWholeRuns:
         assert whole["name"] == "whole" and whole["scores"] == bare["scores"]
         assert whole["bits_per_weight"] == bare["bits_per_weight"] < 5
 
-    def test_a_calibration_is_handed_on_and_its_model_kept(self, of_noise, tmp_path, monkeypatch):
-        seen, quantize = [], api.quantize
-
-        def calibrated(source, config, output_dir, *, calibration=None, **kwargs):
-            seen.append(calibration)
-            return quantize(source, config, output_dir, **kwargs)
-
-        monkeypatch.setattr(api, "quantize", calibrated)
-        rows = [{"method": "rtn", "bits": 4, "calibration": {"steps": 7}}, "rtn:bits=4"]
-        results = evaluated(of_noise, rows, tmp_path)
-        assert seen == [{"steps": 7}, None]
+    def test_a_calibrated_model_is_better_and_kept(self, by_class, tmp_path):
+        rows = [{"method": "rtn", "bits": 2, "calibration": {"samples": 3, "batch_size": 3}}, "rtn:bits=2"]
+        results = evaluated(by_class, rows, tmp_path, classes=[1, 2])
+        calibrated, plain = results["rows"][1:]
+        assert calibrated["scores"]["psnr"][0] > plain["scores"]["psnr"][0]
+        assert calibrated["size_bytes"] == plain["size_bytes"]
         kept = [(tmp_path / "rows" / row["folder"] / "model" / "model_index.json").is_file() for row in results["rows"]]
         assert kept == [False, True, False]
-        assert [row["name"] for row in results["rows"]] == ["16-bit", "rtn bits=4", "rtn bits=4 (2)"]
+        assert [row["name"] for row in results["rows"]] == ["16-bit", "rtn bits=2", "rtn bits=2 (2)"]
+        row = parse_rows(rows, subject_of(by_class, classes=[1, 2]))[0]
+        found = calibration_of(row, subject_of(by_class, classes=[1, 2]))
+        assert (found.class_labels, found.steps, found.guidance_scale, found.samples) == ([1, 2], 2, 1.0, 3)
 
 
 def timeless(row: dict) -> dict:
@@ -322,6 +320,19 @@ class TestPeers:
         monkeypatch.setitem(peers.PEERS, "absent", absent)
         row = evaluated(by_class, ["absent"], tmp_path, classes=[0])["rows"][1]
         assert row["failed"] == "ConfigError: absent: not installed: pip install absent-package"
+
+    def test_linear_ones_are_drawn_with_as_plain_layers_and_others_are_not(self):
+        class Decoding(torch.nn.Linear):
+            def forward(self, x):
+                return super().forward(x.round() if self.rounds else x)
+
+        model = torch.nn.ModuleDict({"weights": Decoding(6, 3), "inputs": Decoding(6, 3, bias=False)})
+        model["weights"].rounds, model["inputs"].rounds = False, True
+        x = torch.randn(5, 6)
+        expected = model["weights"](x)
+        assert peers.make_dense(model, ["weights", "inputs"]) == 1
+        assert type(model["weights"]) is torch.nn.Linear and type(model["inputs"]) is Decoding
+        assert torch.allclose(model["weights"](x), expected, atol=1e-6)
 
     def test_stored_bits_count_every_tensor_but_the_bias(self):
         layer = torch.nn.Linear(8, 4)
@@ -459,17 +470,14 @@ class TestMistakes:
             ({"folder": "/no/such/folder"}, "neither a local folder nor"),
             (7, "a text such as aq:bits=2 or a mapping"),
             ({"method": "rtn", "bits": 4, "modules_to_not_convert": ["nonsense"]}, "no layer of .* has 'nonsense' in its name"),
+            ({"method": "rtn", "bits": 4, "calibration": {"stepz": 3}}, "row rtn bits=4: calibration has no setting stepz"),
+            ({"method": "rtn", "bits": 4, "calibration": [1]}, "row rtn bits=4: calibration must be a mapping"),
             ({"method": "rtn", "bits": 4, "overrides": {"nowhere": None}}, "no layer of .* has 'nowhere' in its name"),
         ],
     )
     def test_rows(self, by_class, entry, message):
         with pytest.raises(ValueError, match=message):
             parse_rows([entry], subject_of(by_class, classes=[0]))
-
-    def test_a_calibration_where_there_is_none(self, by_class, monkeypatch):
-        monkeypatch.setattr(api, "quantize", lambda source, config, output_dir: None)
-        with pytest.raises(ConfigError, match="has a calibration, which this version"):
-            parse_rows([{"method": "rtn", "bits": 4, "calibration": {}}], subject_of(by_class, classes=[0]))
 
     def test_settings_in_brackets_keep_their_commas(self, by_class):
         (row,) = parse_rows(["rtn:bits=4,modules_to_not_convert=[attn1, ff],group_size=row"], subject_of(by_class, classes=[0]))
@@ -496,9 +504,9 @@ class TestMistakes:
         (tmp_path / "prompts.txt").write_text("\n  \n")
         with pytest.raises(ConfigError, match="holds no prompt"):
             find_subject(str(by_class), prompts=tmp_path / "prompts.txt")
-        with pytest.raises(ConfigError, match="cannot be read"):
-            read_prompts(tmp_path / "missing.txt")
-        with pytest.raises(ConfigError, match="list of classes is empty"):
+        with pytest.raises(ConfigError, match="cannot read prompts"):
+            find_subject(str(by_class), prompts=tmp_path / "missing.txt")
+        with pytest.raises(ConfigError, match="list of prompts or classes is empty"):
             find_subject(str(by_class), classes=[])
 
     def test_classes_are_written_as_ranges(self):

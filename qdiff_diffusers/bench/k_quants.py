@@ -2,8 +2,8 @@
 
 A super-block of 256 weights has sub-blocks with a small integer scale each (Q4_K and Q2_K: a minimum too), and one or two float16
 factors of those integers. The byte layouts are ggml's. The search is our own: scales and minima that are the least-squares ones
-of a sub-block, then codes chosen anew for the factors as stored. Errors are those of llama.cpp's quantizer without an importance
-matrix, or less.
+of a sub-block, then codes chosen anew for the factors as stored. On Gaussian weights the squared errors are 0.0052 (Q4_K), 0.0209
+(Q3_K) and 0.071 (Q2_K); llama.cpp's quantizer without an importance matrix has 0.0051 and 0.0227 for the first two.
 """
 
 from __future__ import annotations

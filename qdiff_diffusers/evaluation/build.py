@@ -15,11 +15,12 @@ from diffusers.utils import logging
 
 from .. import api
 from ..bench.contenders import resident_bytes
-from ..checkpoint import inspect_components, weight_files
+from ..checkpoint import CheckpointInfo, inspect_components, read_headers, weight_files
 from ..errors import ConfigError
+from ..formats import TensorInfo
 from ..layers import PackedLayer
-from .peers import apply_peer, copy_in, find_peer, stored_bits, target_layers, weight_shapes
-from .rows import EvalRow
+from .peers import apply_peer, copy_in, find_peer, make_dense, stored_bits, target_layers, weight_shapes
+from .rows import EvalRow, calibration_of
 from .sampling import denoisers
 from .subject import Subject
 
@@ -37,7 +38,7 @@ def build(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype, devi
     """
     if row.kind == "reference":
         pipe = load_dense(subject, dtype)
-        _add_costs(costs, pipe, _shapes(pipe), _stored_bytes(Path(subject.source), subject.components), None)
+        _add_costs(costs, pipe, _shapes(pipe), _dense_bytes(subject), None)
     elif row.kind == "peer":
         pipe = _with_peer(row, subject, dtype, device, costs)
     else:
@@ -88,39 +89,45 @@ def _quantized(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype,
         with quiet_diffusers():
             model = AutoModel.from_pretrained(str(source), dtype=dtype)
         pipe = load(subject.source, dtype, **{_place_of(subject): model})
-    size = sum(info.total_bytes for info in inspect_components(source))
+    size = sum(map(_bytes_in_16_bits, inspect_components(source)))
     _add_costs(costs, pipe, shapes, size, seconds)
     return pipe
 
 
 def _quantize(row: EvalRow, subject: Subject, folder: Path) -> float:
     """Quantize into ``folder``; the seconds it took, loading and saving included."""
-    more = {} if row.calibration is None else {"calibration": row.calibration}
+    # Calibration needs float32: gradients and second moments of float16 activations overflow.
+    dtype = subject.stored_dtype if row.calibration is None else torch.float32
+    calibration, components = calibration_of(row, subject), list(subject.components)
     start = time.perf_counter()
     with quiet_diffusers():
-        api.quantize(subject.source, row.config(), folder, components=list(subject.components), dtype=subject.stored_dtype, **more)
+        api.quantize(subject.source, row.config(), folder, calibration=calibration, components=components, dtype=dtype)
     return time.perf_counter() - start
 
 
 def _with_peer(row: EvalRow, subject: Subject, dtype: torch.dtype, device: str, costs: Costs) -> Any:
-    """Convert twice: in 16 bits, as users do, to count bytes and seconds; and in ``dtype``, to draw."""
+    """Convert twice: in 16 bits, as users do, to count bytes and seconds; and in ``dtype``, to draw.
+
+    In a wider ``dtype`` linear layers are drawn with as plain ones of the same weights.
+    """
     peer = find_peer(row.target, torch.device(device))
     pipe = load_dense(subject, dtype).to(device)
     size, seconds = 0, 0.0
-    bits = weights = converted = total = 0.0
+    bits = weights = 0.0
+    converted = total = dense = 0
     for _, model in denoisers(pipe):
         shapes = weight_shapes(target_layers(model))
         count = float(sum(torch.Size(shape).numel() for shape in shapes.values()))
         narrow = model if dtype.itemsize == 2 else copy_in(model, torch.bfloat16)
         start = time.perf_counter()
-        converted += len(apply_peer(peer, narrow, list(shapes)))
-        seconds += time.perf_counter() - start
+        taken = apply_peer(peer, narrow, list(shapes))
+        seconds, converted = seconds + time.perf_counter() - start, converted + len(taken)
         bits, weights, total = bits + count * stored_bits(narrow, shapes), weights + count, total + len(shapes)
         size += resident_bytes(narrow)
         if narrow is not model:
-            apply_peer(peer, model, list(shapes))
+            dense += make_dense(model, apply_peer(peer, model, list(shapes)))
     costs |= {"bits_per_weight": round(bits / weights, 4), "size_bytes": size, "quantize_seconds": round(seconds, 3)}
-    costs |= {"layers": int(converted), "target_layers": int(total)}
+    costs |= {"layers": converted, "target_layers": total, "drawn_dense": dense}
     return pipe
 
 
@@ -143,12 +150,21 @@ def _add_costs(
     costs["target_layers"] = sum(map(len, shapes.values()))
 
 
-def _stored_bytes(root: Path, components: tuple[str, ...]) -> int | None:
-    """Size of the components' weight files in a local folder."""
-    folders = [root / name for name in components]
-    if not all(folder.is_dir() for folder in folders):
-        return None
-    return sum(path.stat().st_size for folder in folders for path in weight_files(folder))
+def _dense_bytes(subject: Subject) -> int | None:
+    """Size of the components in 16 bits; ``None`` for a Hub name, whose files are not at hand."""
+    tensors = subject.tensors.values()
+    return sum(_in_16_bits(info) for info in tensors) if tensors else None
+
+
+def _bytes_in_16_bits(info: CheckpointInfo) -> int:
+    """Size of a quantized component with all that is not packed in 16 bits, however the files hold that."""
+    packed = {f"{name}.{leaf}" for name, layer in info.config.layers.items() for leaf in layer.spec.tensors(layer.shape)}
+    tensors = read_headers(weight_files(info.folder)).items()
+    return sum(tensor.nbytes if name in packed else _in_16_bits(tensor) for name, tensor in tensors)
+
+
+def _in_16_bits(info: TensorInfo) -> int:
+    return info.nbytes // max(1, info.dtype.itemsize // 2)
 
 
 def _place_of(subject: Subject) -> str:

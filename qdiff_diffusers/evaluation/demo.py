@@ -7,7 +7,6 @@ import math
 import tempfile
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-from diffusers.utils import logging
 from rich.progress import Progress
 from torch import Tensor
 
 from ..checkpoint import inspect_checkpoint
 from ..config import METHODS
 from ..errors import ConfigError
+from .build import quiet_diffusers
 from .classifier import classify, load_classifier
 from .grid import GridRow, draw_grid, save_png
 from .machine import machine_facts
 from .metrics import class_accuracy, feature_statistics, frechet_distance, load_statistics, psnr, ssim
 from .report import METHOD_LABELS, Row, best_of_group, render_report, write_text
 from .sampling import image_labels, image_seeds, num_steps, sample
+from .subject import BUNDLED, class_names
 from .workers import Reporter, run_jobs
 
-DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
+DEMO_MODEL = BUNDLED["dit"]
 STEPS, GUIDANCE = 20, 2.0
 GRID_COLUMNS = 10
 
@@ -130,7 +130,7 @@ def run_demo(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    labels, seeds = image_labels(images, len(_class_names())), image_seeds(images, seed)
+    labels, seeds = image_labels(images, len(class_names(DEMO_MODEL))), image_seeds(images, seed)
     configs = [None, *(c for c in DEMO_CONFIGS if methods is None or c.method in methods)]
     jobs = [Job(config, labels, seeds, device) for config in configs]
     workers = min(workers, len(jobs))
@@ -157,7 +157,7 @@ def run_demo(
 
 def make_row(job: Job, reporter: Reporter) -> tuple[Row, np.ndarray]:
     """Make one row: what it costs, and its images ``[images, channels, height, width]`` in [0, 1]."""
-    with _quiet_diffusers():
+    with quiet_diffusers():
         pipe, row = _load_quantized(job.config, reporter) if job.config else _load_reference(reporter)
         pipe.to(job.device)
         reporter.start(f"{job.name}: sampling", num_steps(len(job.seeds), steps=STEPS))
@@ -224,7 +224,7 @@ def _qualities(pictures: list[Tensor], labels: list[int]) -> Iterator[Row]:
 
 def _write_outputs(folder: Path, results: dict[str, Any], pictures: list[Tensor]) -> None:
     rows, run = results["rows"], results["run"]
-    columns = [name.partition("/")[0] for name in _class_names()][: run["images"]]
+    columns = [name.partition("/")[0] for name in class_names(DEMO_MODEL)][: run["images"]]
     best = best_of_group(rows, "psnr")
     grid = [
         GridRow(
@@ -244,11 +244,6 @@ def _write_outputs(folder: Path, results: dict[str, Any], pictures: list[Tensor]
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-def _class_names() -> list[str]:
-    labels = json.loads((DEMO_MODEL / "model_index.json").read_text())["id2label"]
-    return [labels[str(i)] for i in range(len(labels))]
-
-
 def _stored_bytes(pipeline_folder: Path) -> int:
     return sum(path.stat().st_size for path in (pipeline_folder / "transformer").glob("*.safetensors"))
 
@@ -256,16 +251,3 @@ def _stored_bytes(pipeline_folder: Path) -> int:
 def _command(images: int, methods: Collection[str] | None, seed: int) -> str:
     command = f"qdiff demo -o demo --images {images} --seed {seed}"
     return command + (f" --only {','.join(methods)}" if methods else "")
-
-
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """No bars of diffusers' own, and none of its remarks about the demo's pixel-space autoencoder."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()

@@ -32,6 +32,7 @@ from .workers import Reporter, run_jobs
 
 ROWS = "rows"
 VERSION = 1  # of what a row's folder holds; another number makes all rows anew
+SCORES_VERSION = 2  # of how images are judged; another number judges them again
 PART = 500  # images after which a row's work is on disk
 PROBE_IMAGES = 8
 DEFAULT_STEPS = 50  # that the progress bar expects of a pipeline that chooses for itself
@@ -89,7 +90,7 @@ class Job:
 
     def score_key(self) -> str:
         """Changes with everything that the scores depend on besides the row's images."""
-        return digest([self.settings.images, self.settings.paired, self.reference().store.key])
+        return digest([SCORES_VERSION, self.settings.images, self.settings.paired, self.reference().store.key])
 
 
 def run_eval(
@@ -174,7 +175,8 @@ def _draw_row(job: Job, store: RowStore, facts: Costs, reporter: Reporter) -> No
         part = -(-PART // settings.batch_size) * settings.batch_size
         for first in range(have, settings.images, part):
             store.add_images(first, _draw(job, pipe, first, min(first + part, settings.images), reporter.step))
-        facts["seconds_per_image"] = round((time.perf_counter() - start) / (settings.images - have), 4)
+        seconds = round((time.perf_counter() - start) / (settings.images - have), 4)
+        facts["seconds_per_image"] = None if facts.get("drawn_dense") else seconds  # which would not be the peer's
     facts |= {"machine": machine_facts(torch.device(settings.device)), "commit": commit(), "threads": torch.get_num_threads()}
     if job.row.kind == "config" and job.row.calibration is None and not settings.keep_models:
         shutil.rmtree(store.folder / MODEL, ignore_errors=True)

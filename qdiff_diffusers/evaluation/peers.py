@@ -19,9 +19,11 @@ from ..config import QDiffConfig
 from ..errors import ConfigError
 from ..layers import PackedLayer
 from ..selection import select_layers
+from .metrics import relative_error
 
 K_QUANTS = {"Q4_K": 4, "Q3_K": 3, "Q2_K": 2}
 DENSE_BITS = 16
+LINEARITY_SAMPLES, LINEARITY_ERROR = 16, 1e-4  # 1e-4 moves a PSNR of 62 dB by less than 0.01
 ANY_METHOD: dict[str, Any] = {"method": "rtn"}  # all methods choose the same layers
 
 
@@ -100,6 +102,31 @@ def apply_peer(peer: Contender, model: nn.Module, names: Sequence[str]) -> list[
     if not converted:
         raise UnchangedError(f"{peer.name} takes none of the {len(names)} layers")
     return converted
+
+
+@torch.no_grad()
+def make_dense(model: nn.Module, names: Sequence[str]) -> int:
+    """Put plain linear layers in place of converted ones that are linear, so that drawing needs no decoding; how many.
+
+    What a layer answers to the unit vectors is its weight. One that is not linear, because it quantizes its input too, stays as
+    it is. Peers' layers take up to 50 times as long as plain ones on a CPU.
+    """
+    replaced = 0
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        columns = getattr(layer, "in_features", None)
+        if columns is None:
+            continue
+        parameter = next(model.parameters())
+        bias = layer(torch.zeros(1, columns).to(parameter))
+        weight = layer(torch.eye(columns).to(parameter)) - bias
+        twin = nn.Linear(columns, weight.shape[1], device=weight.device, dtype=weight.dtype).requires_grad_(False)
+        twin.weight.data, twin.bias.data = weight.T.contiguous(), bias[0].clone()
+        x = torch.randn(LINEARITY_SAMPLES, columns, generator=torch.Generator().manual_seed(0)).to(parameter)
+        if relative_error(twin(x), layer(x)) < LINEARITY_ERROR:
+            model.set_submodule(name, twin)
+            replaced += 1
+    return replaced
 
 
 def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .. import api
+from ..calibration import Calibration, as_calibration
 from ..checkpoint import inspect_checkpoint
 from ..config import METHODS, QDiffConfig
 from ..errors import ConfigError, QDiffError
@@ -35,14 +34,14 @@ class EvalRow:
         kind: "config" is quantized here; "folder" was before; "peer" is another package's work.
         settings: of a config, ``method`` among them.
         target: folder, or name of the peer.
-        calibration: handed to :func:`qdiff_diffusers.quantize` with the config.
+        calibration: mapping of the fields of :class:`Calibration`; see :func:`calibration_of`.
     """
 
     name: str
     kind: Kind
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     target: str = ""
-    calibration: Any = None
+    calibration: dict[str, Any] | None = None
 
     @property
     def method(self) -> str:
@@ -84,6 +83,22 @@ def parse_rows(entries: Iterable[str | dict[str, Any]], subject: Subject) -> lis
     for row in rows:
         _check(row, subject)
     return _with_unique_names(rows)
+
+
+def calibration_of(row: EvalRow, subject: Subject) -> Calibration | None:
+    """What a row is calibrated with. Where it does not say, that is what the subject is asked with, in as many steps.
+
+    Raises:
+        ConfigError: a setting is unknown or impossible.
+    """
+    if row.calibration is None:
+        return None
+    if not isinstance(row.calibration, dict):
+        raise ConfigError(f"calibration must be a mapping of settings, got {row.calibration!r}")
+    asked: dict[str, Any] = {"steps": subject.steps, "guidance_scale": subject.guidance_scale}
+    if not {"prompts", "class_labels", "run"} & set(row.calibration):
+        asked["class_labels" if subject.by_class else "prompts"] = list(subject.labels) if subject.labels else None
+    return as_calibration({key: value for key, value in asked.items() if value is not None} | row.calibration)
 
 
 def read_row_file(path: Path) -> dict[str, Any]:
@@ -161,8 +176,10 @@ def _check_config(row: EvalRow, subject: Subject) -> None:
     except (QDiffError, TypeError) as error:
         raise ConfigError(f"row {row.name}: {_mend(row, error)}") from error
     check_layer_names(subject, [*(config.modules_to_not_convert or ()), *(config.overrides or ())], f"row {row.name}")
-    if row.calibration is not None and "calibration" not in inspect.signature(api.quantize).parameters:
-        raise ConfigError(f"row {row.name} has a calibration, which this version of the package cannot do; remove it")
+    try:
+        calibration_of(row, subject)
+    except ConfigError as error:
+        raise ConfigError(f"row {row.name}: {error}") from error
 
 
 def _mend(row: EvalRow, error: Exception) -> str:

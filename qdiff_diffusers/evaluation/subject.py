@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..api import DENOISERS, pipeline_components
+from ..calibration.settings import read_prompts
 from ..checkpoint import read_header, weight_files
 from ..errors import CheckpointError, ConfigError
 from ..formats import TensorInfo
@@ -112,9 +113,10 @@ def find_subject(
     """
     if prompts is not None and classes is not None:
         raise ConfigError("prompts and classes were both given; a pipeline takes one of them")
-    labels: Any = read_prompts(prompts) if prompts is not None else tuple(classes) if classes is not None else None
+    given: Any = read_prompts(prompts) if isinstance(prompts, Path) else prompts if prompts is not None else classes
+    labels: Any = None if given is None else tuple(given)
     if labels == ():
-        raise ConfigError("the list of classes is empty")
+        raise ConfigError("the list of prompts or classes is empty")
     bundled = BUNDLED.get(model)
     source = str(bundled or model)
     available = pipeline_components(source)
@@ -128,25 +130,6 @@ def find_subject(
         labels = labels or tuple(range(len(class_names(bundled))))
     classifier = CLASSIFIER if bundled else _own_classifier(Path(source))
     return Subject(model, source, components, labels, steps, guidance_scale, arguments or {}, classifier)
-
-
-def read_prompts(prompts: Path | Sequence[str]) -> tuple[str, ...]:
-    """Prompts, empty lines left out.
-
-    Raises:
-        ConfigError: the file cannot be read, or there is no prompt.
-    """
-    if isinstance(prompts, Path):
-        try:
-            lines: Iterable[str] = prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the prompt file {prompts} cannot be read: {error}") from error
-    else:
-        lines = prompts
-    found = tuple(line.strip() for line in lines if line.strip())
-    if not found:
-        raise ConfigError(f"{prompts if isinstance(prompts, Path) else 'the list of prompts'} holds no prompt")
-    return found
 
 
 def class_names(folder: Path) -> list[str]:
