@@ -82,9 +82,11 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     """Shapes and dtypes of the tensors in a safetensors file, checked against the file's size.
 
     Raises:
-        CheckpointError: not a safetensors file, or a truncated one.
+        CheckpointError: not a safetensors file, a truncated one, or none at all.
     """
     path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not there; the checkpoint is incomplete")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -197,6 +199,18 @@ def check_tensors(layers: dict[str, StoredLayer], stored: dict[str, TensorInfo])
                 raise CheckpointError(f"the checkpoint lacks tensor {key}; it is incomplete")
             if stored[key] != info:
                 raise CheckpointError(f"tensor {key} is {_show(stored[key])}, its layer's spec says {_show(info)}")
+
+
+def check_shapes(shapes: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo]) -> None:
+    """Compare what a model holds outside its packed layers with what the files hold. Names that one side lacks are let through.
+
+    Raises:
+        CheckpointError: names the first tensor of another shape.
+    """
+    for name, shape in shapes.items():
+        if name in stored and stored[name].shape != shape:
+            found = list(stored[name].shape)
+            raise CheckpointError(f"tensor {name} is {found} in the checkpoint, {list(shape)} in the model")
 
 
 def inspect_checkpoint(source: str | Path, revision: str | None = None) -> CheckpointInfo:

@@ -12,7 +12,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from .checkpoint import check_tensors, hub_name, read_headers
+from .checkpoint import check_shapes, check_tensors, hub_name, read_headers
 from .config import FORMAT_VERSION, QDiffConfig
 from .errors import CheckpointError, ConfigError
 from .formats import TensorInfo
@@ -92,7 +92,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """First sight of the checkpoint's files: check every packed tensor's name, shape and dtype before reading data."""
         if self.pre_quantized:
-            headers = read_headers(checkpoint_files)
+            self.headers = headers = read_headers(checkpoint_files)
             check_tensors(self.quantization_config.layers, headers)
             if len(checkpoint_files) > 1 and (lost := sorted(set(loaded_keys) - headers.keys())):
                 raise CheckpointError(f"no shard holds {', '.join(lost[:5])}, which the index lists; the checkpoint is incomplete")
@@ -117,7 +117,8 @@ class QDiffQuantizer(DiffusersQuantizer):
                 "this file is already quantized, and from_single_file does not read how; load its folder with from_pretrained, or "
                 "pass quantization_config=qdiff_diffusers.inspect_checkpoint(folder).config and config=folder"
             )
-        check_tensors(layers, {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in state_dict.items()})
+        self.headers = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in state_dict.items()}
+        check_tensors(layers, self.headers)
         # diffusers takes a file whose keys are not the dense model's for one in another program's layout.
         names = [f"{name}.{leaf}" for name, layer in layers.items() for leaf in layer.spec.tensors(layer.shape)]
         self.held_back = {name: state_dict.pop(name) for name in names}
@@ -135,6 +136,8 @@ class QDiffQuantizer(DiffusersQuantizer):
             if "held_back" in self.__dict__:
                 self._give_back(kwargs["state_dict"])
             prepare_packed_layers(model, self.quantization_config.layers, self.compute_dtype)
+            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            check_shapes(shapes, self.__dict__.pop("headers"))
         else:
             self._choose_layers(model, keep)
         model.register_to_config(quantization_config=self.quantization_config)

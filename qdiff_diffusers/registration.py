@@ -11,20 +11,16 @@ from diffusers.utils import is_transformers_available, is_transformers_version, 
 
 from .config import QDiffConfig, QDiffMethod
 from .errors import ConfigError
+from .guards import check_files, check_indices
 from .hub.cards import write_cards_on_upload
 from .imports import after_import
 from .nunchaku_quantizer import NunchakuQuantizer, read_nunchaku
 from .quantizer import QDiffQuantizer
-from .shards import check_indices
 from .single_file import explain_failures
 
 logger = logging.get_logger(__name__)
 
 OLD_TRANSFORMERS = "qdiff quantizes and loads text encoders with transformers 5.0 or newer only"
-SHARD_FINDERS = {
-    "diffusers.models.modeling_utils": "_get_checkpoint_shard_files",
-    "transformers.modeling_utils": "get_checkpoint_shard_files",
-}
 
 
 def register() -> None:
@@ -39,8 +35,9 @@ def register() -> None:
     after_import("diffusers.loaders.lora_pipeline", _register_with_flux_loras)
     after_import("diffusers.models.controlnets", _register_with_controlnets)
     after_import("diffusers.loaders.single_file_model", _explain_single_files)
-    for module, function in SHARD_FINDERS.items():
-        after_import(module, functools.partial(_check_indices, module, function))
+    after_import("diffusers.models.modeling_utils", _guard_diffusers)
+    after_import("diffusers.loaders.single_file_utils", _guard_single_files)
+    after_import("transformers.modeling_utils", _guard_transformers)
     if not is_transformers_available():
         return
     if is_transformers_version("<", "5.0"):
@@ -70,8 +67,17 @@ class _Refusal:
         raise ConfigError(f"this model is quantized, and {OLD_TRANSFORMERS}; please upgrade it")
 
 
-def _check_indices(module: str, function: str) -> None:
-    check_indices(sys.modules[module], function)
+def _guard_diffusers() -> None:
+    check_indices(sys.modules["diffusers.models.modeling_utils"], "_get_checkpoint_shard_files")
+    check_files(sys.modules["diffusers.models.modeling_utils"])
+
+
+def _guard_single_files() -> None:
+    check_files(sys.modules["diffusers.loaders.single_file_utils"])
+
+
+def _guard_transformers() -> None:
+    check_indices(sys.modules["transformers.modeling_utils"], "get_checkpoint_shard_files")
 
 
 def _explain_single_files() -> None:

@@ -1,46 +1,199 @@
-"""Notes one row of the version matrix in benchmarks/results/versions.json and renders versions.md; see versions.sh.
+"""Runs a quick part of the tests with the oldest and the newest versions of what the package stands on: docs/versions.md.
 
-python scripts/versions.py ROW LOG [REASON]     run with the row's interpreter; LOG is what pytest printed
+python scripts/versions.py [ROW ...]      every row by default; rows that are not run keep their earlier outcome
+
+Needs the package index and, one torch at a time, about 8 GB of disk (CUDA builds come with their libraries). Each torch gets one
+environment under .venv-versions, made for its rows and deleted after the last of them; QDIFF_KEEP=1 leaves it there.
 """
 
 from __future__ import annotations
 
 import json
-import platform
+import os
+import re
+import shutil
+import subprocess
 import sys
+import time
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-PACKAGES = ("torch", "diffusers", "transformers", "huggingface_hub", "accelerate", "peft", "triton", "safetensors", "numpy")
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
+PAGE = ROOT / "docs" / "versions.md"
+ENVIRONMENTS = ROOT / ".venv-versions"
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "huggingface_hub", "peft", "accelerate", "safetensors", "numpy")
+
+# What pyproject.toml allows at least.
+OLDEST = {
+    "diffusers": "==0.40.0",
+    "transformers": "==5.0.0",
+    "huggingface-hub": "==1.23.0",
+    "peft": "==0.17.0",
+    "accelerate": "==1.0.0",
+    "safetensors": "==0.8.0",
+    "numpy": "==1.26.0",
+    "jinja2": "==3.1.0",
+    "pillow": "==10.1.0",
+    "rich": "==13.0.0",
+    "typer": "==0.12.0",
+}
+NEWEST = dict.fromkeys(OLDEST, "")
+BEFORE_HUB_2 = {"huggingface-hub": "<2"}
+OLD_TRITON_NUMPY = {"numpy": "<2.4"}  # Triton's interpreter before 3.7 cannot work with numpy 2.4
 
 
-def installed(name: str) -> str:
-    """The version of a package here, or a dash."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "-"
+class Row(NamedTuple):
+    """One line of the table: a torch, and what is installed beside it."""
+
+    about: str
+    torch: str
+    packages: dict[str, str]
 
 
-def outcome(log: str, reason: str) -> str:
-    """pytest's own last line, or why there is none."""
-    lines = Path(log).read_text().strip().splitlines() if log else []
-    return lines[-1].strip("= ") if lines else reason
+ROWS = {
+    "oldest": Row("the oldest of everything", "torch==2.6.0", OLDEST),
+    "torch-2.11": Row("torch 2.11, triton 3.6, huggingface_hub 1.x", "torch==2.11.0", NEWEST | BEFORE_HUB_2 | OLD_TRITON_NUMPY),
+    "libraries": Row("the oldest libraries, a recent torch", "torch==2.13.0", OLDEST),
+    "diffusers": Row("the oldest diffusers", "torch==2.13.0", NEWEST | BEFORE_HUB_2 | {"diffusers": OLDEST["diffusers"]}),
+    "transformers": Row(
+        "the oldest transformers", "torch==2.13.0", NEWEST | BEFORE_HUB_2 | {"transformers": OLDEST["transformers"]}
+    ),
+    "peft": Row(
+        "the oldest peft and accelerate", "torch==2.13.0", NEWEST | {name: OLDEST[name] for name in ("peft", "accelerate")}
+    ),
+    "triton": Row("the oldest triton", "torch==2.13.0", NEWEST | OLD_TRITON_NUMPY | {"triton": "==3.4.0"}),
+    "recent": Row("the newest libraries, a recent torch", "torch==2.13.0", NEWEST | {"triton": ""}),
+    "newest": Row("the newest of everything", "torch", NEWEST),
+}
+TESTS = {
+    "tests/test_round_trip.py": "survives and dit and float32 or sharded and flux or variant or device_map or copied",
+    "tests/test_text_encoders.py": "rtn or svdquant or cast or eight_bits",
+    "tests/test_pipelines.py": "mapping or different_methods or one_config or old_for or damaged",
+    "tests/test_single_file.py": "rtn or aq or refused or layout",
+    "tests/test_lora.py": "fused or flux",
+    "tests/test_autoload.py": "nothing_imported or entry_point or broken",
+    "tests/test_layers.py": "computes or rebuilt or dequantizing",
+    "tests/test_compile_and_gradients.py": "one_graph or gradients_to or group_offloading",
+    "tests/hub": "push",
+    "kernels/tests/test_linear.py": "definition and (plain or int8 or fp8) or leading",
+    "kernels/tests/test_conv2d.py": "geometry and plain",
+    "kernels/tests/test_bitpack.py": "",
+    "kernels/tests/test_gpu.py": "decoded or tokens or definition and int8",
+}
 
 
-def main(row: str, log: str, reason: str = "") -> None:
-    file = RESULTS / "versions.json"
-    rows = json.loads(file.read_text()) if file.is_file() else {}
-    found = {name: installed(name) if log else "-" for name in PACKAGES}
-    rows[row] = {"python": platform.python_version(), **found, "outcome": outcome(log, reason), "date": date.today().isoformat()}
-    file.write_text(json.dumps(rows, indent=1) + "\n")
-    columns = ("python", *PACKAGES, "outcome", "date")
-    lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(cells[column] for column in columns) + " |" for name, cells in rows.items()]
-    (RESULTS / "versions.md").write_text("\n".join(lines) + "\n\nMade by `bash scripts/versions.sh`.\n")
+def sh(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command, its output captured."""
+    return subprocess.run([str(part) for part in command], text=True, capture_output=True, cwd=ROOT, **options)
+
+
+def make_environment(row: Row) -> tuple[Path, str]:
+    """The environment's interpreter, and why it could not be made ("" if it could)."""
+    folder = ENVIRONMENTS / row.torch.replace("==", "-")
+    python = folder / "bin" / "python"
+    if not python.is_file():
+        sh(sys.executable, "-m", "venv", folder, check=True)
+    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    present = sh(python, "-c", "import importlib.metadata as m; print(m.version('torch'))")
+    steps = [] if present.returncode == 0 else [[*pip, row.torch]]
+    torch = f"torch=={present.stdout.strip()}" if not steps else row.torch
+    wanted = [f"{name}{version}" for name, version in row.packages.items()]
+    steps += [
+        [*pip, "--upgrade", torch, *wanted, "pytest>=8", "hypothesis>=6.100", "psutil"],
+        [*pip, "--no-deps", "--editable", ROOT],
+    ]
+    for step in steps:
+        done = sh(*step)
+        if done.returncode:
+            return python, done.stderr.strip().splitlines()[-1]
+    return python, ""
+
+
+def run_tests(python: Path) -> tuple[dict[str, int], list[str]]:
+    """Counts by outcome over all of ``TESTS``, and the failures' names."""
+    counts: dict[str, int] = {}
+    failures: list[str] = []
+    for path, selection in TESTS.items():
+        command = [python, "-m", "pytest", path, "-p", "no:cacheprovider", "-rfE", *(["-k", selection] if selection else [])]
+        done = sh(*command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+        found = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1])
+        for number, outcome in found or [("1", "failed")]:
+            counts[outcome.rstrip("s")] = counts.get(outcome.rstrip("s"), 0) + int(number)
+        failures += [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))] or ([] if found else [lines[-1]])
+        print(f"  {path}: {lines[-1].strip('= ')}", flush=True)
+    return counts, failures
+
+
+def installed(python: Path) -> dict[str, str]:
+    """Versions of ``PACKAGES`` in an environment, and Python's."""
+    code = (
+        "import importlib.metadata as m, json, platform\n"
+        f"names = {PACKAGES!r}\n"
+        "have = {d.metadata['Name'].lower().replace('-', '_') for d in m.distributions()}\n"
+        "print(json.dumps({'python': platform.python_version()} | {n: m.version(n) if n in have else '-' for n in names}))"
+    )
+    return json.loads(sh(python, "-c", code, check=True).stdout)
+
+
+def run_row(name: str) -> dict[str, Any]:
+    """Install, test, describe."""
+    row, start = ROWS[name], time.monotonic()
+    print(f"{name}: {row.about}", flush=True)
+    python, problem = make_environment(row)
+    if problem:
+        return {"about": row.about, "problem": problem, "date": date.today().isoformat()}
+    seconds = time.monotonic() - start
+    counts, failures = run_tests(python)
+    return {
+        "about": row.about,
+        "versions": installed(python),
+        "counts": counts,
+        "failures": failures,
+        "install_s": round(seconds),
+        "test_s": round(time.monotonic() - start - seconds),
+        "date": date.today().isoformat(),
+    }
+
+
+def render(rows: dict[str, Any]) -> str:
+    columns = ("python", *PACKAGES)
+    lines = ["| | " + " | ".join(columns) + " | passed | skipped | failed |", "|---" * (len(columns) + 4) + "|"]
+    notes = []
+    for row in rows.values():
+        versions, counts = row.get("versions", {}), row.get("counts", {})
+        failed = counts.get("failed", 0) + counts.get("error", 0) if counts else "not run"
+        cells = [versions.get(column, "") for column in columns]
+        lines.append(
+            f"| {' | '.join(map(str, [row['about'], *cells, counts.get('passed', 0), counts.get('skipped', 0), failed]))} |"
+        )
+        notes += [f"- {row['about']}: {note}" for note in [row.get("problem"), *row.get("failures", [])] if note]
+    body = "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
+    return (
+        "# Versions\n\n"
+        "The oldest versions that `pyproject.toml` allows, the newest, and some between, each with a part of the tests: round trips, "
+        "layers,\npipelines, text encoders, LoRA, loading with nothing imported, single files, compiling, uploads, and the kernels against "
+        "their\nreference (without a GPU under Triton's interpreter). Made by `python scripts/versions.py`.\n\n" + body + "\n"
+    )
+
+
+def main(names: list[str]) -> int:
+    if unknown := sorted(set(names) - set(ROWS)):
+        raise SystemExit(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    wanted = [name for name in ROWS if name in names or not names]
+    record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for position, name in enumerate(wanted):
+        found = run_row(name)
+        record = {key: found if key == name else record[key] for key in ROWS if key in record or key == name}
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        PAGE.write_text(render(record))
+        last = all(ROWS[later].torch != ROWS[name].torch for later in wanted[position + 1 :])
+        if last and not os.environ.get("QDIFF_KEEP"):
+            shutil.rmtree(ENVIRONMENTS / ROWS[name].torch.replace("==", "-"), ignore_errors=True)
+    return any(row.get("problem") or row.get("failures") for row in record.values())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:]))

@@ -152,7 +152,7 @@ def test_a_tensor_of_another_dtype_is_refused(single, leaf):
 
 def test_a_misshapen_unpacked_tensor_is_refused(single):
     edit_tensors(single, lambda t: t.update({"proj_out_2.weight": t["proj_out_2.weight"][:-1].clone()}))
-    assert_refused(single, r"proj_out_2\.weight", (ValueError, RuntimeError))
+    assert_refused(single, r"proj_out_2\.weight is .* in the model")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1], ids=["empty", "prefix", "header", "half", "last byte missing"])
@@ -160,7 +160,7 @@ def test_a_truncated_file_is_refused_by_name(single, kept):
     path = single / WEIGHTS
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)] if isinstance(kept, float) else data[:kept])
-    assert_refused(single, WEIGHTS, (CheckpointError, OSError))
+    assert_refused(single, WEIGHTS)
     with pytest.raises(CheckpointError, match=WEIGHTS):
         inspect_checkpoint(single)
 
@@ -168,12 +168,12 @@ def test_a_truncated_file_is_refused_by_name(single, kept):
 def test_a_file_with_something_after_its_end_is_refused(single):
     with (single / WEIGHTS).open("ab") as file:
         file.write(b"more")
-    assert_refused(single, WEIGHTS, (CheckpointError, OSError))
+    assert_refused(single, WEIGHTS)
 
 
 def test_a_file_of_another_kind_is_refused(single):
     (single / WEIGHTS).write_bytes(b"\x80\x04 this is no safetensors file at all" * 10)
-    assert_refused(single, WEIGHTS, (CheckpointError, OSError))
+    assert_refused(single, WEIGHTS)
 
 
 def test_a_truncated_shard_is_refused_by_name(sharded):
@@ -185,7 +185,7 @@ def test_a_truncated_shard_is_refused_by_name(sharded):
 def test_a_missing_shard_is_refused_by_name(sharded):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
-    assert_refused(sharded, shard.name, (CheckpointError, OSError))
+    assert_refused(sharded, shard.name)
 
 
 def test_a_tensor_missing_from_a_shard_is_refused_by_name(sharded):
@@ -258,7 +258,7 @@ def test_a_header_of_absurd_length_is_refused_without_reading_it(single):
     (single / WEIGHTS).write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match=WEIGHTS):
         inspect_checkpoint(single)
-    assert_refused(single, WEIGHTS, (CheckpointError, OSError))
+    assert_refused(single, WEIGHTS)
 
 
 def test_a_folder_without_weights_or_config_is_refused(single, tmp_path):
@@ -393,7 +393,7 @@ def test_a_header_that_lies_is_refused_by_name(single, entry):
     lie(single, lambda h: h[f"{LAYER}.bias"].update(entry))
     with pytest.raises(CheckpointError, match=r"malformed safetensors header|truncated or damaged"):
         inspect_checkpoint(single)
-    assert_refused(single, WEIGHTS, (CheckpointError, OSError))
+    assert_refused(single, WEIGHTS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,56 @@
+"""Checks the files of a quantized checkpoint before the loaders act on them: they trust an index blindly, and of a damaged file
+they only say that it cannot be read."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .checkpoint import check_index, index_shards, read_header
+from .config import QDiffMethod
+
+SUFFIX = ".safetensors"
+
+
+def check_indices(module: ModuleType, function: str) -> None:
+    """Make ``module.function(name, index_file, ...)`` check the index files of our checkpoints first. Others are left alone."""
+    original = getattr(module, function, None)
+    if original is None or getattr(original, "guarded_by_qdiff", False):
+        return
+
+    @functools.wraps(original)
+    def checked(name: Any, index_filename: Any, *args: Any, **kwargs: Any) -> Any:
+        path = Path(index_filename)
+        if path.is_file() and _is_ours(path.parent / "config.json"):
+            # Of a local folder all shards must be there; from the Hub they are fetched after this.
+            (check_index if Path(name).is_dir() else index_shards)(path)
+        return original(name, index_filename, *args, **kwargs)
+
+    checked.guarded_by_qdiff = True  # type: ignore[attr-defined]
+    setattr(module, function, checked)
+
+
+def check_files(module: ModuleType, function: str = "load_state_dict") -> None:
+    """Make ``module.function(file, ...)`` check the header of our safetensors files first. Others are left alone."""
+    original = getattr(module, function, None)
+    if original is None or getattr(original, "guarded_by_qdiff", False):
+        return
+
+    @functools.wraps(original)
+    def checked(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(file, str | Path) and str(file).endswith(SUFFIX) and _is_ours(Path(file).parent / "config.json"):
+            read_header(file)
+        return original(file, *args, **kwargs)
+
+    checked.guarded_by_qdiff = True  # type: ignore[attr-defined]
+    setattr(module, function, checked)
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"] == QDiffMethod.QDIFF.value
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
