@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from .config import QDiffConfig
@@ -32,6 +34,12 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
             skipped[name] = reason
         elif layer_config is None:
             skipped[name] = "named in modules_to_not_convert or overrides"
+        elif isinstance(module, nn.Embedding):
+            # A table is no product: it takes no time, and is worth its errors only where it is large. See docs/text_encoders.md.
+            if layer_config is config:
+                skipped[name] = "an embedding that overrides does not name"
+            else:
+                targets[name] = replace(layer_config, activations=None)
         elif any(part in name.split(".") for part in keep):
             skipped[name] = "kept in float32 by the model class"
         elif config.keep_outer_layers and layer_config is config and name not in inside:

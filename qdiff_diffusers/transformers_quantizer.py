@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from .packing import (
     release_checkpoint,
 )
 from .selection import select_layers
+from .ties import leader, tie, tie_dense, untie
 
 
 class QuantizeOp(ConversionOps):
@@ -72,9 +74,21 @@ class QDiffTransformersQuantizer(HfQuantizer):
             # transformers renames the modules of some models when it saves them: those layers are checked once loaded.
             check_tensors({name: layer for name, layer in layers.items() if f"{name}.codes" in headers}, headers)
             prepare_packed_layers(model, layers, self.compute_dtype)
+            self._untie(model, layers)
             return
         keep = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) or []
-        self.targets, self.quantization_config.skipped = select_layers(model, self.quantization_config, list(keep))
+        targets, self.quantization_config.skipped = select_layers(model, self.quantization_config, list(keep))
+        # Of layers that share a weight the file holds one.
+        self.targets = {leader(model, name): config for name, config in targets.items()}
+        for name in self.targets:
+            self.quantization_config.skipped.pop(name, None)
+        self._untie(model, self.targets)
+
+    def _untie(self, model: Any, packed: Iterable[str]) -> None:
+        """Empty the layers that share the weight of a packed one."""
+        self.tied = {name: names for name in packed if (names := untie(model, name))}
+        for name in (name for names in self.tied.values() for name in names):
+            self.quantization_config.skipped.pop(name, None)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, _, leaf = param_name.rpartition(".")
@@ -91,9 +105,12 @@ class QDiffTransformersQuantizer(HfQuantizer):
         self.quantization_config.layers[name] = stored
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, names in self.tied.items():
+            tie(model, name, names)
         check_loaded(model)
         release_checkpoint(model)
-        self.packed = packed_layers(model)
+        tied = {name for names in self.tied.values() for name in names}
+        self.packed = {name: layer for name, layer in packed_layers(model).items() if name not in tied}
         if missing := self._missing(model):
             raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:5])}; it is incomplete")
         return model
@@ -107,9 +124,18 @@ class QDiffTransformersQuantizer(HfQuantizer):
         unread = (name for name, tensor in tensors if not getattr(tensor, "_is_hf_initialized", False))
         return sorted(name for name in unread if not any(re.search(pattern, name) for pattern in ignored))
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What is saved: layers that share a packed weight once."""
+        tied = {name for names in self.tied.values() for name in names}
+        if not tied:
+            return None, {}
+        return {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] not in tied}, {}
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize_model(model)
-        self.packed = {}
+        for name, names in self.tied.items():
+            tie_dense(model, name, names)
+        self.packed, self.tied = {}, {}
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -43,6 +43,13 @@ NEWEST = dict.fromkeys(OLDEST, "")
 BEFORE_HUB_2 = {"huggingface-hub": "<2"}
 OLD_TRITON_NUMPY = {"numpy": "<2.4"}  # Triton's interpreter before 3.7 cannot work with numpy 2.4
 
+HEADER = """# Versions
+
+The oldest versions that `pyproject.toml` allows, the newest, and some between, each with a part of the tests: round trips, layers,
+pipelines, text encoders, LoRA, loading with nothing imported, single files, compiling, uploads, and the kernels against their
+reference (without a GPU under Triton's interpreter). Made by `python scripts/versions.py`.
+"""
+
 
 class Row(NamedTuple):
     """One line of the table: a torch, and what is installed beside it."""
@@ -171,12 +178,7 @@ def render(rows: dict[str, Any]) -> str:
         )
         notes += [f"- {row['about']}: {note}" for note in [row.get("problem"), *row.get("failures", [])] if note]
     body = "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
-    return (
-        "# Versions\n\n"
-        "The oldest versions that `pyproject.toml` allows, the newest, and some between, each with a part of the tests: round trips, "
-        "layers,\npipelines, text encoders, LoRA, loading with nothing imported, single files, compiling, uploads, and the kernels against "
-        "their\nreference (without a GPU under Triton's interpreter). Made by `python scripts/versions.py`.\n\n" + body + "\n"
-    )
+    return f"{HEADER}\n{body}\n"
 
 
 def main(names: list[str]) -> int:

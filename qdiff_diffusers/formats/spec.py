@@ -18,6 +18,7 @@ from .minifloat import MinifloatFormat
 from .transform import channels_last, smooth_matrix, unrotate_matrix
 
 FORMATS: dict[str, type[WeightFormat]] = {f.kind: f for f in (CodebookFormat, MinifloatFormat, IntegerFormat)}
+PER_ROW = ("codes", "scales", "zeros", "tensor_scale", "low_rank_up")  # unless they are one for all rows
 MAX_RANK = 4096
 EXTRAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -81,6 +82,18 @@ class LayerSpec:
             out["shift"] = TensorInfo((shape[1],), dtype)
         return out
 
+    def select_rows(self, tensors: dict[str, Tensor], index: Tensor, rows: int) -> dict[str, Tensor]:
+        """The tensors of the rows ``index [n]`` of a weight with ``rows`` rows: the same spec describes them.
+
+        Every row decodes on its own; what all rows share is passed on as it is.
+        """
+
+        def select(name: str, tensor: Tensor) -> Tensor:
+            per_row = name in PER_ROW and tensor.ndim == 2 and tensor.shape[0] == rows
+            return tensor.index_select(0, index) if per_row else tensor
+
+        return {name: select(name, tensor) for name, tensor in tensors.items()}
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes stored for a weight of logical ``shape``: codes, codebooks, scales, low-rank factors, everything."""
         return sum(info.nbytes for info in self.tensors(shape).values())
@@ -90,7 +103,10 @@ class LayerSpec:
         return 8 * self.nbytes(shape) / math.prod(shape)
 
     def dequantize(self, tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight that the layer is equivalent to, in its logical ``shape``, low-rank branch included."""
+        """The dense weight that the layer is equivalent to, in its logical ``shape``, low-rank branch included.
+
+        Of a two-dimensional weight the tensors may be those of any number of its rows; see :meth:`select_rows`.
+        """
         wide = torch.promote_types(dtype, torch.float32)
         matrix = self._main_matrix(tensors, shape, wide)
         if self.rank:

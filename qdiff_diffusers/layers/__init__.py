@@ -9,17 +9,22 @@ from ..formats import LayerSpec
 from . import decoded
 from .base import PackedLayer
 from .conv import QDiffConv2d
+from .embedding import QDiffEmbedding, is_table
 from .linear import QDiffLinear
 
-__all__ = ["PackedLayer", "QDiffConv2d", "QDiffLinear", "decoded", "dense_layer", "pack_layer", "unsupported_reason"]
+__all__ = ["PackedLayer", "QDiffConv2d", "QDiffEmbedding", "QDiffLinear", "decoded", "dense_layer", "pack_layer", "unsupported_reason"]
+
+PACKED: dict[type[nn.Module], type[PackedLayer]] = {nn.Linear: QDiffLinear, nn.Conv2d: QDiffConv2d, nn.Embedding: QDiffEmbedding}
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
     """Why a layer with a weight cannot be packed, or ``None`` if it can."""
     if type(module) is nn.Linear:
         return None
+    if is_table(module):
+        return "Embedding that renormalises its rows" if module.max_norm is not None else None
     if type(module) is not nn.Conv2d:
-        return f"{type(module).__name__} is not a plain Linear or Conv2d"
+        return f"{type(module).__name__} is not a plain Linear, Conv2d or Embedding"
     if module.groups != 1:
         return f"convolution with {module.groups} groups"
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -29,17 +34,18 @@ def unsupported_reason(module: nn.Module) -> str | None:
 
 def pack_layer(module: nn.Module, spec: LayerSpec, compute_dtype: torch.dtype, tensors: dict[str, Tensor]) -> PackedLayer:
     """Convert a supported layer in place. ``tensors`` are those of ``spec.tensors(shape)``."""
-    cls = QDiffLinear if isinstance(module, nn.Linear) else QDiffConv2d
+    cls = next(packed for dense, packed in PACKED.items() if isinstance(module, dense))
     return cls.convert(module, spec, compute_dtype, tensors)
 
 
 def dense_layer(layer: PackedLayer) -> nn.Module:
-    """Convert a packed layer back, in place, into the ``nn.Linear`` or ``nn.Conv2d`` it is equivalent to."""
+    """Convert a packed layer back, in place, into the dense layer it is equivalent to."""
     weight, bias = layer.dequantize(), layer.dense_bias()
+    layer.restore_dense_parts()
     for name in layer.packed_tensors():
         delattr(layer, name)
     del layer.spec, layer.compute_dtype
-    layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
+    layer.__class__ = layer.__dict__.pop("dense_class")
     layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     if bias is not None and bias is not layer.bias:
         layer.register_parameter("bias", nn.Parameter(bias, requires_grad=False))

@@ -34,6 +34,7 @@ class PackedLayer(nn.Module):
 
     spec: LayerSpec
     compute_dtype: torch.dtype
+    dense_class: type[nn.Module]
     bias: nn.Parameter | None
     codes: Tensor
     low_rank_down: Tensor
@@ -48,6 +49,7 @@ class PackedLayer(nn.Module):
     def convert(cls, module: nn.Module, spec: LayerSpec, compute_dtype: torch.dtype, tensors: dict[str, Tensor]) -> Any:
         """Turn an ``nn.Linear`` or ``nn.Conv2d`` into a packed layer in place, keeping its hooks, its bias and its identity."""
         module._parameters.pop("weight", None)
+        module.dense_class = type(module)  # type: ignore[assignment]
         module.__class__ = cls
         module.spec = spec  # type: ignore[assignment]
         module.compute_dtype = compute_dtype  # type: ignore[assignment]
@@ -88,6 +90,9 @@ class PackedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight, made anew at each access: for code that asks a layer for its shape, dtype or device."""
         return self.dequantize()
+
+    def restore_dense_parts(self) -> None:
+        """Bring in order what the dense class holds besides its weight, before the layer becomes one again."""
 
     @property
     def bits_per_weight(self) -> float:

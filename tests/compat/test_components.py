@@ -110,11 +110,6 @@ def test_attention_backend(load, backend):
         model.reset_attention_backend()
 
 
-@pytest.mark.row("context parallel")
-def test_context_parallel(load):
-    pytest.skip("needs two accelerators: diffusers' context-parallel attention has no CPU kernels")
-
-
 @pytest.mark.row("tensor parallel")
 def test_tensor_parallel(load, refuses):
     from diffusers.hooks.tensor_parallel import _check_tp_supported

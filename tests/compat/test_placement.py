@@ -32,6 +32,7 @@ def test_device_map_disk(load, refuses, tmp_path):
     names = [name for name, _ in load().named_children()]
     with refuses("group offloading"):
         load(device_map=dict.fromkeys(names, "cpu") | {"transformer_blocks": "disk"}, offload_folder=tmp_path)
+    assert not any(tmp_path.iterdir())  # refused before a weight was written
 
 
 @pytest.mark.row("model CPU offload")

@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.models import modeling_utils
 from torch import nn
 
+from qdiff_diffusers import ConfigError
 from qdiff_diffusers.layers import PackedLayer
 
 
@@ -50,8 +51,11 @@ def test_pickle(load):
 @pytest.mark.row("`.to(dtype)`")
 def test_to_dtype(load, refuses):
     model = load()
+    expected, dtypes = run(model), {name: t.dtype for name, t in model.state_dict().items()}
     with refuses("torch_dtype"):
         model.to(torch.bfloat16)
+    assert {name: t.dtype for name, t in model.state_dict().items()} == dtypes
+    assert torch.equal(run(model), expected)
 
 
 @pytest.mark.row("`.bfloat16()`, then save")
@@ -132,13 +136,31 @@ def dit_pipeline(transformer: nn.Module) -> DiTPipeline:
     return DiTPipeline(transformer, vae, DDIMScheduler(), {0: "shirt", 1: "shoe"})
 
 
+def dtypes(pipe) -> dict[str, torch.dtype]:
+    return {f"{part}.{name}": t.dtype for part in ("vae", "transformer") for name, t in getattr(pipe, part).state_dict().items()}
+
+
 @pytest.mark.row("Pipeline.from_pipe")
-def test_from_pipe(load, refuses, note):
-    """diffusers casts every component, which it does not allow for quantized ones of any backend but bitsandbytes."""
-    note("diffusers casts in from_pipe, for every backend; `Pipeline(**pipe.components)` and AutoPipeline do not")
-    pipe = dit_pipeline(load("dit"))
-    with refuses("Casting a quantized model"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_from_pipe(load, note, dtype):
+    """diffusers casts every component, to float32 unless told otherwise."""
+    note("pass `torch_dtype=` of the quantized component: diffusers casts to float32 otherwise, which is refused")
+    pipe = dit_pipeline(load("dit", dtype=dtype))
+    pipe.vae.to(dtype)
+    other = DiTPipeline.from_pipe(pipe, torch_dtype=dtype)
+    assert other.transformer is pipe.transformer
+    assert other.vae.dtype == other.transformer.dtype == dtype
+    assert torch.equal(tiny_models.run(other.transformer, "dit"), tiny_models.run(load("dit", dtype=dtype), "dit"))
+
+
+def test_from_pipe_in_another_dtype_is_refused_and_changes_nothing(tmp_path):
+    tiny_models.make("dit").save_pretrained(tmp_path)
+    kind = type(tiny_models.make("dit"))
+    pipe = dit_pipeline(kind.from_pretrained(tmp_path, quantization_config=METHODS["rtn"](), dtype=torch.bfloat16))
+    before = dtypes(pipe)
+    with pytest.raises(ConfigError, match=r"'transformer' is quantized.*torch_dtype=torch\.bfloat16"):
         DiTPipeline.from_pipe(pipe)
+    assert dtypes(pipe) == before
 
 
 @pytest.mark.row("AutoPipeline.from_pipe")
@@ -161,9 +183,18 @@ def test_components(load):
 
 
 @pytest.mark.row("pipe.to(dtype)")
-def test_pipeline_to_dtype(load, refuses):
-    with refuses("torch_dtype"):
-        dit_pipeline(load("dit")).to(torch.bfloat16)
+@pytest.mark.parametrize("order", [("vae", "transformer"), ("transformer", "vae")], ids="-".join)
+def test_pipeline_to_dtype(load, refuses, order, monkeypatch):
+    """Whichever component comes first: diffusers would have cast those before the quantized one."""
+    pipe = dit_pipeline(load("dit"))
+    parts, before = pipe.components, dtypes(pipe)
+    monkeypatch.setattr(DiTPipeline, "_get_signature_keys", classmethod(lambda cls, obj: ([*order, "scheduler"], {})))
+    monkeypatch.setattr(DiTPipeline, "components", property(lambda self: {name: parts[name] for name in order}))
+    with refuses("cannot be cast to torch.bfloat16"):
+        pipe.to(torch.bfloat16)
+    assert dtypes(pipe) == before
+    assert pipe.to("cpu", torch.float32) is pipe  # what it has already
+    assert dtypes(pipe) == before
 
 
 @pytest.mark.row("pipeline save and reload")

@@ -43,16 +43,23 @@ METHODS: dict[str, dict[str, Any]] = {
 EVERYTHING = {"keep_outer_layers": False}
 EXCLUDED = ["to_q"]
 
-# Tests that cannot pass, and why; a "*" stands for every model.
-KNOWN: dict[tuple[str, str], str] = {
+# Tests that cannot pass: what they say then, and why; a "*" stands for every model. One that passes after all is an error.
+KNOWN: dict[tuple[str, str], tuple[str, str]] = {
     ("quantization_num_parameters", "*"): (
+        "Parameter count mismatch",
         "the mixin wants num_parameters() unchanged; diffusers counts the elements of parameters and unpacks only those of "
-        "bitsandbytes, and packed codes have fewer (SDNQ's mixin leaves this test out upstream)"
+        "bitsandbytes, and packed codes have fewer (SDNQ's mixin leaves this test out upstream)",
     ),
     ("quantization_device_map", "DiT"): (
-        "the model class has no _no_split_modules, so diffusers refuses device_map='auto' for it, quantized or not"
+        "does not support `device_map='auto'`",
+        "the model class has no _no_split_modules, so diffusers refuses device_map='auto' for it, quantized or not",
     ),
 }
+
+
+def known(test: str, model: str) -> tuple[str, str] | None:
+    """What a test that cannot pass says, and why it cannot; ``None`` for all others."""
+    return KNOWN.get((test, model)) or KNOWN.get((test, "*"))
 
 
 def checkout() -> Path | None:
