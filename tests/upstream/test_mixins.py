@@ -46,7 +46,7 @@ def test_upstream(mixin, test, model, method, dense_folder, tmp_path, record_pro
     instance = mixins.adapter(mixin, model, dense_folder(model))
     message, reason = mixins.known(test, model) or ("", "")
     try:
-        mixins.call(instance, test, mixins.METHODS[method] | mixins.EVERYTHING, tmp_path)
+        mixins.call(instance, test, mixins.settings(method, model), tmp_path)
     except Exception as error:
         if not reason or message not in str(error):
             raise
