@@ -19,6 +19,7 @@ from .results import read_results
 
 UNSAFE = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "ssl", "socket")
+XET_TOKEN = "xet-write-token"  # what uploading asks the Hub for first, when hf_xet is installed
 FULL = ("storage", "quota", "space left", "payment")
 
 
@@ -133,6 +134,8 @@ def explain(error: BaseException, repo_id: str) -> str | None:
             return "you are not logged in; run `hf auth login`, or set HF_TOKEN to a token that may write"
         if isinstance(link, HfHubHTTPError) and link.response is not None:
             return _refusal(link, repo_id)
+    if any(XET_TOKEN in str(link) and "404" in str(link) for link in chain):
+        return "there is no Xet storage at HF_ENDPOINT, where this huggingface_hub sends large files; set HF_HUB_DISABLE_XET=1"
     for link in chain:
         if type(link).__module__.partition(".")[0] in TRANSPORTS or isinstance(link, ConnectionError | TimeoutError):
             return (

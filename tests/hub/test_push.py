@@ -201,6 +201,42 @@ class TestFaults:
         assert done.code == 0, done.err
         assert len(hub.requests("^GET /_storage/")) == 3
 
+    def test_a_download_that_breaks_off_continues_at_the_byte_where_it_broke(self, hub, client, model):
+        """huggingface_hub does it; this pins that our way of asking lets it."""
+        assert client.qdiff("push", model, "someone/continued").code == 0
+        client.run("import huggingface_hub; usual = huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE")
+        client.run("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 512")
+        hub.log.clear()
+        hub.faults.append(Fault("GET", "/_storage/", cut=True))
+        try:
+            done = client.qdiff("inspect", "someone/continued")
+        finally:
+            client.run("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = usual")
+        assert done.code == 0, done.err
+        (asked,) = [re.search(r"bytes=(\d+)-", line) for line in hub.requests("^GET /_storage/.*bytes=[1-9]")]
+        assert int(asked[1]) > 1000
+
+    def test_files_that_have_arrived_are_not_fetched_again(self, hub, client, model):
+        assert client.qdiff("push", model, "someone/two-files").code == 0
+        hub.log.clear()
+        hub.faults.append(Fault("GET", "/_storage/", status=403, message="expired", skip=1))
+        done = client.qdiff("inspect", "someone/two-files")
+        assert done.code == 2 and "Traceback" not in done.err, done.err
+        fetched = len(hub.requests("^GET /_storage/"))
+        hub.log.clear()
+        assert client.qdiff("inspect", "someone/two-files").code == 0
+        assert fetched == 2 and len(hub.requests("^GET /_storage/")) == 1
+
+    def test_with_xet_switched_on_an_endpoint_without_it(self, hub, model, tmp_path):
+        """Downloads go the ordinary way; uploads say how to."""
+        with Client(hub.url, tmp_path, HF_HUB_DISABLE_XET="0") as xet:
+            if xet.run("import hf_xet").code:
+                pytest.skip("hf_xet is not installed")
+            assert "HF_HUB_DISABLE_XET=1" in refused(xet, model, "someone/with-xet")
+            assert len(hub.repos["someone/with-xet"].commits) == 1
+            done = xet.qdiff("inspect", "someone/two-files")
+            assert done.code == 0, done.err
+
     def test_a_second_push_resumes_where_the_first_was_stopped(self, hub, client, model):
         hub.objects.clear()
         hub.faults.append(Fault("PUT", "/_storage/", status=403, message="Signature expired", skip=1))
