@@ -12,7 +12,7 @@ from functools import lru_cache
 import oracle
 import pytest
 import torch
-from qdiff_kernels import implementations, pack_bits, use
+from qdiff_kernels import implementations, minifloat_linear, pack_bits, use
 from qdiff_kernels.integer import integer_linear
 
 pytest.importorskip("numba")
@@ -297,3 +297,28 @@ def test_a_cpu_without_avx512_gets_the_same_results(tmp_path):
     machine = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2", "NUMBA_CACHE_DIR": str(tmp_path)}
     folder = os.path.dirname(oracle.__file__)
     subprocess.run([sys.executable, "-c", PORTABLE], check=True, env=os.environ | machine | {"PYTHONPATH": folder})
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+@pytest.mark.parametrize("activations", ["none", "int8"])
+def test_the_process_defaults_change_nothing(default, activations):
+    """Work space of another dtype would be too short for what the kernels write, and a table of another would stay in its cache."""
+    from qdiff_kernels.cpu import _weights
+
+    codes = torch.randint(-128, 128, (24, 32), dtype=torch.int8)
+    scales = torch.rand(24, 4).add(0.1).to(torch.float8_e4m3fn)
+    x = torch.randn(300, 64)
+    arguments = (x, codes, scales, torch.tensor([0.37]), "e2m1", 16, None, None, None, None, 0, activations)
+    expected = minifloat_linear(*arguments)
+    _weights._scale_table.cache_clear()
+    if isinstance(default, torch.dtype):
+        torch.set_default_dtype(default)
+    else:
+        torch.set_default_device(default)
+    try:
+        found = minifloat_linear(*arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+    assert torch.equal(minifloat_linear(*arguments), expected)

@@ -46,7 +46,7 @@ def hadamard_matrix(block: int, device: torch.device, dtype: torch.dtype) -> Ten
     if block < 1 or block & (block - 1):
         raise ValueError(f"a Hadamard block must be a power of two, got {block}")
     with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, dtype=torch.float64)
+        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
         while matrix.shape[0] < block:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
         return matrix.to(device=device, dtype=dtype)

@@ -75,13 +75,13 @@ def _run(
     tokens, columns = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
-    values = torch.empty(tokens, width, dtype=dtype)
-    scales = None if fold or activations in ("none", "int4") else torch.empty(tokens)
+    values = torch.empty(tokens, width, dtype=dtype, device="cpu")
+    scales = None if fold or activations in ("none", "int4") else torch.empty(tokens, dtype=torch.float32, device="cpu")
     divisor = None if smooth is None else smooth.float().contiguous()
     signs = rotation_signs(columns, x.device, torch.float32) if rotation else None
     tasks = -(-tokens // PER_TASK)
     threads = min(torch.get_num_threads(), tasks) if tokens * columns > 1 << 14 else 1
-    scratch = torch.empty(threads, columns + 64)
+    scratch = torch.empty(threads, columns + 64, dtype=torch.float32, device="cpu")
     job = np.zeros(LENGTH, np.int64)
     job[2:] = (
         tasks,

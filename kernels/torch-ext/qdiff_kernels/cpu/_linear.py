@@ -32,7 +32,7 @@ ROUNDED_BITS = 6  # widest weights that may be rounded to INT8 once more
 def linear(x: Tensor, weight: Weight, extras: Extras, way: str | None = None) -> Tensor:
     """x ``[..., columns]`` that the kernels take -> ``[..., rows]``. ``way``: see :func:`way_of`, which chooses it by default."""
     tokens = x.reshape(-1, weight.columns)
-    y = torch.empty(tokens.shape[0], weight.codes.shape[0], dtype=x.dtype)
+    y = torch.empty(tokens.shape[0], weight.codes.shape[0], dtype=x.dtype, device="cpu")
     WAYS[way or way_of(tokens, weight, extras)](tokens, weight, extras, y)
     return y.view(*x.shape[:-1], y.shape[1])
 
@@ -146,8 +146,8 @@ def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None
         zeros = zeros.expand(y.shape[1]).contiguous()
     bias = None if extras.bias is None else extras.bias.float().contiguous()
     rows, step = y.shape[1], _chunk_rows(weight, 1)
-    dense = torch.empty(min(step, rows), weight.columns, dtype=torch.int8)
-    scales = torch.empty(min(step, rows))
+    dense = torch.empty(min(step, rows), weight.columns, dtype=torch.int8, device="cpu")
+    scales = torch.empty(min(step, rows), dtype=torch.float32, device="cpu")
     for first in range(0, rows, step):
         part = decode(weight, torch.int8, first, min(step, rows - first), dense, scales)
         last = first + len(part)
@@ -165,7 +165,7 @@ def _multiply_floats(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> No
     operands = _operands(x, extras, dtype)
     rows, step = y.shape[1], _chunk_rows(weight, dtype.itemsize)
     out = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
-    dense = torch.empty(min(step, rows), weight.columns, dtype=dtype)
+    dense = torch.empty(min(step, rows), weight.columns, dtype=dtype, device="cpu")
     for first in range(0, rows, step):
         part = decode(weight, dtype, first, min(step, rows - first), dense)
         torch.mm(operands.values, part.t(), out=out[:, first : first + len(part)])

@@ -111,7 +111,7 @@ def _run(weight: Weight, kernel: Any, scale_table: tuple[Tensor, int], table: Te
     threads = min(threads, tasks)
     groups = weight.scales.shape[1]
     size = -(-size // 64) * 64
-    scratch = torch.empty(size * threads + 64, dtype=torch.int8)
+    scratch = torch.empty(size * threads + 64, dtype=torch.int8, device="cpu")
     job = np.zeros(J.LENGTH, np.int64)
     job[2:21] = (
         tasks,
@@ -155,7 +155,7 @@ def decode(
     """
     part = weight if count is None else rows_of(weight, first, count)
     rows = part.codes.shape[0]
-    dense = torch.empty(rows, weight.columns, dtype=dtype) if target is None else target[:rows]
+    dense = torch.empty(rows, weight.columns, dtype=dtype, device="cpu") if target is None else target[:rows]
     if dtype == torch.int8 and weight.kind == "integer" and weight.bits_per_weight == 8 and weight.int8()[1]:
         assert row_scales is not None
         row_scales[:rows] = part.scales.squeeze(1)
@@ -177,10 +177,10 @@ def rows_of(weight: Weight, first: int, count: int) -> Weight:
 def _scale_table(dtype: torch.dtype, factor: float, span: float) -> tuple[Tensor, int]:
     """Float32 ``[258]``: value of each scale byte, the factor of other scales, the int8 span. And the kind of scales."""
     with torch.inference_mode(False):
-        values = torch.zeros(258)
+        values = torch.zeros(258, dtype=torch.float32, device="cpu")
         kind = J.E4M3 if dtype == torch.float8_e4m3fn else KINDS.get(dtype, J.BYTE)
         if kind in (J.BYTE, J.E4M3):
-            every = torch.arange(256, dtype=torch.uint8).view(dtype)
+            every = torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype)
             values[:256] = scale_values(every, torch.float32) * factor
         values[256], values[257] = factor, span
         return values, kind
@@ -239,7 +239,7 @@ def _integer_bytes(bits: int, zeros: bool) -> ByteLevels | None:
 
 def _byte_levels(bits: int, values: list[int], two: bool, unit: float, lookup: bool = True) -> ByteLevels:
     with torch.inference_mode(False):
-        table = torch.tensor(values, dtype=torch.int32).add(OFFSET).to(torch.uint8)
+        table = torch.tensor(values, dtype=torch.int32, device="cpu").add(OFFSET).to(torch.uint8)
         return ByteLevels(bits, two, lookup, table.repeat(max(1, 64 // len(values))), unit)
 
 
@@ -294,7 +294,7 @@ def _minifloat_bytes(encodings: str, bits: int) -> ByteLevels | None:
 def _level_table(tables: tuple[tuple[float, ...], ...]) -> Tensor:
     """bfloat16 levels, one table after the other, repeated to at least 32 entries for a word shuffle."""
     with torch.inference_mode(False):
-        values = torch.tensor([v for table in tables for v in table], dtype=torch.bfloat16)
+        values = torch.tensor([v for table in tables for v in table], dtype=torch.bfloat16, device="cpu")
         return values.repeat(max(1, 32 // len(values)))
 
 

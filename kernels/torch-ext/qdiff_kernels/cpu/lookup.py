@@ -38,7 +38,8 @@ def lookup_sums(codes: Tensor, codebooks: Tensor, x: Tensor) -> Tensor:
     books, _, size = codebooks.shape
     rows, vectors, threads = codes.shape[0], x.shape[0], torch.get_num_threads()
     by_column = codebooks.float().transpose(1, 2).contiguous()
-    tables, sums = torch.empty(vectors * books, ENTRIES), torch.empty(rows)
+    shapes = ((vectors * books, ENTRIES), (rows,))
+    tables, sums = (torch.empty(*shape, dtype=torch.float32, device="cpu") for shape in shapes)
     job = np.zeros(LENGTH, np.int64)
     addresses = by_column.data_ptr(), x.data_ptr(), tables.data_ptr(), rows, codes.data_ptr(), codes.shape[1], sums.data_ptr()
     job[2:] = (-(-vectors // VECTORS_PER_TASK), vectors, books, size, *addresses, 0)
