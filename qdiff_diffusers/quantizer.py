@@ -137,7 +137,7 @@ class QDiffQuantizer(DiffusersQuantizer):
                 self._give_back(kwargs["state_dict"])
             prepare_packed_layers(model, self.quantization_config.layers, self.compute_dtype)
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            check_shapes(shapes, self.__dict__.pop("headers"))
+            check_shapes(shapes, self.__dict__.pop("headers", {}))
         else:
             self._choose_layers(model, keep)
         model.register_to_config(quantization_config=self.quantization_config)

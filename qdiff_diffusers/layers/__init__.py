@@ -12,7 +12,16 @@ from .conv import QDiffConv2d
 from .embedding import QDiffEmbedding, is_table
 from .linear import QDiffLinear
 
-__all__ = ["PackedLayer", "QDiffConv2d", "QDiffEmbedding", "QDiffLinear", "decoded", "dense_layer", "pack_layer", "unsupported_reason"]
+__all__ = [
+    "PackedLayer",
+    "QDiffConv2d",
+    "QDiffEmbedding",
+    "QDiffLinear",
+    "decoded",
+    "dense_layer",
+    "pack_layer",
+    "unsupported_reason",
+]
 
 PACKED: dict[type[nn.Module], type[PackedLayer]] = {nn.Linear: QDiffLinear, nn.Conv2d: QDiffConv2d, nn.Embedding: QDiffEmbedding}
 
