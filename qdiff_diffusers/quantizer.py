@@ -132,6 +132,8 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         keep = [name for name in kwargs.get("keep_in_fp32_modules") or () if name]
+        if not hasattr(self, "base_model") and "held_back" not in self.__dict__:
+            self._check_single_file(kwargs["state_dict"])  # diffusers before 0.42 shows a single file here for the first time
         if self.pre_quantized:
             if "held_back" in self.__dict__:
                 self._give_back(kwargs["state_dict"])

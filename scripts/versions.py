@@ -28,9 +28,9 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "huggingface_hub", "
 
 # What pyproject.toml allows at least.
 OLDEST = {
-    "diffusers": "==0.42.0",
+    "diffusers": "==0.40.0",
     "transformers": "==5.0.0",
-    "huggingface-hub": "==1.32.0",
+    "huggingface-hub": "==1.23.0",
     "peft": "==0.18.0",  # 0.17 does not import with transformers 5
     "accelerate": "==1.0.0",
     "safetensors": "==0.8.0",
