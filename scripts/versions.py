@@ -176,7 +176,8 @@ def render(rows: dict[str, Any]) -> str:
     columns = ("python", *PACKAGES)
     lines = ["| | " + " | ".join(columns) + " | passed | skipped | failed |", "|---" * (len(columns) + 4) + "|"]
     notes = []
-    for row in rows.values():
+    for name, planned in ROWS.items():
+        row = rows.get(name, {"about": planned.about, "problem": "not run yet"})
         versions, counts = row.get("versions", {}), row.get("counts", {})
         failed = counts.get("failed", 0) + counts.get("error", 0) if counts else "not run"
         cells = [versions.get(column, "") for column in columns]
