@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 RUN, RECORDED = "run.json", "recorded"
 
 
+@torch.inference_mode(False)
 def calibrate(
     pipe: Any, models: dict[str, nn.Module], config: QDiffConfig, calibration: Calibration, workspace: Path | None = None
 ) -> dict[str, list[dict[str, Any]]]:

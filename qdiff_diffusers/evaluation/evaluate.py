@@ -146,8 +146,7 @@ def _make_row(job: Job, reporter: Reporter) -> None:
     store = job.store
     facts = {key: value for key, value in store.facts().items() if key != "failed"}
     try:
-        with torch.inference_mode():
-            _draw_row(job, store, facts, reporter)
+        _draw_row(job, store, facts, reporter)
         if facts.get("score_key") != job.score_key():
             reporter.start(f"{job.row.name}: scoring")
             facts |= {"scores": _scores(job), "score_key": job.score_key()}
@@ -166,6 +165,15 @@ def _draw_row(job: Job, store: RowStore, facts: Costs, reporter: Reporter) -> No
     pipe = build(job.row, job.subject, store.folder, getattr(torch, settings.dtype), settings.device, facts)
     store.write_facts(facts)
     pipe.set_progress_bar_config(disable=True)
+    with torch.inference_mode():
+        _ask_and_sample(job, store, facts, reporter, pipe, have)
+    facts |= {"machine": machine_facts(torch.device(settings.device)), "commit": commit(), "threads": torch.get_num_threads()}
+    if job.row.kind == "config" and job.row.calibration is None and not settings.keep_models:
+        shutil.rmtree(store.folder / MODEL, ignore_errors=True)
+
+
+def _ask_and_sample(job: Job, store: RowStore, facts: Costs, reporter: Reporter, pipe: Any, have: int) -> None:
+    settings = job.settings
     if "step_errors" not in facts:
         reporter.start(f"{job.row.name}: probing")
         facts |= _probe(job, pipe)
@@ -177,9 +185,6 @@ def _draw_row(job: Job, store: RowStore, facts: Costs, reporter: Reporter) -> No
             store.add_images(first, _draw(job, pipe, first, min(first + part, settings.images), reporter.step))
         seconds = round((time.perf_counter() - start) / (settings.images - have), 4)
         facts["seconds_per_image"] = None if facts.get("drawn_dense") else seconds  # which would not be the peer's
-    facts |= {"machine": machine_facts(torch.device(settings.device)), "commit": commit(), "threads": torch.get_num_threads()}
-    if job.row.kind == "config" and job.row.calibration is None and not settings.keep_models:
-        shutil.rmtree(store.folder / MODEL, ignore_errors=True)
 
 
 def _draw(job: Job, pipe: Any, first: int, last: int, on_step: Callable[[], None] | None = None) -> torch.Tensor:

@@ -387,3 +387,10 @@ def test_rounding_begins_at_the_weight_itself_and_ends_on_a_neighbour():
             trained.logits.fill_(9.0)
         upward = quantized.spec.format.dequantize(trained.pack(), 64)
         assert ((upward - values) * torch.sign(trained.scale) >= -1e-4).all()
+
+
+def test_inference_mode_around_it_does_no_harm():
+    pipe = dit()
+    with torch.inference_mode():
+        quantize(pipe, RTNConfig(bits=2), calibration=Calibration(**FEW, tuning=Tuning(steps=2)))
+    assert any(isinstance(module, PackedLayer) for module in pipe.transformer.modules())
