@@ -21,7 +21,7 @@ def elsewhere():
 
     def run(name, model):
         models.put((name, pickle.dumps(model)))
-        got, output = results.get(timeout=60)
+        got, output = results.get(timeout=300)
         assert got == name
         return pickle.loads(output)
 
@@ -50,7 +50,7 @@ def two_ranks(tmp_path_factory):
     def run(name, model):
         for models in queues:
             models.put((name, pickle.dumps(model)))
-        found = [results.get(timeout=120) for _ in queues]
+        found = [results.get(timeout=300) for _ in queues]
         assert {(got, rank) for got, rank, _ in found} == {(name, 0), (name, 1)}
         return [pickle.loads(output) for _, _, output in found]
 

@@ -42,8 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 EVERYTHING = {"keep_outer_layers": False}
 # get_memory_footprint counts a table that layers share once for each of them. It outweighs the tiny layers of these two models, so
-# that they get codebooks of their own, of 256 bytes.
-OWN_CODEBOOKS = {"num_codebooks": 2, "codebook_bits": 4, "vector_size": 4, "codebook": "layer"}
+# that they get codebooks of their own, of 32 bytes.
+OWN_CODEBOOKS = {"num_codebooks": 1, "codebook_bits": 3, "vector_size": 2, "codebook": "layer"}
 TINY = ("DiT", "PixArt")
 EXCLUDED = ["to_q"]
 
