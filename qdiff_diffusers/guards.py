@@ -11,6 +11,7 @@ from typing import Any
 
 from .checkpoint import check_index, index_shards, read_header
 from .config import QDiffMethod
+from .errors import CheckpointError
 
 SUFFIX = ".safetensors"
 
@@ -41,9 +42,13 @@ def check_files(module: ModuleType, function: str = "load_state_dict") -> None:
 
     @functools.wraps(original)
     def checked(file: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(file, str | Path) and str(file).endswith(SUFFIX) and _is_ours(Path(file).parent / "config.json"):
-            read_header(file)
-        return original(file, *args, **kwargs)
+        if not (isinstance(file, str | Path) and str(file).endswith(SUFFIX) and _is_ours(Path(file).parent / "config.json")):
+            return original(file, *args, **kwargs)
+        read_header(file)
+        try:
+            return original(file, *args, **kwargs)
+        except OSError as error:  # what safetensors alone knows to be wrong
+            raise CheckpointError(f"{file} cannot be read: {error.__context__ or error}") from error
 
     checked.guarded_by_qdiff = True  # type: ignore[attr-defined]
     setattr(module, function, checked)
