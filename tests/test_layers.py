@@ -94,7 +94,7 @@ def test_convolutions_of_any_geometry_are_packed(geometry):
         (lambda: nn.Conv3d(8, 8, 3), "Conv3d"),
         (lambda: nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"), "reflect"),
         (lambda: nn.Conv2d(32, 32, 3, padding="same"), "same"),
-        (lambda: nn.Embedding(8, 32), "Embedding"),
+        (lambda: nn.Embedding(8, 32, max_norm=1.0), "renormalises"),
         (lambda: nn.MultiheadAttention(32, 2).out_proj, "NonDynamicallyQuantizableLinear"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
