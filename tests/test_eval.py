@@ -22,6 +22,7 @@ from qdiff_diffusers.bench.peers import UnchangedError
 from qdiff_diffusers.cli import main
 from qdiff_diffusers.cli.eval import parse_classes
 from qdiff_diffusers.evaluation import Statistics, evaluate, feature_statistics, frechet_distance, peers, sample
+from qdiff_diffusers.evaluation.build import load
 from qdiff_diffusers.evaluation.demo import DEMO_MODEL
 from qdiff_diffusers.evaluation.evaluate import Settings, run_eval
 from qdiff_diffusers.evaluation.intervals import bootstrap, mean_estimate
@@ -30,7 +31,7 @@ from qdiff_diffusers.evaluation.probes import Probes, layer_errors, record, step
 from qdiff_diffusers.evaluation.rows import calibration_of, parse_rows, read_row_file
 from qdiff_diffusers.evaluation.scores import Judge
 from qdiff_diffusers.evaluation.store import RowStore
-from qdiff_diffusers.evaluation.subject import find_subject
+from qdiff_diffusers.evaluation.subject import BUNDLED, find_subject
 
 SMALL = Settings(images=4, paired=3, batch_size=2)
 
@@ -518,6 +519,31 @@ class TestMistakes:
     def test_a_model_that_cannot_run_is_an_error_and_not_a_row(self, by_class, tmp_path):
         with pytest.raises(ConfigError, match=r"16-bit model of .* cannot be run: TypeError"):
             evaluated(by_class, ["rtn:bits=4"], tmp_path)  # asked for nothing, it wants a class
+
+
+class TestBundledModels:
+    @pytest.mark.parametrize(("name", "megabytes"), [("dit", 21), ("unet", 12)])
+    def test_are_small_say_how_they_were_made_and_are_judged(self, name, megabytes):
+        files = [path for path in BUNDLED[name].rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) < megabytes * 1e6
+        assert BUNDLED[name] / "README.md" in files
+        subject = find_subject(name)
+        assert subject.labels == tuple(range(10)) and (subject.steps, subject.guidance_scale) == (20, 2.0)
+        assert subject.stored_dtype == torch.float16 and (subject.classifier / "features.safetensors").is_file()
+
+    def test_the_unet_is_convolutional_with_attention_at_two_resolutions(self):
+        model = UNet2DModel.from_pretrained(BUNDLED["unet"], subfolder="transformer")
+        kinds = [type(layer) for layer in peers.target_layers(model).values()]
+        assert kinds.count(torch.nn.Conv2d) > 20 and torch.nn.Linear in kinds
+        assert sum("Attn" in block for block in model.config.down_block_types) == 2
+
+    def test_the_unet_draws_what_it_is_asked_for(self):
+        pipe = load(BUNDLED["unet"], torch.float32)
+        boots, trousers = sample(pipe, [9] * 2 + [1] * 2, range(4), steps=8).split(2)
+        assert boots.shape == (2, 1, 32, 32)
+        # A boot is wide and low, trousers are narrow and tall.
+        assert boots[..., 18:28, 3:29].mean() > trousers[..., 18:28, 3:29].mean()
+        assert trousers[..., 4:8, 10:22].mean() > boots[..., 4:8, 10:22].mean()
 
 
 class TestCommand:

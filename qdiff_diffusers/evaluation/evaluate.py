@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.progress import Progress
 
 from ..bench.results import commit
 from ..bench.timing import describe_failure
-from ..errors import ConfigError
+from ..errors import ConfigError, QDiffError
 from .build import MODEL, Costs, build
 from .machine import machine_facts
 from .outputs import write_outputs
@@ -133,6 +134,10 @@ def run_eval(
             run_jobs(
                 _make_row, waiting[::-1] if workers > 1 else waiting, workers=workers, steps=_steps(waiting), progress=progress
             )
+    except BrokenProcessPool as error:
+        raise QDiffError(
+            "a worker process was killed, perhaps for want of memory; the same command with fewer --workers goes on"
+        ) from error
     finally:
         results: dict[str, Any] = {"rows": [_result(job) for job in jobs], "run": _run_facts(subject, settings, command)}
         if "failed" not in results["rows"][0] and results["rows"][0]["images"]:

@@ -117,7 +117,7 @@ def make_dense(model: nn.Module, names: Sequence[str]) -> int:
         columns = getattr(layer, "in_features", None)
         if columns is None:
             continue
-        parameter = next(model.parameters())
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
         bias = layer(torch.zeros(1, columns).to(parameter))
         weight = layer(torch.eye(columns).to(parameter)) - bias
         twin = nn.Linear(columns, weight.shape[1], device=weight.device, dtype=weight.dtype).requires_grad_(False)
