@@ -22,12 +22,29 @@ def quantize_layer(module: nn.Module, name: str, weight: Tensor, config: QDiffCo
     Raises:
         QDiffError: names the layer whose weight cannot be quantized.
     """
+    stored, tensors = quantize_named(name, weight, config)
+    pack_layer(module, stored.spec, compute_dtype, tensors)
+    return stored
+
+
+def quantize_named(name: str, weight: Tensor, config: QDiffConfig) -> tuple[StoredLayer, dict[str, Tensor]]:
+    """Quantize the weight of the layer with this name: its table entry and its tensors.
+
+    Raises:
+        QDiffError: names the layer whose weight cannot be quantized.
+    """
     try:
         spec, tensors, error = quantize_weight(weight, config, seed=config.seed + zlib.crc32(name.encode()))
     except ValueError as failure:
         raise QDiffError(f"layer {name} {list(weight.shape)}: {failure}") from failure
-    pack_layer(module, spec, compute_dtype, tensors)
-    return StoredLayer(spec, tuple(weight.shape), float(f"{error:.4g}"))
+    return StoredLayer(spec, tuple(weight.shape), float(f"{error:.4g}")), tensors
+
+
+def new_provenance(model_class: str) -> dict[str, str]:
+    """What a checkpoint says about where it comes from."""
+    from . import __version__  # late: the package imports this module
+
+    return {"package": f"qdiff-diffusers {__version__}", "model_class": model_class}
 
 
 def pack_finished(model: nn.Module, layers: dict[str, tuple[StoredLayer, dict[str, Tensor]]], compute_dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ from .packing import (
     check_loaded,
     dequantize_model,
     describe_layers,
+    new_provenance,
     packed_layers,
     prepare_packed_layers,
     quantize_layer,
@@ -154,10 +155,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         self.targets, config.skipped = select_layers(model, config, keep)
         if not self.targets:
             logger.warning("qdiff found no layer to quantize in %s", type(model).__name__)
-        config.provenance = {
-            "package": f"qdiff-diffusers {version('qdiff-diffusers')}",
-            "model_class": type(model).__name__,
-        }
+        config.provenance = new_provenance(type(model).__name__)
         if base := getattr(self, "base_model", None):
             config.provenance["base_model"] = base
         config.provenance |= getattr(self, "base_card", {})

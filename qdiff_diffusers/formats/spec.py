@@ -128,6 +128,11 @@ class LayerSpec:
         matrix = unrotate_matrix(matrix, shape[1], self.rotation)
         return smooth_matrix(matrix, 1 / tensors["smooth"].to(dtype)) if self.smooth else matrix
 
+    def row_tensors(self, shape: tuple[int, ...]) -> set[str]:
+        """Names of the tensors whose first dimension counts the weight's rows; the others are shared by all rows."""
+        names = {"codes", "scales", "zeros", "tensor_scale", "low_rank_up"}
+        return {name for name, info in self.tensors(shape).items() if name in names and info.shape[0] == shape[0]}
+
     def describe(self) -> str:
         """A few words for tables."""
         parts = [self.format.describe()]

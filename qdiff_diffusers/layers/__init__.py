@@ -7,18 +7,21 @@ from torch import Tensor, nn
 
 from ..formats import LayerSpec
 from . import decoded
-from .base import PackedLayer
+from .base import CONV2D_OPS, LINEAR_OPS, PackedLayer, op_arguments
 from .conv import QDiffConv2d
 from .embedding import QDiffEmbedding, is_table
 from .linear import QDiffLinear
 
 __all__ = [
+    "CONV2D_OPS",
+    "LINEAR_OPS",
     "PackedLayer",
     "QDiffConv2d",
     "QDiffEmbedding",
     "QDiffLinear",
     "decoded",
     "dense_layer",
+    "op_arguments",
     "pack_layer",
     "unsupported_reason",
 ]

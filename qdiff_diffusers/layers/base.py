@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -22,6 +23,13 @@ from ..formats.spec import EXTRAS_DTYPES
 
 LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integer": integer_linear}
 CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integer": integer_conv2d}
+
+
+def op_arguments(spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...], bias: Tensor | None) -> tuple[Any, ...]:
+    """A packed weight of logical ``shape`` and its extras in the order of the kernels' arguments."""
+    extras = (bias, *(tensors.get(name) for name in ("low_rank_down", "low_rank_up", "smooth")))
+    packed = spec.format.op_arguments(tensors, math.prod(shape[1:]))
+    return (*packed, *extras, spec.rotation, spec.activations, tensors.get("shift"))
 
 
 class PackedLayer(nn.Module):
@@ -138,11 +146,9 @@ class PackedLayer(nn.Module):
         if given != expected:
             raise ValueError(f"{type(self).__name__} takes {expected} input channels, got {given}")
 
-    def op_arguments(self, columns: int) -> tuple[Any, ...]:
+    def op_arguments(self) -> tuple[Any, ...]:
         """Packed weight and extras in the order of the kernels' arguments."""
-        spec, tensors = self.spec, self.packed_tensors()
-        extras = (self.bias, *(tensors.get(n) for n in ("low_rank_down", "low_rank_up", "smooth")))
-        return (*spec.format.op_arguments(tensors, columns), *extras, spec.rotation, spec.activations, tensors.get("shift"))
+        return op_arguments(self.spec, self.packed_tensors(), self.weight_shape, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packed = {id(t) for t in self.packed_tensors().values()}

@@ -28,9 +28,8 @@ class QDiffConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
         self.check_channels(input.shape[1], self.in_channels)
         if self.spec.kernel_vectors:
             return self._decode_and_convolve(input)
-        columns = self.in_channels * self.kernel_size[0] * self.kernel_size[1]
         window = (list(self.kernel_size), list(self.stride), list(self.padding), list(self.dilation))
-        return CONV2D_OPS[self.spec.format.kind](input, *self.op_arguments(columns), *window)
+        return CONV2D_OPS[self.spec.format.kind](input, *self.op_arguments(), *window)
 
     def _decode_and_convolve(self, x: Tensor) -> Tensor:
         """Columns in kernel order are known to no fused kernel; for an image's thousands of pixels decoding hardly counts."""

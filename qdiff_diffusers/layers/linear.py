@@ -16,4 +16,4 @@ class QDiffLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
 
     def forward(self, input: Tensor) -> Tensor:  # some models pass it by nn.Linear's name for it
         self.check_channels(input.shape[-1], self.in_features)
-        return LINEAR_OPS[self.spec.format.kind](input, *self.op_arguments(self.in_features))
+        return LINEAR_OPS[self.spec.format.kind](input, *self.op_arguments())

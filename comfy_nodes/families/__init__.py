@@ -1,0 +1,78 @@
+"""The model families that ComfyUI runs natively, each with the table of its names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from . import image, video
+from .rules import MissingPart, Part, Rule, Shape, Slice, parse, to_diffusers, to_native
+from .unet import unet_table
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "MissingPart",
+    "Part",
+    "Shape",
+    "Slice",
+    "family_of_class",
+    "family_of_native",
+    "to_diffusers",
+    "to_native",
+]
+
+
+class Family(NamedTuple):
+    """A family of models.
+
+    Attributes:
+        name: for people.
+        classes: of diffusers.
+        native: names of ComfyUI's model classes (``comfy.model_base``), to notice a model taken for another one.
+        table: see rules.py; or a function of the tensors' names that makes it.
+        unused: ComfyUI's tensors that only training reads; diffusers does not have them.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    native: tuple[str, ...]
+    table: str | Callable[[Iterable[str]], str] = ""
+    unused: tuple[str, ...] = ()
+
+    def rules(self, keys: Iterable[str]) -> list[Rule]:
+        """The rules for a model with these tensors, named as either program names them."""
+        return parse(self.table if isinstance(self.table, str) else self.table(keys))
+
+
+FAMILIES = (
+    Family("Flux.1", ("FluxTransformer2DModel",), ("Flux",), image.FLUX),
+    Family("Flux.2", ("Flux2Transformer2DModel",), ("Flux2",), image.FLUX2),
+    Family("Chroma", ("ChromaTransformer2DModel",), ("Chroma",), image.CHROMA),
+    Family("Stable Diffusion 3", ("SD3Transformer2DModel",), ("SD3",), image.SD3),
+    Family("Stable Diffusion UNet", ("UNet2DConditionModel",), ("BaseModel", "SDXL", "SDXLRefiner", "SD21UNCLIP"), unet_table),
+    Family("PixArt", ("PixArtTransformer2DModel",), ("PixArt",), image.PIXART, ("y_embedder.y_embedding",)),
+    Family("AuraFlow", ("AuraFlowTransformer2DModel",), ("AuraFlow",), image.AURAFLOW),
+    Family("Lumina 2", ("Lumina2Transformer2DModel",), ("Lumina2",), image.LUMINA2),
+    Family("Z-Image", ("ZImageTransformer2DModel",), ("Lumina2", "ZImage"), image.Z_IMAGE),
+    Family("Qwen-Image", ("QwenImageTransformer2DModel",), ("QwenImage",)),
+    Family("HiDream", ("HiDreamImageTransformer2DModel",), ("HiDream",)),
+    Family("Wan", ("WanTransformer3DModel",), ("WAN21", "WAN22"), video.WAN),
+    Family("LTX-Video", ("LTXVideoTransformer3DModel",), ("LTXV",), video.LTX),
+    Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), ("HunyuanVideo",), video.HUNYUAN_VIDEO),
+    Family("Mochi", ("MochiTransformer3DModel",), ("GenmoMochi",), video.MOCHI),
+)
+
+
+def family_of_class(name: str) -> Family | None:
+    """The family of a diffusers class."""
+    return next((family for family in FAMILIES if name in family.classes), None)
+
+
+def family_of_native(name: str, keys: Iterable[str]) -> Family | None:
+    """The family of one of ComfyUI's model classes; ``keys`` tell families apart that share a class."""
+    keys = set(keys)
+    if name == "Lumina2" and any(key.startswith("x_pad_token") for key in keys):
+        name = "ZImage"
+    candidates = [family for family in FAMILIES if name in family.native]
+    return candidates[-1] if name == "ZImage" else next(iter(candidates), None)

@@ -1,0 +1,100 @@
+"""The UNets of Stable Diffusion 1.5 and XL, whose blocks ComfyUI numbers through and diffusers numbers by level."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+FIXED = """
+time_embed.0 <- time_embedding.linear_1
+time_embed.2 <- time_embedding.linear_2
+label_emb.0.0 <- add_embedding.linear_1
+label_emb.0.2 <- add_embedding.linear_2
+input_blocks.0.0 <- conv_in
+middle_block.1 <- mid_block.attentions.0
+out.0 <- conv_norm_out
+out.2 <- conv_out
+"""
+
+RESNET = """
+{native}.in_layers.0 <- {diffusers}.norm1
+{native}.in_layers.2 <- {diffusers}.conv1
+{native}.emb_layers.1 <- {diffusers}.time_emb_proj
+{native}.out_layers.0 <- {diffusers}.norm2
+{native}.out_layers.3 <- {diffusers}.conv2
+{native}.skip_connection <- {diffusers}.conv_shortcut
+"""
+
+
+class Level(NamedTuple):
+    """One resolution on the way down or up: its resnets, whether each has an attention, whether a sampler follows."""
+
+    attentions: tuple[bool, ...]
+    sampler: bool
+
+
+def unet_table(keys: Iterable[str]) -> str:
+    """The table for a UNet with these tensors, named as diffusers or as ComfyUI names them."""
+    keys = set(keys)
+    native = any(key.startswith("input_blocks.") for key in keys)
+    down, up = (_native_levels(keys, way) if native else _levels(keys, way) for way in ("down", "up"))
+    lines = [FIXED, _resnet("middle_block.0", "mid_block.resnets.0"), _resnet("middle_block.2", "mid_block.resnets.1")]
+    lines += _way("input_blocks", 1, "down", down)
+    lines += _way("output_blocks", 0, "up", up)
+    return "\n".join(lines)
+
+
+def _way(native: str, index: int, way: str, levels: list[Level]) -> Iterator[str]:
+    """Lines for all levels down or up; ``index`` is the number of ComfyUI's first block."""
+    for i, level in enumerate(levels):
+        for j, attention in enumerate(level.attentions):
+            yield _resnet(f"{native}.{index}.0", f"{way}_blocks.{i}.resnets.{j}")
+            if attention:
+                yield f"{native}.{index}.1 <- {way}_blocks.{i}.attentions.{j}"
+            index += 1
+        if level.sampler and way == "down":  # a block of its own
+            yield f"{native}.{index}.0.op <- down_blocks.{i}.downsamplers.0.conv"
+            index += 1
+        elif level.sampler:  # at the end of the level's last block
+            yield f"{native}.{index - 1}.{1 + level.attentions[-1]}.conv <- up_blocks.{i}.upsamplers.0.conv"
+
+
+def _resnet(native: str, diffusers: str) -> str:
+    return RESNET.format(native=native, diffusers=diffusers)
+
+
+def _levels(keys: set[str], way: str) -> list[Level]:
+    """Levels of a model with diffusers' names."""
+    out = []
+    for i in range(_count(keys, rf"{way}_blocks")):
+        block = f"{way}_blocks.{i}"
+        resnets = _count(keys, rf"{block}\.resnets")
+        attentions = _count(keys, rf"{block}\.attentions")
+        out.append(Level((attentions > 0,) * resnets, f"{block}.{way}samplers.0.conv.weight" in keys))
+    return out
+
+
+def _native_levels(keys: set[str], way: str) -> list[Level]:
+    """Levels of a model with ComfyUI's names: a sampler ends each but the last."""
+    prefix = {"down": "input_blocks", "up": "output_blocks"}[way]
+    out: list[Level] = []
+    attentions: list[bool] = []
+    for k in range(1 if way == "down" else 0, _count(keys, prefix)):
+        block = f"{prefix}.{k}"
+        if f"{block}.0.op.weight" in keys:
+            out.append(Level(tuple(attentions), True))
+            attentions = []
+            continue
+        attention = any(key.startswith(f"{block}.1.transformer_blocks.") for key in keys)
+        attentions.append(attention)
+        if f"{block}.{1 + attention}.conv.weight" in keys:
+            out.append(Level(tuple(attentions), True))
+            attentions = []
+    return [*out, Level(tuple(attentions), False)] if attentions else out
+
+
+def _count(keys: set[str], prefix: str) -> int:
+    """How many numbered children ``prefix`` has."""
+    numbers = [int(match[1]) for key in keys if (match := re.match(rf"{prefix}\.(\d+)\.", key))]
+    return max(numbers, default=-1) + 1

@@ -1,0 +1,114 @@
+"""Video transformers; see rules.py for the notation."""
+
+from __future__ import annotations
+
+WAN = """
+blocks.N.self_attn.q <- blocks.N.attn1.to_q
+blocks.N.self_attn.k <- blocks.N.attn1.to_k
+blocks.N.self_attn.v <- blocks.N.attn1.to_v
+blocks.N.self_attn.o <- blocks.N.attn1.to_out.0
+blocks.N.self_attn.norm_q <- blocks.N.attn1.norm_q
+blocks.N.self_attn.norm_k <- blocks.N.attn1.norm_k
+blocks.N.cross_attn.q <- blocks.N.attn2.to_q
+blocks.N.cross_attn.k <- blocks.N.attn2.to_k
+blocks.N.cross_attn.v <- blocks.N.attn2.to_v
+blocks.N.cross_attn.o <- blocks.N.attn2.to_out.0
+blocks.N.cross_attn.norm_q <- blocks.N.attn2.norm_q
+blocks.N.cross_attn.norm_k <- blocks.N.attn2.norm_k
+blocks.N.cross_attn.k_img <- blocks.N.attn2.add_k_proj
+blocks.N.cross_attn.v_img <- blocks.N.attn2.add_v_proj
+blocks.N.cross_attn.norm_k_img <- blocks.N.attn2.norm_added_k
+blocks.N.ffn.0 <- blocks.N.ffn.net.0.proj
+blocks.N.ffn.2 <- blocks.N.ffn.net.2
+blocks.N.norm3 <- blocks.N.norm2
+blocks.N.modulation <- blocks.N.scale_shift_table
+text_embedding.0 <- condition_embedder.text_embedder.linear_1
+text_embedding.2 <- condition_embedder.text_embedder.linear_2
+time_embedding.0 <- condition_embedder.time_embedder.linear_1
+time_embedding.2 <- condition_embedder.time_embedder.linear_2
+time_projection.1 <- condition_embedder.time_proj
+img_emb.proj.0 <- condition_embedder.image_embedder.norm1
+img_emb.proj.1 <- condition_embedder.image_embedder.ff.net.0.proj
+img_emb.proj.3 <- condition_embedder.image_embedder.ff.net.2
+img_emb.proj.4 <- condition_embedder.image_embedder.norm2
+img_emb.emb_pos <- condition_embedder.image_embedder.pos_embed
+head.head <- proj_out
+head.modulation <- scale_shift_table
+"""
+
+LTX = """
+patchify_proj <- proj_in
+adaln_single <- time_embed
+transformer_blocks.N.attn1.q_norm <- transformer_blocks.N.attn1.norm_q
+transformer_blocks.N.attn1.k_norm <- transformer_blocks.N.attn1.norm_k
+transformer_blocks.N.attn2.q_norm <- transformer_blocks.N.attn2.norm_q
+transformer_blocks.N.attn2.k_norm <- transformer_blocks.N.attn2.norm_k
+"""
+
+HUNYUAN_VIDEO = """
+double_blocks.N.img_attn.qkv <- transformer_blocks.N.attn.{to_q to_k to_v}
+double_blocks.N.txt_attn.qkv <- transformer_blocks.N.attn.{add_q_proj add_k_proj add_v_proj}
+double_blocks.N.img_attn.proj <- transformer_blocks.N.attn.to_out.0
+double_blocks.N.txt_attn.proj <- transformer_blocks.N.attn.to_add_out
+double_blocks.N.img_attn.norm.query_norm <- transformer_blocks.N.attn.norm_q
+double_blocks.N.img_attn.norm.key_norm <- transformer_blocks.N.attn.norm_k
+double_blocks.N.txt_attn.norm.query_norm <- transformer_blocks.N.attn.norm_added_q
+double_blocks.N.txt_attn.norm.key_norm <- transformer_blocks.N.attn.norm_added_k
+double_blocks.N.img_mod.lin <- transformer_blocks.N.norm1.linear
+double_blocks.N.txt_mod.lin <- transformer_blocks.N.norm1_context.linear
+double_blocks.N.img_mlp.0 <- transformer_blocks.N.ff.net.0.proj
+double_blocks.N.img_mlp.2 <- transformer_blocks.N.ff.net.2
+double_blocks.N.txt_mlp.0 <- transformer_blocks.N.ff_context.net.0.proj
+double_blocks.N.txt_mlp.2 <- transformer_blocks.N.ff_context.net.2
+single_blocks.N.linear1 <- single_transformer_blocks.N.{attn.to_q:in attn.to_k:in attn.to_v:in proj_mlp}
+single_blocks.N.linear2 <- single_transformer_blocks.N.proj_out
+single_blocks.N.norm.query_norm <- single_transformer_blocks.N.attn.norm_q
+single_blocks.N.norm.key_norm <- single_transformer_blocks.N.attn.norm_k
+single_blocks.N.modulation.lin <- single_transformer_blocks.N.norm.linear
+txt_in.individual_token_refiner.blocks.N.self_attn.qkv <- REFINER.attn.{to_q to_k to_v}
+txt_in.individual_token_refiner.blocks.N.self_attn.proj <- REFINER.attn.to_out.0
+txt_in.individual_token_refiner.blocks.N.mlp.0 <- REFINER.ff.net.0.proj
+txt_in.individual_token_refiner.blocks.N.mlp.2 <- REFINER.ff.net.2
+txt_in.individual_token_refiner.blocks.N.norm1 <- REFINER.norm1
+txt_in.individual_token_refiner.blocks.N.norm2 <- REFINER.norm2
+txt_in.individual_token_refiner.blocks.N.adaLN_modulation.1 <- REFINER.norm_out.linear
+txt_in.input_embedder <- context_embedder.proj_in
+txt_in.t_embedder.in_layer <- context_embedder.time_text_embed.timestep_embedder.linear_1
+txt_in.t_embedder.out_layer <- context_embedder.time_text_embed.timestep_embedder.linear_2
+txt_in.c_embedder.in_layer <- context_embedder.time_text_embed.text_embedder.linear_1
+txt_in.c_embedder.out_layer <- context_embedder.time_text_embed.text_embedder.linear_2
+img_in.proj <- x_embedder.proj
+time_in.in_layer <- time_text_embed.timestep_embedder.linear_1
+time_in.out_layer <- time_text_embed.timestep_embedder.linear_2
+guidance_in.in_layer <- time_text_embed.guidance_embedder.linear_1
+guidance_in.out_layer <- time_text_embed.guidance_embedder.linear_2
+vector_in.in_layer <- time_text_embed.text_embedder.linear_1
+vector_in.out_layer <- time_text_embed.text_embedder.linear_2
+final_layer.linear <- proj_out
+final_layer.adaLN_modulation.1 <- ~norm_out.linear
+""".replace("REFINER", "context_embedder.token_refiner.refiner_blocks.N")
+
+MOCHI = """
+x_embedder.proj <- patch_embed.proj
+t_embedder.mlp.0 <- time_embed.timestep_embedder.linear_1
+t_embedder.mlp.2 <- time_embed.timestep_embedder.linear_2
+t5_y_embedder <- time_embed.pooler
+t5_yproj <- time_embed.caption_proj
+blocks.N.mod_x <- transformer_blocks.N.norm1.linear
+blocks.LAST.mod_y <- transformer_blocks.LAST.norm1_context.linear_1
+blocks.N.mod_y <- transformer_blocks.N.norm1_context.linear
+blocks.N.attn.qkv_x <- transformer_blocks.N.attn1.{to_q to_k to_v}
+blocks.N.attn.qkv_y <- transformer_blocks.N.attn1.{add_q_proj add_k_proj add_v_proj}
+blocks.N.attn.proj_x <- transformer_blocks.N.attn1.to_out.0
+blocks.N.attn.proj_y <- transformer_blocks.N.attn1.to_add_out
+blocks.N.attn.q_norm_x <- transformer_blocks.N.attn1.norm_q
+blocks.N.attn.k_norm_x <- transformer_blocks.N.attn1.norm_k
+blocks.N.attn.q_norm_y <- transformer_blocks.N.attn1.norm_added_q
+blocks.N.attn.k_norm_y <- transformer_blocks.N.attn1.norm_added_k
+blocks.N.mlp_x.w1 <- ~transformer_blocks.N.ff.net.0.proj
+blocks.N.mlp_x.w2 <- transformer_blocks.N.ff.net.2
+blocks.N.mlp_y.w1 <- ~transformer_blocks.N.ff_context.net.0.proj
+blocks.N.mlp_y.w2 <- transformer_blocks.N.ff_context.net.2
+final_layer.mod <- ~norm_out.linear
+final_layer.linear <- proj_out
+"""

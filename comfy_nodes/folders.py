@@ -1,0 +1,70 @@
+"""Which checkpoints the nodes offer. Cheap and without the qdiff package: ComfyUI asks at start and at every refresh."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import folder_paths
+
+OURS = "qdiff"
+PIPELINES = "model_index.json"
+DEMO = "demo model (bundled)"
+
+
+def add_folders() -> None:
+    """``models/qdiff``, and ``qdiff:`` in extra_model_paths.yaml."""
+    folder_paths.add_model_folder_path(OURS, os.path.join(folder_paths.models_dir, OURS))
+    paths, _ = folder_paths.folder_names_and_paths[OURS]
+    folder_paths.folder_names_and_paths[OURS] = (paths, {".safetensors"})  # an empty set would mean every file
+
+
+def checkpoints(*kinds: str) -> dict[str, Path]:
+    """Quantized models by the name that a node shows: everything in ``models/qdiff``, and what is ours in the other folders."""
+    out: dict[str, Path] = {}
+    for kind in kinds:
+        for base in map(Path, folder_paths.get_folder_paths(kind)):
+            for path in _models(base):
+                if kind == OURS or _is_ours(path, path.stat().st_mtime_ns):
+                    out.setdefault(path.relative_to(base).as_posix(), path)
+    return dict(sorted(out.items()))
+
+
+def pipelines() -> dict[str, Path]:
+    """Folders of whole pipelines in ``models/qdiff`` and ``models/diffusers``."""
+    bases = [Path(p) for kind in (OURS, "diffusers") for p in folder_paths.get_folder_paths(kind)]
+    return {p.parent.relative_to(base).as_posix(): p.parent for base in bases for p in sorted(base.glob(f"*/{PIPELINES}"))}
+
+
+def fingerprint(path: Path) -> str:
+    """Changes when the files do, so that ComfyUI loads a replaced checkpoint anew."""
+    files = sorted(path.glob("**/*")) if path.is_dir() else [path]
+    return "|".join(f"{f.name}:{s.st_mtime_ns}:{s.st_size}" for f in files if f.is_file() for s in [f.stat()])
+
+
+def _models(base: Path) -> list[Path]:
+    """Model folders (those with a config.json) and the safetensors files outside of them."""
+    found = []
+    for folder, subfolders, files in os.walk(base, followlinks=True):
+        if "config.json" in files and Path(folder) != base:
+            found.append(Path(folder))
+            subfolders.clear()
+        else:
+            found += [Path(folder, name) for name in files if name.endswith(".safetensors")]
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _is_ours(path: Path, modified: int) -> bool:
+    """Whether a model says that it is quantized by us. ``modified`` is the time of its last change."""
+    try:
+        if path.is_dir():
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            return config["quantization_config"]["quant_method"] == OURS
+        with path.open("rb") as file:
+            return b'"qdiff_config"' in file.read(min(int.from_bytes(file.read(8), "little"), 1 << 24))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,162 @@
+"""From a stored checkpoint to a native ComfyUI MODEL."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import torch
+from torch import Tensor
+
+from qdiff_diffusers.errors import CheckpointError
+from qdiff_diffusers.stored import StoredModel, read_stored_model
+
+from .families import FAMILIES, Family, MissingPart, Part, family_of_class, to_native
+from .layout import Piece, is_packed, make_weight
+from .ops import Operations
+from .patches import adopt
+
+NATIVE = "comfyui_class"  # key in a file's settings: its tensors have ComfyUI's names, this is the class of their model
+ATTACHMENT = "qdiff"
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
+    """A MODEL whose packed layers stay packed.
+
+    Args:
+        path: model folder or self-contained file.
+        dtype: of everything that is not packed, and of computing; by default the one the checkpoint was made in.
+        disable_dynamic: as ComfyUI's own loaders have it.
+
+    Raises:
+        CheckpointError: not a qdiff checkpoint, damaged, or of a model that ComfyUI has no native class for.
+    """
+    stored = read_stored_model(path)
+    family = stored_family(stored)
+    dtype = dtype or getattr(torch, stored.quantization.compute_dtype or "bfloat16")
+    tensors = native_tensors(stored, family, stored.load(), dtype)
+    patcher = native_model(tensors, dtype, family, disable_dynamic)
+    patcher.cached_patcher_init = (load_model, (path, dtype))
+    patcher.set_attachments(ATTACHMENT, {"settings": stored.settings, "path": str(path)})
+    return patcher
+
+
+def stored_family(stored: StoredModel) -> Family | None:
+    """The family of a checkpoint, ``None`` if its tensors have ComfyUI's names already.
+
+    Raises:
+        CheckpointError: ComfyUI has no native class for this model.
+    """
+    if NATIVE in stored.settings:
+        return None
+    if family := family_of_class(stored.model_class):
+        return family
+    raise CheckpointError(
+        f"{stored.path.name} is a {stored.model_class or 'model without a class name'}, which ComfyUI has no native class for. "
+        f"Native are {', '.join(f.name for f in FAMILIES)}; everything else runs in the qdiff pipeline nodes"
+    )
+
+
+def native_tensors(stored: StoredModel, family: Family | None, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A checkpoint's tensors under ComfyUI's names, packed weights as ``QuantizedTensor``.
+
+    Raises:
+        CheckpointError: a part of a fused layer is missing.
+    """
+    layers = stored.quantization.layers
+    packed = {f"{name}.{leaf}" for name, layer in layers.items() for leaf in layer.spec.tensors(layer.shape)}
+    keys = [key for key in tensors if key not in packed] + [f"{name}.weight" for name in layers]
+    try:
+        parts = to_native(family.rules(keys), keys) if family else {key: [Part(key)] for key in keys}
+    except MissingPart as error:
+        raise CheckpointError(f"{stored.path.name} is incomplete: {error}") from error
+
+    def piece(part: Part) -> Piece:
+        name = part.key.removesuffix(".weight")
+        if name not in layers:
+            value = tensors[part.key]
+            value = value.to(dtype) if value.is_floating_point() else value
+            return Piece(None, name, tuple(value.shape), {"weight": _swap(value) if part.swapped else value}, part.swapped)
+        spec, shape, _ = layers[name]
+        values = stored_tensors(spec, shape, lambda leaf: tensors[f"{name}.{leaf}"])
+        return Piece(spec, name, shape, swap_rows(spec, shape, values) if part.swapped else values, part.swapped)
+
+    return {native: assemble([piece(part) for part in sources], dtype) for native, sources in parts.items()}
+
+
+def stored_tensors(spec: Any, shape: tuple[int, ...], get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """A packed layer's tensors by name, with the codebooks that it shares with others."""
+    from qdiff_diffusers.formats import codebook_table
+
+    values = {leaf: get(leaf) for leaf in spec.tensors(shape)}
+    table = getattr(spec.format, "table", None)
+    return values | ({"codebooks": codebook_table(table)} if table else {})
+
+
+def swap_rows(spec: Any, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A packed layer's tensors with the two halves of its rows exchanged."""
+    rows = spec.row_tensors(shape)
+    return {leaf: _swap(value) if leaf in rows else value for leaf, value in tensors.items()}
+
+
+def assemble(pieces: list[Piece], dtype: torch.dtype) -> Tensor:
+    """One tensor of ComfyUI's out of its pieces: packed if any of them is."""
+    if any(piece.spec for piece in pieces):
+        return make_weight(pieces, dtype)
+    values = [piece.tensors["weight"] for piece in pieces]
+    return values[0] if len(values) == 1 else torch.cat(values)
+
+
+def _swap(tensor: Tensor) -> Tensor:
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])
+
+
+def native_model(tensors: dict[str, Tensor], dtype: torch.dtype, family: Family | None, disable_dynamic: bool = False) -> Any:
+    """ComfyUI's model patcher around a model with these tensors.
+
+    Raises:
+        CheckpointError: this ComfyUI does not recognise the model, or recognises another one in it.
+    """
+    name = family.name if family else "this model"
+    options = {"custom_operations": Operations, "dtype": dtype}
+    supported = inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
+    extra = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in supported else {}
+    try:
+        patcher = comfy.sd.load_diffusion_model_state_dict(dict(tensors), model_options=options, **extra)
+    except (KeyError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"this ComfyUI could not build {name} from the checkpoint: {error}") from error
+    if patcher is None:
+        raise CheckpointError(f"this ComfyUI does not recognise {name} in the checkpoint; a newer one may")
+    found = type(patcher.model).__name__
+    if family and found not in family.native:
+        raise CheckpointError(f"this ComfyUI takes {name} for {found}; a newer one may know it")
+    _check_names(patcher.model, tensors, family.unused if family else ())
+    return adopt(patcher)
+
+
+def _check_names(model: Any, tensors: Mapping[str, Tensor], unused: tuple[str, ...]) -> None:
+    """ComfyUI only logs missing and unknown tensors, and runs with random numbers."""
+    wanted = set(model.diffusion_model.state_dict()) - set(unused)
+    given = set(model.model_config.process_unet_state_dict(dict(tensors))) - set(unused)
+    if lost := sorted(wanted - given):
+        raise CheckpointError(f"the checkpoint lacks {', '.join(lost[:5])} of ComfyUI's {type(model).__name__}; it is incomplete")
+    if unknown := sorted(given - wanted):
+        raise CheckpointError(f"the checkpoint has {', '.join(unknown[:5])}, which ComfyUI's {type(model).__name__} has not")
+
+
+def packed_weights(model: Any) -> dict[str, Any]:
+    """The packed weights of a MODEL by the name of their module."""
+    modules = model.model.diffusion_model.named_modules()
+    return {name: module.weight for name, module in modules if is_packed(getattr(module, "weight", None))}
+
+
+def bits_per_weight(weights: Mapping[str, Any]) -> float:
+    """Stored bits per packed weight."""
+    blocks = [block for weight in weights.values() for block in weight._params.blocks if block.spec]
+    count = sum(math.prod(block.shape) for block in blocks)
+    return 8 * sum(block.spec.nbytes(block.shape) for block in blocks) / max(1, count)

@@ -1,0 +1,118 @@
+"""``Load Quantized Model`` and ``Load Quantized CLIP``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..folders import OURS, checkpoints, fingerprint
+from ..package import problem, require
+
+MODELS = (OURS, "diffusion_models")
+DTYPES = ["auto", "bfloat16", "float16", "float32"]
+KERNELS = ["auto", "triton", "torch"]
+
+
+class LoadModel(io.ComfyNode):
+    """A native MODEL from a quantized checkpoint."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QDiffLoadModel",
+            display_name="Load Quantized Model (qdiff)",
+            category="qdiff",
+            description="Loads a diffusion model that qdiff has quantized, as an ordinary MODEL: samplers, LoRAs, ControlNets and "
+            "memory management work as with any other.",
+            search_aliases=["quantized", "low bit", "svdquant", "aqlm", "vq", "nvfp4", "unet loader"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=list(checkpoints(*MODELS)),
+                    tooltip="Quantized models in models/qdiff and models/diffusion_models: files, or folders that diffusers saved.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=DTYPES,
+                    default="auto",
+                    advanced=True,
+                    tooltip="Of the layers that are not quantized, and of computing. auto: as the checkpoint was made.",
+                ),
+                io.Combo.Input(
+                    "kernels",
+                    options=KERNELS,
+                    default="auto",
+                    advanced=True,
+                    tooltip="How packed weights are multiplied. auto: the fastest here. triton: on the GPU only. torch: slow, the "
+                    "reference.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str, kernels: str = "auto") -> bool | str:
+        if reason := problem() or _kernel_problem(kernels):
+            return reason
+        return _problem_of(checkpoint, MODELS)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, **kwargs: Any) -> str:
+        path = checkpoints(*MODELS).get(checkpoint)
+        return fingerprint(path) if path else ""
+
+    @classmethod
+    def execute(cls, checkpoint: str, dtype: str = "auto", kernels: str = "auto") -> io.NodeOutput:
+        require()
+        import torch
+
+        from ..loader import load_model
+
+        model = load_model(_path(checkpoint, MODELS), None if dtype == "auto" else getattr(torch, dtype))
+        if kernels != "auto":
+            from ..ops import force_kernels
+
+            force_kernels(model.model, kernels)
+        return io.NodeOutput(model)
+
+
+def _path(checkpoint: str, kinds: tuple[str, ...]) -> Path:
+    path = checkpoints(*kinds).get(checkpoint)
+    if path is None:
+        raise FileNotFoundError(_not_found(checkpoint, kinds))
+    return path
+
+
+def _not_found(checkpoint: str, kinds: tuple[str, ...]) -> str:
+    import folder_paths
+
+    folders = ", ".join(path for kind in kinds for path in folder_paths.get_folder_paths(kind))
+    return f"There is no quantized model {checkpoint!r} in {folders}"
+
+
+def _problem_of(checkpoint: str, kinds: tuple[str, ...]) -> bool | str:
+    """What is wrong with a checkpoint's description, before anything is loaded; ``True`` if nothing is."""
+    from qdiff_diffusers.stored import read_stored_model
+
+    from ..loader import stored_family
+
+    path = checkpoints(*kinds).get(checkpoint)
+    if path is None:
+        return _not_found(checkpoint, kinds)
+    try:
+        stored_family(read_stored_model(path))
+    except (ValueError, OSError) as error:
+        return str(error)
+    return True
+
+
+def _kernel_problem(kernels: str) -> str | None:
+    if kernels not in KERNELS:
+        return f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}"
+    import comfy.model_management
+
+    if kernels == "triton" and comfy.model_management.get_torch_device().type == "cpu":
+        return "kernels: triton needs a GPU, and ComfyUI computes on the CPU here; choose auto"
+    return None

@@ -1,0 +1,65 @@
+"""Where the pack finds the qdiff package, and what it says when something is missing.
+
+An installed ``qdiff-diffusers`` is used if there is one; a clone of the repository brings its own copy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = {
+    "qdiff_diffusers": ROOT / "qdiff_diffusers",
+    "qdiff_diffusers.hub_cards": ROOT / "hub_cards",
+    "qdiff_kernels": ROOT / "kernels" / "torch-ext" / "qdiff_kernels",
+}
+
+
+class BundledFinder:
+    """Finds the packages of the clone; asked after everything that is installed."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        folder = BUNDLED.get(name)
+        if folder is None or not (folder / "__init__.py").is_file():
+            return None
+        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+
+
+class MissingPackage(RuntimeError):
+    """Something that the nodes need is not installed."""
+
+
+def find_package() -> None:
+    """Let ``import qdiff_diffusers`` find the clone's copy. Nothing is imported yet, so that ComfyUI starts quickly and always."""
+    if not any(finder is BundledFinder for finder in sys.meta_path):
+        sys.meta_path.append(BundledFinder)
+
+
+def problem() -> str | None:
+    """Why the nodes cannot work and what to do about it; ``None`` if they can."""
+    try:
+        importlib.import_module("qdiff_diffusers.stored")
+        importlib.import_module("comfy_kitchen.tensor")
+    except ImportError as error:
+        needs = f'-r "{ROOT / "requirements.txt"}"' if (ROOT / "requirements.txt").is_file() else "qdiff-diffusers"
+        return (
+            f"qdiff cannot run here: {error}. Install what it needs into ComfyUI's Python and start ComfyUI again: "
+            f'"{sys.executable}" -m pip install {needs}'
+        )
+    return None
+
+
+def require() -> None:
+    """Called before anything that needs the package.
+
+    Raises:
+        MissingPackage: says what to install.
+    """
+    if reason := problem():
+        raise MissingPackage(reason)

@@ -1,0 +1,55 @@
+"""Fixtures for the tests that run inside ComfyUI. Without a ComfyUI they are skipped and nothing of it is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui import host, tiny_families
+
+from qdiff_diffusers import QDiffConfig, RTNConfig, quantize
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(host.needs_comfyui)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``dense(family)``: the folder of a tiny dense model, saved as diffusers saves it."""
+    root, made = tmp_path_factory.mktemp("dense"), {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = root / name
+            tiny_families.make(name).save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quantized(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``quantized(family, config)``: the folder of the same model, quantized by diffusers; every layer that can be, by default."""
+    root, made = tmp_path_factory.mktemp("quantized"), {}
+
+    def folder(name: str, config: QDiffConfig | None = None) -> Path:
+        config = config or RTNConfig(bits=4, group_size=32, keep_outer_layers=False)
+        key = (name, str(config.to_dict()))
+        if key not in made:
+            made[key] = quantize(dense(name), config, root / f"{name}-{len(made)}", dtype=torch.float32)
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``tiny(family)``: let ComfyUI recognise the tiny model of a family, whose sizes its detection takes for granted."""
+    from comfyui.detection import recognise
+
+    return lambda name: recognise(monkeypatch, name)

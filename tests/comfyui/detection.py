@@ -1,0 +1,41 @@
+"""Sizes that ComfyUI's detection takes for granted, replaced by those of the tiny models. The rest of it is left as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from comfyui import host
+from comfyui.tiny_families import TINY
+
+MOCHI_MLP = 384  # of the tiny model; ComfyUI's class insists on the published 12288
+
+
+def recognise(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Make ComfyUI recognise one family's tiny model while the test runs."""
+    host.pack()
+    from comfy import model_detection, supported_models
+    from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmetricJointBlock
+
+    original = model_detection.detect_unet_config
+
+    def detect(*args: Any, **kwargs: Any) -> Any:
+        config = original(*args, **kwargs)
+        return config if config is None else config | TINY[name].detected
+
+    monkeypatch.setattr(model_detection, "detect_unet_config", detect)
+    monkeypatch.setattr(supported_models, "models", [*_unets(supported_models), *supported_models.models])
+    monkeypatch.setitem(supported_models.ZImage.unet_config, "dim", TINY["z_image"].config["dim"])
+    init = AsymmetricJointBlock.__init__
+    constants = tuple(MOCHI_MLP if value == 12288 else value for value in init.__code__.co_consts)
+    monkeypatch.setattr(init, "__code__", init.__code__.replace(co_consts=constants))
+
+
+def _unets(supported_models: Any) -> list[type]:
+    sizes = {"model_channels": 32, "context_dim": 32}
+    xl = sizes | {"use_linear_in_transformer": True, "adm_in_channels": 80}
+    plain = sizes | {"use_linear_in_transformer": False, "adm_in_channels": None}
+    return [
+        type("TinySDXL", (supported_models.SDXL,), {"unet_config": xl}),
+        type("TinySD15", (supported_models.SD15,), {"unet_config": plain}),
+    ]

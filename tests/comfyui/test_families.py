@@ -1,0 +1,112 @@
+"""Every native family: the same numbers as diffusers, from the same quantized checkpoint, through ComfyUI's own model class."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from comfyui import host
+from comfyui.tiny_families import TINY
+
+from qdiff_diffusers import CheckpointError
+
+TOLERANCE = 1e-5  # of outputs of order one, in float32
+
+
+def load(path):
+    import comfy.model_management
+
+    model = host.part("loader").load_model(path)
+    comfy.model_management.load_models_gpu([model])
+    return model
+
+
+@pytest.mark.parametrize("family", TINY)
+@torch.no_grad()
+def test_native_output_is_that_of_diffusers(family, quantized, tiny):
+    tiny(family)
+    folder = quantized(family)
+    reference = diffusers.AutoModel.from_pretrained(str(folder))
+    expected = TINY[family].reference(reference)
+    model = load(folder)
+    output = TINY[family].native(model.model.diffusion_model)
+    assert output.shape == expected.shape
+    assert (output - expected).abs().max() < TOLERANCE
+    packed = host.part("loader").packed_weights(model)
+    blocks = [block.name for weight in packed.values() for block in weight._params.blocks if block.spec]
+    assert sorted(blocks) == sorted(reference.config.quantization_config.layers)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_names_go_there_and_back(family, dense, tiny):
+    from qdiff_diffusers.checkpoint import read_headers, weight_files
+
+    families = host.part("families")
+    tiny(family)
+    stored = {key: info.shape for key, info in read_headers(weight_files(dense(family))).items()}
+    rules = families.family_of_class(TINY[family].diffusers_class).rules(stored)
+    native = families.to_native(rules, stored)
+    shapes = {
+        key: (sum(stored[part.key][0] if stored[part.key] else 1 for part in parts), *stored[parts[0].key][1:])
+        for key, parts in native.items()
+    }
+    back = families.to_diffusers(families.family_of_class(TINY[family].diffusers_class).rules(shapes), shapes)
+    assert {s.key: s.stop - s.start for slices in back.values() for s in slices} == {
+        key: shape[0] if shape else 1 for key, shape in stored.items()
+    }
+    assert {s.key: s.swapped for slices in back.values() for s in slices} == {
+        part.key: part.swapped for parts in native.values() for part in parts
+    }
+
+
+PUBLISHED = [
+    "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "ChromaTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "AuraFlowTransformer2DModel",
+    "ZImageTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "WanTransformer3DModel",
+    "LTXVideoTransformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "MochiTransformer3DModel",
+]
+DETAILS = {
+    "FluxTransformer2DModel": {"guidance_embeds": True},
+    "PixArtTransformer2DModel": {"caption_channels": 4096, "use_additional_conditions": False},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_are_recognised_and_every_tensor_fits(name):
+    """With diffusers' default config, which is the published one; on the meta device."""
+    host.pack()
+    from comfy import model_detection
+
+    families = host.part("families")
+    family = families.family_of_class(name)
+    with torch.device("meta"):
+        reference = getattr(diffusers, name)(**DETAILS.get(name, {}))
+    stored = {key: tensor.to("meta") for key, tensor in reference.state_dict().items()}
+    parts = families.to_native(family.rules(stored), stored)
+    tensors = {key: torch.cat([stored[part.key] for part in sources]) for key, sources in parts.items()}
+    config = model_detection.model_config_from_unet(dict(tensors), "")
+    config.set_inference_dtype(torch.bfloat16, None)
+    config.custom_operations = host.part("ops").Operations
+    model = config.get_model(dict(tensors), "", device=torch.device("meta"))
+    assert type(model).__name__ in family.native
+    given = config.process_unet_state_dict(dict(tensors))
+    wanted = {key: tensor.shape for key, tensor in model.diffusion_model.state_dict().items() if key not in family.unused}
+    assert {key: tensor.shape for key, tensor in given.items()} == wanted
+
+
+def test_a_model_without_a_native_class_is_refused_by_name(tmp_path):
+    import tiny_models
+
+    from qdiff_diffusers import RTNConfig, quantize
+
+    tiny_models.make("dit").save_pretrained(tmp_path / "dit")
+    quantize(tmp_path / "dit", RTNConfig(bits=4), tmp_path / "packed")
+    with pytest.raises(CheckpointError, match=r"DiTTransformer2DModel.*pipeline nodes"):
+        host.part("loader").load_model(tmp_path / "packed")

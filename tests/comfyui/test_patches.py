@@ -1,0 +1,190 @@
+"""LoRAs, merges and memory management: a packed model does what ComfyUI does with the same weights stored densely."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui import host
+from comfyui.tiny_families import TINY, make
+from torch import nn
+
+TOLERANCE = 1e-5
+FAMILIES = ("flux", "sd3", "sdxl", "wan")
+
+
+@pytest.fixture
+def models(tiny, quantized):
+    """``models(family)``: the packed model, and stock ComfyUI's model with the same weights decoded."""
+
+    def pair(family):
+        tiny(family)
+        import comfy.sd
+
+        loader = host.part("loader")
+        packed = loader.load_model(quantized(family))
+        tensors = packed.model.diffusion_model.state_dict()
+        decoded = {k: v.dequantize() if host.part("layout").is_packed(v) else v.clone() for k, v in tensors.items()}
+        return packed, comfy.sd.load_diffusion_model_state_dict(decoded, model_options={"dtype": torch.float32})
+
+    return pair
+
+
+@torch.no_grad()
+def run(model, family):
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+    return TINY[family].native(model.model.diffusion_model)
+
+
+def linear_layers(family):
+    """Names and layers of the repeated blocks of the diffusers model."""
+    chosen = (nn.Linear, nn.Conv2d) if family == "sdxl" else (nn.Linear,)
+    return {n: m for n, m in make(family).named_modules() if isinstance(m, chosen) and ("blocks." in n)}
+
+
+def peft_lora(family, rank=4, dora=False):
+    """A LoRA file in PEFT's naming for every layer of the blocks."""
+    torch.manual_seed(3)
+    out = {}
+    prefix = "unet" if family == "sdxl" else "transformer"
+    for name, layer in linear_layers(family).items():
+        kernel = layer.weight.shape[2:]
+        out[f"{prefix}.{name}.lora_A.weight"] = torch.randn(rank, layer.weight.shape[1], *kernel) * 0.05
+        out[f"{prefix}.{name}.lora_B.weight"] = torch.randn(layer.weight.shape[0], rank, *(1 for _ in kernel)) * 0.05
+        if dora:
+            out[f"{prefix}.{name}.dora_scale"] = torch.rand(1, layer.weight.shape[1], *(1 for _ in kernel)) + 0.5
+    return out
+
+
+def lokr(model):
+    """A LoKr patch for every packed linear layer, in ComfyUI's own names."""
+    torch.manual_seed(4)
+    weights = {n: w for n, w in host.part("loader").packed_weights(model).items() if w.ndim == 2}
+    out = {}
+    for name, weight in weights.items():
+        rows, columns = weight.shape
+        out[f"diffusion_model.{name}.lokr_w1"] = torch.randn(2, 2) * 0.3
+        out[f"diffusion_model.{name}.lokr_w2"] = torch.randn(rows // 2, columns // 2) * 0.02
+    return out
+
+
+def with_lora(model, lora, strength):
+    import comfy.sd
+
+    patched, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), strength, 0.0)
+    assert patched.patches
+    return patched
+
+
+def patches_of(model):
+    return [m.patches for m in model.model.modules() if getattr(m, "patches", None) is not None]
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
+def test_a_lora_is_a_branch_and_exact(family, models):
+    packed, stock = models(family)
+    lora = peft_lora(family)
+    before = run(packed, family)
+    patched, expected = (with_lora(model, lora, 0.8) for model in (packed, stock))
+    output, wanted = run(patched, family), run(expected, family)
+    assert (wanted - before).abs().max() > 100 * TOLERANCE
+    assert (output - wanted).abs().max() < TOLERANCE
+    # ComfyUI patches SD3's last context modulation through a function, as its halves are exchanged.
+    assert len(patches_of(patched)) > 10 and sum(p.dense for p in patches_of(patched)) == (family == "sd3")
+    assert torch.equal(run(packed, family), before)
+    assert not patches_of(packed)
+
+
+def test_two_loras_add_up(models):
+    packed, stock = models("flux")
+    first, second = peft_lora("flux", 4), {k: -0.5 * v for k, v in peft_lora("flux", 2).items()}
+    outputs = [run(with_lora(with_lora(model, first, 1.0), second, 0.4), "flux") for model in (packed, stock)]
+    assert (outputs[0] - outputs[1]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_other_adapters_act_on_the_decoded_weight(kind, models):
+    packed, stock = models("flux")
+    lora = peft_lora("flux", dora=True) if kind == "dora" else lokr(packed)
+    before = run(packed, "flux")
+    outputs = [run(with_lora(model, lora, 0.7), "flux") for model in (packed, stock)]
+    assert (outputs[1] - before).abs().max() > 100 * TOLERANCE
+    assert (outputs[0] - outputs[1]).abs().max() < TOLERANCE
+
+
+def test_a_merge_of_two_models_is_that_of_their_decoded_weights(models):
+    def merged(one, other):
+        result = one.clone()
+        for key, patch in other.get_key_patches("diffusion_model.").items():
+            result.add_patches({key: patch}, 0.3, 0.7)
+        return result
+
+    packed, stock = models("flux")
+    other, _ = models("flux")
+    lora = peft_lora("flux")
+    output = run(merged(packed, with_lora(other, lora, 1.0)), "flux")
+    wanted = run(merged(stock, with_lora(stock, lora, 1.0)), "flux")
+    assert (wanted - run(stock, "flux")).abs().max() > 100 * TOLERANCE
+    assert (output - wanted).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_unloading_and_partial_loading_change_nothing(family, models):
+    import comfy.model_management
+
+    packed, _ = models(family)
+    before = run(packed, family)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(run(packed, family), before)
+    comfy.model_management.unload_all_models()
+    packed.load(torch.device("cpu"), lowvram_model_memory=packed.model_size() // 2)  # half of the layers stay where they are
+    assert any(getattr(m, "comfy_patched_weights", False) for m in packed.model.modules())
+    assert torch.equal(TINY[family].native(packed.model.diffusion_model), before)
+
+
+def test_a_model_counts_as_many_bytes_as_it_stores(models):
+    packed, stock = models("flux")
+    assert packed.model_size() < 0.45 * stock.model_size()
+    weights = host.part("loader").packed_weights(packed)
+    assert sum(w.nbytes for w in weights.values()) <= packed.model_size()
+
+
+@torch.no_grad()
+def test_a_lora_that_is_scheduled_by_hooks_comes_and_goes(models):
+    import comfy.hooks
+    import comfy.lora
+    import comfy.model_management
+
+    packed, stock = models("flux")
+    before = run(packed, "flux")
+    outputs = []
+    for model in (packed, stock):
+        model = model.clone()
+        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        hook = comfy.hooks.WeightHook(strength_model=0.8)
+        hook.weights, hook.need_weight_init = comfy.lora.load_lora(peft_lora("flux"), keys), False
+        group = comfy.hooks.HookGroup()
+        group.add(hook)
+        run(model, "flux")
+        model.add_hook_patches(hook, hook.weights, 0.8)
+        model.patch_hooks(group)
+        outputs.append(TINY["flux"].native(model.model.diffusion_model))
+        model.patch_hooks(None)
+        outputs.append(TINY["flux"].native(model.model.diffusion_model))
+    assert (outputs[0] - before).abs().max() > 100 * TOLERANCE
+    assert (outputs[0] - outputs[2]).abs().max() < TOLERANCE
+    assert torch.equal(outputs[1], before)
+
+
+@torch.no_grad()
+def test_torch_compile_sees_through_packed_layers(models):
+    packed, _ = models("flux")
+    before = run(packed, "flux")
+    block = packed.model.diffusion_model.double_blocks[0].img_mlp
+    x = torch.randn(1, 8, 128)
+    expected = block(x)
+    compiled = torch.compile(block, backend="eager")
+    assert torch.allclose(compiled(x), expected, atol=1e-6)
+    assert torch.equal(run(packed, "flux"), before)

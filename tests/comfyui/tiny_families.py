@@ -1,0 +1,424 @@
+"""A tiny model of every native family, and one call of it through diffusers and one through ComfyUI's class, on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+
+class Tiny(NamedTuple):
+    """``detected``: what ComfyUI's detection takes for granted of the published sizes and the tiny model has otherwise."""
+
+    diffusers_class: str
+    config: dict[str, Any]
+    reference: Callable[[nn.Module], Tensor]
+    native: Callable[[nn.Module], Tensor]
+    detected: Mapping[str, Any] = MappingProxyType({})
+    large_queries: bool = False
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(shape)))
+
+
+IMAGE, CONTEXT, POOLED = noise(1, 16, 8, 8), noise(1, 8, 64), noise(1, 64)
+VIDEO = noise(1, 16, 2, 8, 8)
+
+
+def patches(x: Tensor) -> Tensor:
+    """``[b, c, h, w]`` -> ``[b, h/2*w/2, c*4]``, channels first."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+
+
+def unpatches(x: Tensor, h: int, w: int) -> Tensor:
+    b, _, c = x.shape
+    return x.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
+
+
+def positions(h: int, w: int, axes: int = 3) -> Tensor:
+    ids = torch.zeros(h, w, axes)
+    ids[..., 1], ids[..., 2] = torch.arange(h)[:, None], torch.arange(w)
+    return ids.reshape(-1, axes)
+
+
+def flux_reference(model: nn.Module) -> Tensor:
+    out = model(
+        hidden_states=patches(IMAGE),
+        encoder_hidden_states=CONTEXT,
+        pooled_projections=POOLED,
+        timestep=torch.tensor([0.7]),
+        guidance=torch.tensor([3.5]),
+        img_ids=positions(4, 4),
+        txt_ids=torch.zeros(8, 3),
+        return_dict=False,
+    )[0]
+    return unpatches(out, 8, 8)
+
+
+def flux2_reference(model: nn.Module) -> Tensor:
+    text = torch.zeros(8, 4)
+    text[:, 3] = torch.arange(8)
+    out = model(
+        hidden_states=noise(1, 128, 4, 4).flatten(2).transpose(1, 2),
+        encoder_hidden_states=CONTEXT,
+        timestep=torch.tensor([0.7]),
+        guidance=torch.tensor([3.5]),
+        img_ids=positions(4, 4, 4)[None],
+        txt_ids=text[None],
+        return_dict=False,
+    )[0]
+    return out.transpose(1, 2).reshape(1, 128, 4, 4)
+
+
+def chroma_reference(model: nn.Module) -> Tensor:
+    out = model(
+        hidden_states=patches(IMAGE),
+        encoder_hidden_states=CONTEXT,
+        timestep=torch.tensor([0.7]),
+        img_ids=positions(4, 4),
+        txt_ids=torch.zeros(8, 3),
+        return_dict=False,
+    )[0]
+    return unpatches(out, 8, 8)
+
+
+def unet_reference(model: nn.Module) -> Tensor:
+    extra = {"text_embeds": noise(1, 32), "time_ids": torch.ones(1, 6)} if model.config.addition_embed_type else None
+    return model(noise(1, 4, 8, 8), torch.tensor(500), noise(1, 6, 32), added_cond_kwargs=extra, return_dict=False)[0]
+
+
+def sdxl_native(model: nn.Module) -> Tensor:
+    from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
+
+    sizes = timestep_embedding(torch.ones(6), 8).reshape(1, -1)
+    return model(noise(1, 4, 8, 8), torch.tensor([500]), context=noise(1, 6, 32), y=torch.cat([noise(1, 32), sizes], 1))
+
+
+def pixart_reference(model: nn.Module) -> Tensor:
+    none = {"resolution": None, "aspect_ratio": None}
+    return model(noise(1, 4, 64, 64), noise(1, 6, 32), torch.tensor([500]), none, return_dict=False)[0][:, :4]
+
+
+def z_image_reference(model: nn.Module) -> Tensor:
+    return -model([IMAGE[0][:, None]], torch.tensor([0.25]), [noise(1, 32, 64)[0]], return_dict=False)[0][0][None, :, 0]
+
+
+def hidream_reference(model: nn.Module) -> Tensor:
+    return -model(
+        IMAGE,
+        timesteps=torch.tensor([700]),
+        encoder_hidden_states_t5=noise(1, 4, 64),
+        encoder_hidden_states_llama3=noise(1, 1, 4, 64),
+        pooled_embeds=POOLED,
+        return_dict=False,
+    )[0]
+
+
+def hunyuan_reference(model: nn.Module) -> Tensor:
+    return model(
+        VIDEO,
+        torch.tensor([700]),
+        CONTEXT,
+        torch.ones(1, 8),
+        noise(1, 768),
+        torch.tensor([6000.0]),
+        return_dict=False,
+    )[0]
+
+
+def ltx_reference(model: nn.Module) -> Tensor:
+    x = noise(1, 16, 2, 4, 4)
+    out = model(
+        x.flatten(2).transpose(1, 2),
+        CONTEXT,
+        torch.tensor([700]),
+        torch.ones(1, 8),
+        num_frames=2,
+        height=4,
+        width=4,
+        rope_interpolation_scale=(8 / 25, 32, 32),
+        return_dict=False,
+    )[0]
+    return out.transpose(1, 2).reshape(1, 16, 2, 4, 4)
+
+
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+}
+
+TINY = {
+    "flux": Tiny(
+        "FluxTransformer2DModel",
+        {
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_attention_heads": 1,
+            "joint_attention_dim": 64,
+            "pooled_projection_dim": 64,
+            "guidance_embeds": True,
+        },
+        flux_reference,
+        lambda m: m(IMAGE, torch.tensor([0.7]), CONTEXT, POOLED, guidance=torch.tensor([3.5])),
+    ),
+    "flux2": Tiny(
+        "Flux2Transformer2DModel",
+        {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
+        flux2_reference,
+        lambda m: m(noise(1, 128, 4, 4), torch.tensor([0.7]), CONTEXT, guidance=torch.tensor([3.5])),
+    ),
+    "chroma": Tiny(
+        "ChromaTransformer2DModel",
+        {
+            "num_attention_heads": 1,  # and all the published layers: ComfyUI counts on them to find the modulations
+            "joint_attention_dim": 64,
+            "approximator_hidden_dim": 64,
+            "approximator_layers": 2,
+        },
+        chroma_reference,
+        lambda m: m(IMAGE, torch.tensor([0.7]), CONTEXT, guidance=torch.tensor([0.0])),
+        {"hidden_dim": 64, "n_layers": 2, "out_dim": 128},
+    ),
+    "sd3": Tiny(
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "caption_projection_dim": 128,
+            "joint_attention_dim": 64,
+            "pooled_projection_dim": 64,
+            "sample_size": 16,
+            "pos_embed_max_size": 16,
+            "out_channels": 16,
+            "in_channels": 16,
+            "dual_attention_layers": (0,),
+            "qk_norm": "rms_norm",
+        },
+        lambda m: m(IMAGE, CONTEXT, POOLED, torch.tensor([700]), return_dict=False)[0],
+        lambda m: m(IMAGE, torch.tensor([700]), context=CONTEXT, y=POOLED),
+    ),
+    "sdxl": Tiny(
+        "UNet2DConditionModel",
+        UNET
+        | {
+            "attention_head_dim": (1, 1),  # of 64 channels each
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 80,
+            "norm_num_groups": 32,
+        },
+        unet_reference,
+        sdxl_native,
+    ),
+    "sd15": Tiny(
+        "UNet2DConditionModel",
+        UNET | {"attention_head_dim": 8},
+        unet_reference,
+        lambda m: m(noise(1, 4, 8, 8), torch.tensor([500]), context=noise(1, 6, 32)),
+    ),
+    "pixart": Tiny(
+        "PixArtTransformer2DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 2,
+            "cross_attention_dim": 32,
+            "caption_channels": 32,
+            "sample_size": 64,
+            "interpolation_scale": 1,
+            "use_additional_conditions": False,
+        },
+        pixart_reference,
+        lambda m: m(noise(1, 4, 64, 64), torch.tensor([500]), noise(1, 6, 32)),
+        {"hidden_size": 32, "num_heads": 2, "caption_channels": 32, "pe_interpolation": 1},
+    ),
+    "auraflow": Tiny(
+        "AuraFlowTransformer2DModel",
+        {
+            "num_mmdit_layers": 1,
+            "num_single_dit_layers": 1,
+            "attention_head_dim": 256,
+            "num_attention_heads": 1,
+            "joint_attention_dim": 2048,
+            "caption_projection_dim": 256,
+            "pos_embed_max_size": 64,
+        },
+        lambda m: m(noise(1, 4, 8, 8), noise(1, 8, 2048), torch.tensor([0.7]), return_dict=False)[0],
+        lambda m: m(noise(1, 4, 8, 8), torch.tensor([0.7]), noise(1, 8, 2048)),
+        {"dim": 256, "n_heads": 1, "global_conddim": 256},
+    ),
+    "lumina2": Tiny(
+        "Lumina2Transformer2DModel",
+        {
+            "hidden_size": 192,
+            "num_layers": 2,
+            "num_refiner_layers": 2,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "cap_feat_dim": 64,
+            "axes_lens": (32, 32, 32),
+        },
+        lambda m: -m(IMAGE, torch.tensor([0.25]), CONTEXT, torch.ones(1, 8, dtype=torch.bool), return_dict=False)[0],
+        lambda m: m(IMAGE, torch.tensor([0.75]), CONTEXT, num_tokens=8),
+        {
+            "dim": 192,
+            "n_heads": 2,
+            "n_kv_heads": 1,
+            "axes_dims": [32, 32, 32],
+            "axes_lens": [32, 32, 32],
+            "rope_theta": 10000.0,
+            "ffn_dim_multiplier": 4.0,
+        },
+        large_queries=True,
+    ),
+    "z_image": Tiny(
+        "ZImageTransformer2DModel",
+        {"dim": 256, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 64, "axes_lens": [64, 64, 64]},
+        z_image_reference,
+        lambda m: m(IMAGE, torch.tensor([0.75]), noise(1, 32, 64), num_tokens=32),
+        {
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [64, 64, 64],
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8.0 / 3.0,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        },
+        large_queries=True,
+    ),
+    "qwen": Tiny(
+        "QwenImageTransformer2DModel",
+        {"num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
+        lambda m: unpatches(
+            m(
+                patches(IMAGE),
+                CONTEXT,
+                torch.ones(1, 8),
+                torch.tensor([0.7]),
+                img_shapes=[(1, 4, 4)],
+                return_dict=False,
+            )[0],
+            8,
+            8,
+        )[:, :, None],
+        lambda m: m(IMAGE[:, :, None], torch.tensor([0.7]), CONTEXT),
+        {"num_attention_heads": 1, "joint_attention_dim": 64},
+    ),
+    "hidream": Tiny(
+        "HiDreamImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 128,
+            "num_attention_heads": 1,
+            "caption_channels": [64, 64],
+            "text_emb_dim": 64,
+            "axes_dims_rope": (64, 32, 32),
+            "max_resolution": (8, 8),
+            "llama_layers": [0, 0],
+        },
+        hidream_reference,
+        lambda m: m(IMAGE, torch.tensor([700]), POOLED, noise(1, 4, 64), encoder_hidden_states_llama3=noise(1, 1, 4, 64)),
+        {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 1,
+            "caption_channels": [64, 64],
+            "text_emb_dim": 64,
+            "max_resolution": [8, 8],
+            "llama_layers": [0, 0],
+        },
+    ),
+    "wan": Tiny(
+        "WanTransformer3DModel",
+        {"num_attention_heads": 1, "ffn_dim": 256, "num_layers": 2, "text_dim": 4096, "rope_max_seq_len": 32},
+        lambda m: m(VIDEO, torch.tensor([700]), noise(1, 8, 4096), return_dict=False)[0],
+        lambda m: m(VIDEO, torch.tensor([700]), noise(1, 8, 4096)),
+    ),
+    "wan_i2v": Tiny(
+        "WanTransformer3DModel",
+        {
+            "num_attention_heads": 1,
+            "ffn_dim": 256,
+            "num_layers": 2,
+            "text_dim": 4096,
+            "in_channels": 36,
+            "image_dim": 1280,
+            "added_kv_proj_dim": 128,
+            "rope_max_seq_len": 32,
+        },
+        lambda m: m(noise(1, 36, 2, 8, 8), torch.tensor([700]), noise(1, 512, 4096), noise(1, 257, 1280), return_dict=False)[0],
+        lambda m: m(noise(1, 36, 2, 8, 8), torch.tensor([700]), noise(1, 512, 4096), clip_fea=noise(1, 257, 1280)),
+    ),
+    "ltx": Tiny(
+        "LTXVideoTransformer3DModel",
+        {
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 2,
+            "num_attention_heads": 32,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 256,
+            "caption_channels": 64,
+        },
+        ltx_reference,
+        lambda m: m(noise(1, 16, 2, 4, 4), torch.tensor([0.7]), CONTEXT, None),
+        {"in_channels": 16, "out_channels": 16, "caption_channels": 64},
+    ),
+    "hunyuan_video": Tiny(
+        "HunyuanVideoTransformer3DModel",
+        {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "text_embed_dim": 64},
+        hunyuan_reference,
+        lambda m: m(VIDEO, torch.tensor([700.0]), CONTEXT, noise(1, 768), guidance=torch.tensor([6.0])),
+    ),
+    "mochi": Tiny(
+        "MochiTransformer3DModel",
+        {
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 48,
+            "pooled_projection_dim": 96,
+            "text_embed_dim": 64,
+            "max_sequence_length": 256,
+        },
+        lambda m: m(
+            noise(1, 12, 2, 8, 8),
+            noise(1, 256, 64),
+            torch.tensor([250]),
+            torch.ones(1, 256, dtype=torch.bool),
+            return_dict=False,
+        )[0],
+        lambda m: -m(noise(1, 12, 2, 8, 8), torch.tensor([0.75]), noise(1, 256, 64), torch.ones(1, 256), num_tokens=256),
+        {"depth": 2, "num_heads": 2, "hidden_size_x": 96, "hidden_size_y": 96, "t5_feat_dim": 64},
+    ),
+}
+
+
+def make(name: str) -> nn.Module:
+    """A tiny model whose every weight has a say in the output."""
+    torch.manual_seed(0)
+    model = getattr(diffusers, TINY[name].diffusers_class)(**TINY[name].config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                # Large queries and keys: the programs normalise some models' with different epsilons.
+                parameter.normal_(std=1.0 if key.endswith(("to_q.weight", "to_k.weight")) and TINY[name].large_queries else 0.05)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
