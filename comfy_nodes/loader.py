@@ -41,7 +41,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, disable_dynam
     tensors = native_tensors(stored, family, stored.load(), dtype)
     patcher = native_model(tensors, dtype, family, disable_dynamic)
     patcher.cached_patcher_init = (load_model, (path, dtype))
-    patcher.set_attachments(ATTACHMENT, {"settings": stored.settings, "path": str(path)})
+    patcher.set_attachments(ATTACHMENT, {"settings": stored.settings, "quantization": stored.quantization, "path": str(path)})
     return patcher
 
 
@@ -80,7 +80,7 @@ def native_tensors(stored: StoredModel, family: Family | None, tensors: dict[str
         if name not in layers:
             value = tensors[part.key]
             value = value.to(dtype) if value.is_floating_point() else value
-            return Piece(None, name, tuple(value.shape), {"weight": _swap(value) if part.swapped else value}, part.swapped)
+            return Piece(None, name, tuple(value.shape), {"weight": swap_halves(value) if part.swapped else value}, part.swapped)
         spec, shape, _ = layers[name]
         values = stored_tensors(spec, shape, lambda leaf: tensors[f"{name}.{leaf}"])
         return Piece(spec, name, shape, swap_rows(spec, shape, values) if part.swapped else values, part.swapped)
@@ -100,18 +100,19 @@ def stored_tensors(spec: Any, shape: tuple[int, ...], get: Callable[[str], Tenso
 def swap_rows(spec: Any, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A packed layer's tensors with the two halves of its rows exchanged."""
     rows = spec.row_tensors(shape)
-    return {leaf: _swap(value) if leaf in rows else value for leaf, value in tensors.items()}
+    return {leaf: swap_halves(value) if leaf in rows else value for leaf, value in tensors.items()}
 
 
 def assemble(pieces: list[Piece], dtype: torch.dtype) -> Tensor:
     """One tensor of ComfyUI's out of its pieces: packed if any of them is."""
     if any(piece.spec for piece in pieces):
         return make_weight(pieces, dtype)
-    values = [piece.tensors["weight"] for piece in pieces]
-    return values[0] if len(values) == 1 else torch.cat(values)
+    # Copied out of the mapped file, where alignment is accidental: BLAS rounds differently by it, and a file cannot be replaced.
+    return torch.cat([piece.tensors["weight"] for piece in pieces]) if pieces[0].shape else pieces[0].tensors["weight"].clone()
 
 
-def _swap(tensor: Tensor) -> Tensor:
+def swap_halves(tensor: Tensor) -> Tensor:
+    """The rows of a tensor, second half first."""
     first, second = tensor.chunk(2)
     return torch.cat([second, first])
 

@@ -1,15 +1,20 @@
-"""``from_single_file`` of a quantized file that is damaged: say how, where diffusers guesses at another program's layout."""
+"""``from_single_file`` of our files: a self-contained one needs no settings, and a damaged one is said to be that."""
 
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from .checkpoint import read_header
 from .config import QDiffConfig
 from .errors import CheckpointError
+from .stored import stored_settings
 
 
 def explain_failures(module: ModuleType) -> None:
@@ -21,6 +26,8 @@ def explain_failures(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def from_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if settings := _own_settings(args, kwargs):
+            return _load_self_contained(cls, from_single_file, settings, args, kwargs)
         config = kwargs.get("quantization_config")
         try:
             return original(cls, *args, **kwargs)
@@ -43,3 +50,22 @@ def _read_local(source: Any) -> None:
     """What is wrong with the header of a local file, as an error; nothing if it is in order or somewhere else."""
     if isinstance(source, str | Path) and Path(source).is_file():
         read_header(source)
+
+
+def _own_settings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """config.json of a self-contained file, unless the caller says how to read it."""
+    path = args[0] if args else kwargs.get("pretrained_model_link_or_path_or_dict")
+    given = {"config", "quantization_config"} & kwargs.keys()
+    if given or not isinstance(path, str | Path) or not Path(path).is_file() or Path(path).suffix != ".safetensors":
+        return None
+    return stored_settings(path)
+
+
+def _load_self_contained(cls: Any, load: Any, settings: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    config = QDiffConfig.from_dict(settings["quantization_config"])
+    plain = {key: value for key, value in settings.items() if key != "quantization_config"}
+    with tempfile.TemporaryDirectory() as folder:  # diffusers takes the settings of the class from a folder only
+        Path(folder, "config.json").write_text(json.dumps(plain))
+        known = config.compute_dtype is None or {"dtype", "torch_dtype"} & kwargs.keys()
+        dtype = {} if known else {"torch_dtype": getattr(torch, str(config.compute_dtype))}
+        return load(cls, *args, **kwargs, **dtype, config=folder, quantization_config=config)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from .clip import LoadCLIP
+from .inspect import Compare, ModelInfo, Report
 from .load import LoadModel
+from .pipeline import LoadPipeline, SamplePipeline
+from .quantize import QuantizeModel, SaveModel
 
-NODES = [LoadModel]
+NODES = [LoadModel, LoadCLIP, QuantizeModel, SaveModel, LoadPipeline, SamplePipeline, ModelInfo, Report, Compare]

@@ -24,16 +24,17 @@ def recognise(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return config if config is None else config | TINY[name].detected
 
     monkeypatch.setattr(model_detection, "detect_unet_config", detect)
-    monkeypatch.setattr(supported_models, "models", [*_unets(supported_models), *supported_models.models])
+    monkeypatch.setattr(supported_models, "models", [*tiny_unets(supported_models), *supported_models.models])
     monkeypatch.setitem(supported_models.ZImage.unet_config, "dim", TINY["z_image"].config["dim"])
     init = AsymmetricJointBlock.__init__
     constants = tuple(MOCHI_MLP if value == 12288 else value for value in init.__code__.co_consts)
     monkeypatch.setattr(init, "__code__", init.__code__.replace(co_consts=constants))
 
 
-def _unets(supported_models: Any) -> list[type]:
+def tiny_unets(supported_models: Any) -> list[type]:
+    """Descriptions by which ComfyUI recognises the tiny UNets."""
     sizes = {"model_channels": 32, "context_dim": 32}
-    xl = sizes | {"use_linear_in_transformer": True, "adm_in_channels": 80}
+    xl = sizes | {"use_linear_in_transformer": True, "adm_in_channels": 32 + 6 * 256}
     plain = sizes | {"use_linear_in_transformer": False, "adm_in_channels": None}
     return [
         type("TinySDXL", (supported_models.SDXL,), {"unet_config": xl}),

@@ -96,7 +96,7 @@ def unet_reference(model: nn.Module) -> Tensor:
 def sdxl_native(model: nn.Module) -> Tensor:
     from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 
-    sizes = timestep_embedding(torch.ones(6), 8).reshape(1, -1)
+    sizes = timestep_embedding(torch.ones(6), 256).reshape(1, -1)
     return model(noise(1, 4, 8, 8), torch.tensor([500]), context=noise(1, 6, 32), y=torch.cat([noise(1, 32), sizes], 1))
 
 
@@ -214,8 +214,8 @@ TINY = {
             "attention_head_dim": (1, 1),  # of 64 channels each
             "use_linear_projection": True,
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 80,
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 32 + 6 * 256,
             "norm_num_groups": 32,
         },
         unet_reference,

@@ -1,0 +1,178 @@
+"""``Quantize Model`` and ``Save Quantized Model``."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..folders import OURS
+from ..package import problem, require
+
+NAME = re.compile(r"[\w][\w .+/-]{0,200}")
+
+
+def _bits(*choices: str, default: str = "4") -> io.Input:
+    return io.Combo.Input(
+        "bits", options=list(choices), default=default, tooltip="Nominal bits per weight; a little more is stored."
+    )
+
+
+def _activations(*choices: str) -> io.Input:
+    tip = "What inputs of the layers are rounded to at run time. none: 16 bits. int8 and fp8 use the fast matrix units."
+    return io.Combo.Input("activations", options=["none", *choices], default="none", tooltip=tip)
+
+
+METHODS = {
+    "svdquant": [
+        _bits("2", "3", "4", "8"),
+        io.Int.Input("rank", default=0, min=0, max=512, tooltip="Of the 16-bit low-rank branch. 0: scaled with each layer."),
+        _activations("int8", "fp8", "int4"),
+    ],
+    "fp": [
+        io.Combo.Input(
+            "format",
+            options=["3 bits", "4 bits", "5 bits", "6 bits", "8 bits", "nvfp4", "mxfp4", "mxfp8"],
+            default="4 bits",
+            tooltip="Floating point numbers of this width, the encoding searched for each layer; or one of the hardware formats.",
+        ),
+        _activations("int8", "fp8"),
+    ],
+    "vq": [_bits("2", "3", "4", "8", default="3"), _activations("int8", "fp8")],
+    "aq": [
+        _bits("1.5", "2", "3", "4", default="2"),
+        io.Int.Input("effort", default=1, min=0, max=3, tooltip="0 is fast, 3 is thorough and takes many times longer."),
+        _activations("int8", "fp8"),
+    ],
+    "rtn": [_bits("2", "3", "4", "5", "6", "8", default="8"), _activations("int8", "fp8")],
+}
+
+
+class QuantizeModel(io.ComfyNode):
+    """Any MODEL in, a quantized MODEL out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QDiffQuantizeModel",
+            display_name="Quantize Model (qdiff)",
+            category="qdiff",
+            description="Quantizes a loaded MODEL layer by layer, without calibration data. LoRAs on it are baked in. Connect "
+            "Save Quantized Model to keep the result.",
+            search_aliases=["quantize", "compress", "low bit", "svdquant", "nvfp4", "additive quantization"],
+            inputs=[
+                io.Model.Input("model"),
+                io.DynamicCombo.Input(
+                    "method",
+                    options=[io.DynamicCombo.Option(name, inputs) for name, inputs in METHODS.items()],
+                    tooltip="svdquant: 4 bits with the least loss. fp: hardware formats. vq, aq: codebooks, for 2 and 3 bits. rtn: "
+                    "plain rounding, quickest.",
+                ),
+                io.String.Input(
+                    "skip",
+                    default="",
+                    tooltip="Parts of layer names to leave as they are, separated by commas: norm, proj_out. diffusers' names.",
+                ),
+                io.Boolean.Input(
+                    "outer_layers",
+                    default=False,
+                    advanced=True,
+                    tooltip="Also quantize the layers outside of the repeated blocks: embedders, final projection.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, advanced=True, tooltip="Of everything random in the method."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, method: dict[str, Any], skip: str = "", outer_layers: bool = False, seed: int = 0
+    ) -> io.NodeOutput:
+        require()
+        import comfy.model_management
+        import comfy.utils
+
+        from ..quantize import quantize_model
+
+        bar = comfy.utils.ProgressBar(1)
+
+        def progress(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        return io.NodeOutput(quantize_model(model, make_config(method, skip, outer_layers, seed), progress))
+
+
+def make_config(method: dict[str, Any], skip: str, outer_layers: bool, seed: int) -> Any:
+    """The config for what the node shows."""
+    from qdiff_diffusers import QDiffConfig
+
+    options = {key: value for key, value in method.items() if key != "method"}
+    bits = options.pop("bits", None)
+    shown = options.pop("format", None)
+    if shown is not None:
+        bits, weight_format = (shown.split()[0], None) if shown.endswith("bits") else (None, shown)
+        options["weight_format"] = weight_format
+    if options.get("rank") == 0:
+        del options["rank"]
+    return QDiffConfig(
+        method=method["method"],
+        bits=None if bits is None else float(bits),
+        modules_to_not_convert=[part.strip() for part in skip.split(",") if part.strip()] or None,
+        keep_outer_layers=not outer_layers,
+        seed=seed,
+        **options,
+    )
+
+
+class SaveModel(io.ComfyNode):
+    """A quantized MODEL into ``models/qdiff``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QDiffSaveModel",
+            display_name="Save Quantized Model (qdiff)",
+            category="qdiff",
+            description="Stores a quantized MODEL in models/qdiff, as a folder that Load Quantized Model and diffusers' "
+            "from_pretrained read. Its safetensors file is complete in itself and may be moved or shared alone.",
+            search_aliases=["save", "export", "checkpoint"],
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input("name", default="my-model-4bit", tooltip="Folder in models/qdiff; slashes make subfolders."),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        if reason := problem():
+            return reason
+        if not NAME.fullmatch(name) or ".." in Path(name).parts or Path(name).is_absolute():
+            return f"name must be a folder inside models/qdiff, made of letters, digits, spaces and . _ - +, got {name!r}"
+        if _target(name).exists():
+            return f"{_target(name)} exists already; choose another name, or delete it"
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str, **kwargs: Any) -> bool:
+        return _target(name).exists()
+
+    @classmethod
+    def execute(cls, model: Any, name: str) -> io.NodeOutput:
+        require()
+        from comfy_api.latest import ui
+
+        from ..quantize import save_model
+
+        file = save_model(model, _target(name))
+        return io.NodeOutput(ui=ui.PreviewText(f"{file.parent}: {file.stat().st_size / 1e6:.1f} MB"))
+
+
+def _target(name: str) -> Path:
+    return Path(os.path.join(folder_paths.get_folder_paths(OURS)[0], name))

@@ -1,0 +1,207 @@
+"""Quantizing a MODEL in the graph, and storing one: the way back from ComfyUI's names to diffusers'."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from qdiff_diffusers import QDiffConfig
+from qdiff_diffusers.errors import ConfigError
+from qdiff_diffusers.packing import new_provenance, quantize_named
+from qdiff_diffusers.stored import write_stored_model
+
+from .families import Family, Slice, family_of_native, to_diffusers
+from .layout import Piece, is_packed
+from .loader import ATTACHMENT, NATIVE, assemble, packed_weights, stored_tensors, swap_halves, swap_rows
+from .ops import Operations
+from .patches import adopt
+from .settings import diffusers_settings
+
+Progress = Callable[[int, int], None]
+IN_BLOCKS = re.compile(r"\.\d+\.|\.net\.\d+$")  # what diffusers keeps in an nn.ModuleList, by its name
+
+
+def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambda done, total: None) -> Any:
+    """A quantized MODEL with the same behaviour otherwise. Layers are chosen, named and seeded as diffusers would.
+
+    Args:
+        patcher: any MODEL. LoRAs and merges on it are baked in.
+        config: method and settings.
+        progress: called with (layers done, layers in all); it may raise to interrupt.
+
+    Raises:
+        ConfigError: the model is quantized by us already, or the settings leave no layer.
+    """
+    if packed_weights(patcher):
+        raise ConfigError("this MODEL is quantized already; connect the one it was made from")
+    config = config.fresh()
+    comfy.model_management.unload_all_models()  # takes patches out of the weights, if they were baked in
+    weights = _weights(patcher)
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    family = family_of_native(type(patcher.model).__name__, shapes)
+    names = (
+        to_diffusers(family.rules(shapes), shapes) if family else {k: [Slice(k, 0, s[0] if s else 1)] for k, s in shapes.items()}
+    )
+    targets = _choose(patcher.model.diffusion_model, names, config, _kept_in_float32(family))
+    if not targets:
+        raise ConfigError("nothing to quantize: the settings leave every layer as it is")
+    dtype = patcher.model.get_dtype()
+    pieces: dict[str, list[Piece]] = {}
+    for done, (native, slices) in enumerate(targets.items()):
+        progress(done, len(targets))
+        weight = _patched(patcher, native, weights[native])
+        pieces[native] = [_piece(weight[part.start : part.stop], part, config, dtype) for part in slices]
+    progress(len(targets), len(targets))
+    tensors = {key: pieces[key] if key in pieces else _patched(patcher, key, value) for key, value in weights.items()}
+    native = {key: assemble(value, dtype) if isinstance(value, list) else value for key, value in tensors.items()}
+    config.compute_dtype = str(dtype).removeprefix("torch.")
+    config.provenance = new_provenance(family.classes[0] if family else type(patcher.model).__name__)
+    return _rebuild(patcher, native, config, family, names)
+
+
+def _weights(patcher: Any) -> dict[str, Tensor]:
+    """The diffusion model's tensors, those of ComfyUI's own quantized formats as they are."""
+    model = patcher.model.diffusion_model
+    stored = model.state_dict()
+    return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def _patched(patcher: Any, key: str, weight: Tensor) -> Tensor:
+    """A tensor, decoded, with the patches on it baked in."""
+    weight = weight.detach()
+    weight = weight.dequantize() if hasattr(weight, "_layout_cls") else weight
+    patches = patcher.patches.get(f"diffusion_model.{key}")
+    if patches is None:
+        return weight
+    device = comfy.model_management.get_torch_device()
+    exact = weight.to(device, torch.float32, copy=True)
+    return comfy.lora.calculate_weight(patches, exact, f"diffusion_model.{key}").to("cpu", weight.dtype)
+
+
+def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig, keep: list[str]) -> dict[str, list[Slice]]:
+    """Weights to pack, with the layers of diffusers' that they consist of; what is skipped is noted in ``config``."""
+    out = {}
+    for module_name, module in model.named_modules():
+        key = f"{module_name}.weight"
+        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding) or key not in names:
+            continue
+        chosen = False
+        for part in names[key]:
+            reason = _reason_to_skip(part.key.removesuffix(".weight"), module, config, keep)
+            if reason:
+                config.skipped[part.key.removesuffix(".weight")] = reason
+            chosen = chosen or reason is None
+        if chosen:
+            out[key] = names[key]
+    return out
+
+
+def _reason_to_skip(name: str, module: nn.Module, config: QDiffConfig, keep: list[str]) -> str | None:
+    """As ``qdiff_diffusers.selection`` decides, from diffusers' names and ComfyUI's modules."""
+    chosen = config.config_for(name)
+    if not isinstance(module, nn.Linear | nn.Conv2d) or not hasattr(module, "comfy_cast_weights"):
+        return f"{type(module).__name__} is not a plain Linear or Conv2d"
+    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return "convolution with groups or unusual padding"
+    if chosen is None:
+        return "named in modules_to_not_convert or overrides"
+    if any(part in name.split(".") for part in keep):
+        return "kept in float32 by the model class"
+    if config.keep_outer_layers and chosen is config and not IN_BLOCKS.search(name):
+        return "outside the repeated blocks"
+    return None
+
+
+def _kept_in_float32(family: Family | None) -> list[str]:
+    cls = getattr(diffusers, family.classes[0], None) if family else None
+    return list(getattr(cls, "_keep_in_fp32_modules", None) or [])
+
+
+def _piece(rows: Tensor, part: Slice, config: QDiffConfig, dtype: torch.dtype) -> Piece:
+    """Some rows of a weight as a piece of the packed one; quantized in diffusers' order of rows."""
+    name = part.key.removesuffix(".weight")
+    shape = tuple(rows.shape)
+    layer_config = config.config_for(name)
+    if name in config.skipped or layer_config is None:
+        return Piece(None, name, shape, {"weight": rows.to(dtype).cpu()}, part.swapped)
+    original = swap_halves(rows) if part.swapped else rows.clone()
+    stored, tensors = quantize_named(name, original.to(comfy.model_management.get_torch_device()), layer_config)
+    config.layers[name] = stored
+    values = stored_tensors(stored.spec, shape, lambda leaf: tensors[leaf].cpu())
+    return Piece(stored.spec, name, shape, swap_rows(stored.spec, shape, values) if part.swapped else values, part.swapped)
+
+
+def _rebuild(patcher: Any, tensors: dict[str, Tensor], config: QDiffConfig, family: Family | None, names: dict[str, Any]) -> Any:
+    """The same model around other tensors: ComfyUI's config of it, its sampling and its options are kept."""
+    model_config = object.__new__(type(patcher.model.model_config))  # copy.copy stumbles over its __getattr__
+    model_config.__dict__.update(patcher.model.model_config.__dict__)
+    model_config.custom_operations = Operations
+    model_config.quant_config = None
+    model = model_config.get_model(dict(tensors), "", device=None)
+    new = comfy.model_patcher.CoreModelPatcher(model, load_device=patcher.load_device, offload_device=patcher.offload_device)
+    model.load_model_weights(dict(tensors), "", **({"assign": True} if new.is_dynamic() else {}))
+    model.model_sampling = copy.deepcopy(patcher.model.model_sampling)
+    new.model_options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+    new.object_patches = dict(patcher.object_patches)
+    shapes = {part.key: (part.stop - part.start, *tensors[key].shape[1:]) for key, parts in names.items() for part in parts}
+    settings = diffusers_settings(family, shapes, model_config) if family else None
+    settings = settings or {NATIVE: type(patcher.model).__name__}
+    new.set_attachments(ATTACHMENT, {"settings": settings, "quantization": config, "path": ""})
+    return adopt(new)
+
+
+def save_model(patcher: Any, folder: Path) -> Path:
+    """Store a quantized MODEL so that the loader and diffusers' ``from_pretrained`` read it.
+
+    Returns:
+        The weight file, which is complete in itself.
+
+    Raises:
+        ConfigError: the model is not quantized by us.
+        CheckpointError: ``folder`` exists already.
+    """
+    info = patcher.get_attachment(ATTACHMENT)
+    if info is None or not packed_weights(patcher):
+        raise ConfigError(
+            "this MODEL is not quantized by qdiff; connect one from Quantize Model (qdiff) or Load Quantized Model (qdiff)"
+        )
+    settings = {key: value for key, value in info["settings"].items() if key != "quantization_config"}
+    return write_stored_model(folder, settings, info["quantization"], _stored(patcher, NATIVE in settings))
+
+
+def _stored(patcher: Any, native: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the name that it is stored by."""
+    weights = _weights(patcher)
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    family = None if native else family_of_native(type(patcher.model).__name__, shapes)
+    names = to_diffusers(family.rules(shapes) if family else [], shapes)
+    for key, weight in weights.items():
+        if family and key in family.unused:
+            continue
+        if is_packed(weight):
+            yield from _unpack(weight)
+            continue
+        for part in names[key]:
+            rows = weight[part.start : part.stop] if weight.ndim else weight
+            yield part.key, swap_halves(rows) if part.swapped else rows.clone()
+
+
+def _unpack(weight: Any) -> Iterator[tuple[str, Tensor]]:
+    for block in weight._params.blocks:
+        values = block.tensors(weight._qdata)
+        if block.spec is None:
+            yield f"{block.name}.weight", (swap_halves(values["weight"]) if block.swapped else values["weight"]).clone()
+            continue
+        values = swap_rows(block.spec, block.shape, values) if block.swapped else values
+        for leaf in block.spec.tensors(block.shape):
+            yield f"{block.name}.{leaf}", values[leaf].clone()

@@ -1,0 +1,169 @@
+"""Quantizing in the graph gives what quantizing in diffusers gives, to the last bit, and what is saved is read by both."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from comfyui import host
+from comfyui.tiny_families import TINY
+
+from qdiff_diffusers import CheckpointError, ConfigError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers.stored import read_stored_model
+
+CONFIGS = {
+    "rtn": lambda: RTNConfig(bits=4, group_size=32),
+    "svdquant": lambda: SVDQuantConfig(bits=4, rank=2, rounds=1, activations="int8"),
+    "fp": lambda: FPConfig(weight_format="nvfp4"),
+    "vq": lambda: VQConfig(codebook_bits=4, vector_size=2, restarts=1),
+}
+SAVED = ("flux", "flux2", "sd3", "sdxl", "sd15", "pixart", "wan", "wan_i2v", "qwen")
+
+
+@pytest.fixture
+def native(dense, tiny):
+    """``native(family)``: the tiny dense model, loaded by stock ComfyUI."""
+
+    def load(family):
+        tiny(family)
+        import comfy.sd
+        from safetensors.torch import load_file
+
+        families = host.part("families")
+        tensors = load_file(dense(family) / "diffusion_pytorch_model.safetensors")
+        rules = families.family_of_class(TINY[family].diffusers_class).rules(tensors)
+        swap = host.part("loader").swap_halves
+        sources = {
+            key: torch.cat([swap(tensors[p.key]) if p.swapped else tensors[p.key] for p in parts])
+            if tensors[parts[0].key].ndim
+            else tensors[parts[0].key]
+            for key, parts in families.to_native(rules, tensors).items()
+        }
+        return comfy.sd.load_diffusion_model_state_dict(sources, model_options={"dtype": torch.float32})
+
+    return load
+
+
+@torch.no_grad()
+def run(model, family):
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+    return TINY[family].native(model.model.diffusion_model)
+
+
+# ComfyUI's class for Z-Image has widths of its own, which the tiny model does not fit densely.
+@pytest.mark.parametrize("family", [name for name in TINY if name != "z_image"])
+def test_the_same_layers_get_the_same_bits_as_in_diffusers(family, native, quantized):
+    config = RTNConfig(bits=4, group_size=32)
+    expected = read_stored_model(quantized(family, config))
+    model = host.part("quantize").quantize_model(native(family), config)
+    made = model.get_attachment("qdiff")["quantization"]
+    assert made.layers == expected.quantization.layers
+    wanted = expected.load()
+    blocks = [b for w in host.part("loader").packed_weights(model).values() for b in [(w, x) for x in w._params.blocks]]
+    for weight, block in blocks:
+        if block.spec is None:
+            continue
+        values = block.tensors(weight._qdata)
+        values = host.part("loader").swap_rows(block.spec, block.shape, values) if block.swapped else values
+        for leaf in block.spec.tensors(block.shape):
+            assert torch.equal(values[leaf], wanted[f"{block.name}.{leaf}"])
+
+
+@pytest.mark.parametrize("family", SAVED)
+@torch.no_grad()
+def test_a_saved_model_is_read_by_the_loader_and_by_diffusers(family, native, tmp_path):
+    quantize, loader = host.part("quantize"), host.part("loader")
+    model = quantize.quantize_model(native(family), CONFIGS["rtn"]())
+    output = run(model, family)
+    file = quantize.save_model(model, tmp_path / "saved")
+    assert torch.equal(run(loader.load_model(tmp_path / "saved"), family), output)
+    alone = file.rename(tmp_path / "alone.safetensors")
+    assert torch.equal(run(loader.load_model(alone), family), output)
+    alone.rename(file)
+    reference = diffusers.AutoModel.from_pretrained(str(tmp_path / "saved"))
+    assert (TINY[family].reference(reference) - output).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@torch.no_grad()
+def test_every_method_survives_saving(method, native, quantized, tmp_path):
+    quantize, loader = host.part("quantize"), host.part("loader")
+    model = quantize.quantize_model(native("flux"), CONFIGS[method]())
+    output = run(model, "flux")
+    if method != "svdquant":  # whose iterations amplify the last bit, which depends on how memory is aligned
+        assert torch.equal(run(loader.load_model(quantized("flux", CONFIGS[method]())), "flux"), output)
+    quantize.save_model(model, tmp_path / "saved")
+    assert torch.equal(run(loader.load_model(tmp_path / "saved"), "flux"), output)
+
+
+@torch.no_grad()
+def test_a_single_file_needs_no_config_for_diffusers(native, tmp_path):
+    quantize = host.part("quantize")
+    model = quantize.quantize_model(native("flux"), CONFIGS["rtn"]())
+    file = quantize.save_model(model, tmp_path / "saved").rename(tmp_path / "alone.safetensors")
+    reference = diffusers.FluxTransformer2DModel.from_single_file(str(file))
+    assert (TINY["flux"].reference(reference) - run(model, "flux")).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_lora_is_baked_in(native):
+    from comfyui.test_patches import peft_lora, with_lora
+
+    model = with_lora(native("flux"), peft_lora("flux"), 1.0)
+    wanted = run(model, "flux")
+    packed = host.part("quantize").quantize_model(model, RTNConfig(bits=8, group_size=32))
+    assert (run(packed, "flux") - wanted).abs().max() < 0.02 * wanted.std()
+
+
+def test_skip_patterns_and_overrides_hold_inside_fused_layers(native):
+    config = RTNConfig(bits=4, group_size=32, modules_to_not_convert=["to_k"], overrides={"attn.to_v": FPConfig(bits=8)})
+    model = host.part("quantize").quantize_model(native("flux"), config)
+    weight = host.part("loader").packed_weights(model)["double_blocks.0.img_attn.qkv"]
+    assert [block.spec and block.spec.format.kind for block in weight._params.blocks] == ["integer", None, "minifloat"]
+    dense = run(native("flux"), "flux")
+    assert (run(model, "flux") - dense).abs().max() < 0.5
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(native):
+    class Interrupted(Exception):
+        pass
+
+    def progress(done, total):
+        if done == 3:
+            raise Interrupted
+
+    model = native("flux")
+    before = run(model, "flux")
+    with pytest.raises(Interrupted):
+        host.part("quantize").quantize_model(model, CONFIGS["rtn"](), progress)
+    assert torch.equal(run(model, "flux"), before)
+
+
+def test_errors_say_what_to_do(native, tmp_path):
+    quantize = host.part("quantize")
+    dense = native("flux")
+    with pytest.raises(ConfigError, match=r"Quantize Model \(qdiff\)"):
+        quantize.save_model(dense, tmp_path / "x")
+    packed = quantize.quantize_model(dense, CONFIGS["rtn"]())
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize.quantize_model(packed, CONFIGS["rtn"]())
+    with pytest.raises(ConfigError, match="nothing to quantize"):
+        quantize.quantize_model(dense, RTNConfig(bits=4, modules_to_not_convert=["blocks"]))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        quantize.save_model(packed, tmp_path / "there")
+
+
+def test_the_node_offers_what_the_methods_take():
+    node = host.part("nodes.quantize")
+    for method, inputs in node.METHODS.items():
+        kind = type(QDiffConfig(method=method))
+        by_name = {entry.id: entry for entry in inputs}
+        assert set(by_name["activations"].options) == {"none", *kind.activation_choices}
+        if "bits" in by_name:
+            assert {float(b) for b in by_name["bits"].options} <= set(kind.bit_choices)
+        for choice in by_name["format"].options if "format" in by_name else by_name["bits"].options:
+            shown = {"method": method, "format" if "format" in by_name else "bits": choice, "activations": "int8"}
+            assert node.make_config(shown, "a, b", False, 3).modules_to_not_convert == ["a", "b"]

@@ -1,0 +1,248 @@
+"""The pack inside a running ComfyUI: nodes are there, graphs run, bad input is a message and never the end of the server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from comfyui.server import Server, node
+from comfyui.tiny_families import TINY, make
+from PIL import Image
+from safetensors.torch import save_file
+
+from qdiff_diffusers import RTNConfig, quantize
+
+FAMILIES = ("flux", "sd3", "sdxl", "wan", "qwen")
+NODES = {
+    "QDiffLoadModel",
+    "QDiffLoadCLIP",
+    "QDiffQuantizeModel",
+    "QDiffSaveModel",
+    "QDiffLoadPipeline",
+    "QDiffSamplePipeline",
+    "QDiffModelInfo",
+    "QDiffReport",
+    "QDiffCompare",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, quantized):
+    import tiny_models
+    from comfyui.test_patches import peft_lora
+
+    base = tmp_path_factory.mktemp("base")
+    models = base / "models" / "qdiff"
+    models.mkdir(parents=True)
+    for name in FAMILIES:
+        shutil.copytree(quantized(name), models / name)
+    (base / "models" / "loras").mkdir()
+    save_file(peft_lora("flux"), base / "models" / "loras" / "flux.safetensors")
+    tiny_models.make("dit").save_pretrained(base / "dit")
+    quantize(base / "dit", RTNConfig(bits=4), models / "dit")
+    make_bad_checkpoints(models, quantized("flux"))
+    server = Server(base)
+    yield server
+    server.stop()
+
+
+def make_bad_checkpoints(models, good):
+    shutil.copytree(good, models / "truncated")
+    weights = models / "truncated" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.copytree(good, models / "future")
+    config = json.loads((good / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (models / "future" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(good, models / "incomplete")
+    config = json.loads((good / "config.json").read_text())
+    config["quantization_config"]["layers"]["transformer_blocks.9.attn.to_q"] = [0, [128, 128], None]
+    (models / "incomplete" / "config.json").write_text(json.dumps(config))
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (models / "other.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    (models / "text.safetensors").write_text("this is no safetensors file")
+
+
+def sampling(family, *, steps=2, model=("model", 0)):
+    return {
+        "model": node("QDiffLoadModel", checkpoint=family, dtype="auto", kernels="auto"),
+        "stand": node("QDiffTestStandIns", family=family),
+        "sample": node(
+            "KSampler",
+            model=list(model),
+            positive=["stand", 0],
+            negative=["stand", 0],
+            latent_image=["stand", 1],
+            seed=5,
+            steps=steps,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        ),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["stand", 2]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix=f"test-{family}"),
+    }
+
+
+def pictures(server, result):
+    assert result["error"] is None, result["error"]
+    files = [f for out in result["outputs"].values() for f in out.get("images", ())]
+    return [np.asarray(Image.open(server.base / f["type"] / f["subfolder"] / f["filename"])) for f in files]
+
+
+def shown(server, result, name):
+    """The picture that one node shows."""
+    return pictures(server, {"error": result["error"], "outputs": {name: result["outputs"][name]}})[0]
+
+
+def test_every_node_is_there_with_help(server):
+    info = server.get("/object_info")
+    assert set(info) >= NODES
+    for name in NODES:
+        assert info[name]["description"] and info[name]["category"].startswith("qdiff")
+        inputs = {**info[name]["input"].get("required", {}), **info[name]["input"].get("optional", {})}
+        assert inputs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantized_model_samples_with_the_stock_sampler(family, server):
+    image = pictures(server, server.run(sampling(family)))[0]
+    assert image.std() > 5
+
+
+def test_a_stock_lora_loader_changes_the_image_and_lets_go(server):
+    plain = pictures(server, server.run(sampling("flux")))[0]
+    graph = sampling("flux", model=("lora", 0))
+    graph["lora"] = node("LoraLoaderModelOnly", model=["model", 0], lora_name="flux.safetensors", strength_model=1.0)
+    patched = pictures(server, server.run(graph))[0]
+    graph = sampling("flux")
+    graph["sample"]["inputs"]["denoise"] = 0.9999  # not the cached result
+    again = pictures(server, server.run(graph))[0]
+    assert np.abs(patched.astype(int) - plain).max() > 5
+    assert np.abs(again.astype(int) - plain).max() <= 1
+
+
+def test_quantize_save_load_compare_and_report_in_one_graph(server):
+    import torch
+
+    dense = server.base / "models" / "diffusion_models"
+    dense.mkdir(exist_ok=True)
+    tensors = {key: value.to(torch.bfloat16) for key, value in make("flux").state_dict().items()}
+    save_file(tensors, dense / "dense.safetensors")
+    graph = {
+        "dense": node("UNETLoader", unet_name="dense.safetensors", weight_dtype="default"),
+        "quantized": node(
+            "QDiffQuantizeModel",
+            model=["dense", 0],
+            method="svdquant",
+            **{"method.bits": "4", "method.rank": 2, "method.activations": "none"},
+            skip="norm_out",
+            outer_layers=False,
+            seed=0,
+        ),
+        "save": node("QDiffSaveModel", model=["quantized", 0], name="made/here"),
+        "info": node("QDiffModelInfo", model=["quantized", 0]),
+        "report": node("QDiffReport", model=["quantized", 0]),
+        "stand": node("QDiffTestStandIns", family="flux"),
+        "compare": node(
+            "QDiffCompare",
+            model_a=["dense", 0],
+            model_b=["quantized", 0],
+            positive=["stand", 0],
+            negative=["stand", 0],
+            latent_image=["stand", 1],
+            vae=["stand", 2],
+            seed=1,
+            steps=2,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            view="all",
+            gain=4.0,
+        ),
+    }
+    result = server.run(graph)
+    report, comparison = (shown(server, result, name) for name in ("report", "compare"))
+    assert report.shape == (640, 1200, 3) and comparison.shape == (128, 3 * 128 + 16, 3)
+    assert "svdquant" in result["outputs"]["info"]["text"][0] and "PSNR" in result["outputs"]["compare"]["text"][0]
+    loader = server.get("/object_info/QDiffLoadModel")["QDiffLoadModel"]["input"]["required"]
+    assert "made/here" in loader["checkpoint"][1]["options"]
+    again = sampling("flux") | {"model": node("QDiffLoadModel", checkpoint="made/here", dtype="auto", kernels="torch")}
+    assert pictures(server, server.run(again))
+    refused = server.run(graph)
+    assert "made/here exists already" in refused["error"]
+
+
+@pytest.mark.parametrize("method", ["as stored", "vq"])
+def test_the_demo_pipeline_makes_images(method, server):
+    options = {} if method == "as stored" else {"quantize.bits": "3", "quantize.activations": "none"}
+    graph = {
+        "pipe": node("QDiffLoadPipeline", pipeline="demo model (bundled)", quantize=method, **options),
+        "images": node("QDiffSamplePipeline", pipeline=["pipe", 0], prompt="Trouser, 9", seed=0, steps=4, guidance=2.0, images=2),
+        "save": node("SaveImage", images=["images", 0], filename_prefix="demo"),
+    }
+    images = pictures(server, server.run(graph))
+    assert len(images) == 2 and all(image.std() > 20 for image in images)
+
+
+@pytest.mark.parametrize(
+    "checkpoint, message",
+    [
+        ("nowhere", "There is no quantized model 'nowhere'"),
+        ("other.safetensors", "is no qdiff checkpoint"),
+        ("text.safetensors", "safetensors"),
+        ("truncated", "is truncated or damaged"),
+        ("future", "format version 99"),
+        ("incomplete", "lacks tensor transformer_blocks.9.attn.to_q.codes"),
+        ("dit", "DiTTransformer2DModel, which ComfyUI has no native class for"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_before_anything_runs(checkpoint, message, server):
+    result = server.run(sampling("flux") | {"model": node("QDiffLoadModel", checkpoint=checkpoint, dtype="auto", kernels="auto")})
+    assert message in result["error"]
+    assert server.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model": node("QDiffLoadModel", checkpoint="flux", dtype="auto", kernels="triton")}, "needs a GPU"),
+        ({"info": node("QDiffSaveModel", model=["model", 0], name="../outside")}, "must be a folder inside models/qdiff"),
+        ({"pipe": node("QDiffLoadPipeline", pipeline="nothing", quantize="as stored")}, "There is no pipeline 'nothing'"),
+        (
+            {"clip": node("QDiffLoadCLIP", encoder="x", encoder_2="none", encoder_3="none", type="flux")},
+            "There is no text encoder 'x'",
+        ),
+    ],
+)
+def test_a_bad_choice_is_refused_with_a_way_out(change, message, server):
+    graph = sampling("flux") | change
+    if "pipe" in change:
+        graph["images"] = node("QDiffSamplePipeline", pipeline=["pipe", 0], prompt="0", seed=0, steps=1, guidance=1.0, images=1)
+        graph["show"] = node("SaveImage", images=["images", 0], filename_prefix="x")
+    if "clip" in change:
+        graph["text"] = node("CLIPTextEncode", clip=["clip", 0], text="x")
+        graph["sample"]["inputs"]["positive"] = ["text", 0]
+    assert message in server.run(graph)["error"]
+    assert server.process.poll() is None
+
+
+def test_an_unknown_class_and_a_second_quantization_are_readable_errors(server):
+    graph = {
+        "pipe": node("QDiffLoadPipeline", pipeline="demo model (bundled)", quantize="as stored"),
+        "images": node("QDiffSamplePipeline", pipeline=["pipe", 0], prompt="dragon", seed=0, steps=1, guidance=1.0, images=1),
+        "show": node("SaveImage", images=["images", 0], filename_prefix="x"),
+    }
+    assert "knows no class 'dragon'" in server.run(graph)["error"]
+    twice = node("QDiffQuantizeModel", model=["model", 0], method="rtn", skip="", outer_layers=False, seed=0)
+    twice["inputs"] |= {"method.bits": "4", "method.activations": "none"}
+    graph = {"model": sampling("flux")["model"], "twice": twice, "info": node("QDiffModelInfo", model=["twice", 0])}
+    assert "quantized already" in server.run(graph)["error"]
+
+
+def test_tiny_models_are_those_of_the_other_tests():
+    assert set(FAMILIES) <= set(TINY)
