@@ -10,7 +10,7 @@ import torch
 from qdiff_kernels import use
 from torch import Tensor, nn
 
-from .layout import is_packed, packed_conv2d, packed_linear
+from .layout import dense_bias, is_packed, packed_conv2d, packed_linear
 from .patches import Patches
 
 
@@ -53,6 +53,7 @@ class PackedWeight:
             patches = self.patches
             if patches is not None and patches.dense:
                 exact = weight.to(torch.float32).dequantize() if is_packed(weight) else weight.to(torch.float32, copy=True)
+                bias = dense_bias(weight, bias) if is_packed(weight) else bias
                 return dense(x, patches.weight(exact).to(x.dtype), bias)
             if not is_packed(weight):
                 y = dense(x, weight.to(x.dtype), bias)

@@ -10,6 +10,7 @@ import typer
 
 from .. import __version__
 from .bench import bench
+from .comfy import comfy
 from .console import errors, print_error
 from .convert import convert
 from .demo import demo
@@ -33,7 +34,11 @@ for command in (demo, quantize, inspect, push, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
+<<<<<<< HEAD
 app.add_typer(convert, name="convert")
+=======
+app.add_typer(comfy, name="comfy")
+>>>>>>> ae468ff (ComfyUI: help pages, German and French, qdiff comfy install, example workflows, one command for the tests in four versions)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,85 @@
+"""``qdiff comfy install``"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import ConfigError
+from .console import stdout
+
+NAME = "qdiff"
+PACK = "qdiff_pack.json"  # marks a folder that this command has written
+CLONE = Path(__file__).resolve().parents[2]
+PARTS = ("comfy_nodes", "example_workflows", "locales")
+FILES = ("__init__.py",)
+
+comfy = typer.Typer(name="comfy", help="The ComfyUI node pack.", no_args_is_help=True)
+
+
+@comfy.callback()
+def group() -> None:
+    """The ComfyUI node pack."""
+
+
+@comfy.command()
+def install(
+    path: Annotated[Path, typer.Argument(help="ComfyUI's folder (the one with main.py), or its custom_nodes folder.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pack that is installed already.")] = False,
+) -> None:
+    """Put the nodes into a ComfyUI. They use the qdiff package of ComfyUI's Python, so install it there too."""
+    target = install_pack(path, overwrite)
+    stdout().print(f"{target}: installed. Start ComfyUI again; the nodes are under qdiff.")
+
+
+def install_pack(path: Path, overwrite: bool = False) -> Path:
+    """Copy the pack into ``custom_nodes/qdiff`` of a ComfyUI; it appears there when it is complete.
+
+    Raises:
+        ConfigError: ``path`` is no ComfyUI, something is in the way, or this installation does not have the pack's files.
+    """
+    folder = _custom_nodes(path)
+    source = _source()
+    target = folder / NAME
+    if target.exists() or target.is_symlink():
+        if not (target / PACK).is_file():
+            raise ConfigError(f"{target} exists and was not installed by this command; move it away first")
+        if not overwrite:
+            raise ConfigError(f"{target} is installed already; replace it with --overwrite")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{NAME}-") as workspace:
+        new, old = Path(workspace, "new"), Path(workspace, "old")
+        new.mkdir()
+        for part in PARTS:
+            shutil.copytree(source / part, new / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in FILES:
+            shutil.copy2(source / file, new / file)
+        (new / PACK).write_text(json.dumps({"version": __version__}) + "\n")
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    return target
+
+
+def _custom_nodes(path: Path) -> Path:
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a folder; give the one that ComfyUI's main.py is in")
+    folder = path if path.name == "custom_nodes" else path / "custom_nodes"
+    if not folder.is_dir():
+        raise ConfigError(f"{path} has no custom_nodes folder; give ComfyUI's folder, or the one of its --base-directory")
+    return folder
+
+
+def _source() -> Path:
+    missing = [part for part in (*PARTS, *FILES) if not (CLONE / part).exists()]
+    if missing:
+        raise ConfigError(
+            "this installation has the package but not the node pack; clone the repository into ComfyUI's custom_nodes folder, or "
+            "run this command from a clone installed with pip install -e"
+        )
+    return CLONE

