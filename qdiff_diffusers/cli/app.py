@@ -34,11 +34,8 @@ for command in (demo, quantize, inspect, push, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
-<<<<<<< HEAD
 app.add_typer(convert, name="convert")
-=======
 app.add_typer(comfy, name="comfy")
->>>>>>> ae468ff (ComfyUI: help pages, German and French, qdiff comfy install, example workflows, one command for the tests in four versions)
 
 
 @app.callback(invoke_without_command=True)
