@@ -67,18 +67,16 @@ class Part(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which rows of a source layer a layer of the model has: ``start + i * step`` for i < number."""
+    """Which rows of a source layer a layer of the model has: ``number`` from ``start``."""
 
     start: int
     number: int
-    step: int = 1
     interleaved_halves: bool = False
 
     def picked(self) -> Tensor:
         """The rows, int64 ``[number]``. With interleaved halves, first the even and then the odd ones."""
-        if self.interleaved_halves:
-            return self.start + torch.arange(self.number).view(-1, 2).T.reshape(-1)
-        return self.start + self.step * torch.arange(self.number)
+        rows = self.start + torch.arange(self.number)
+        return rows.view(-1, 2).T.reshape(-1) if self.interleaved_halves else rows
 
 
 class Header(NamedTuple):

@@ -17,7 +17,7 @@ from ..config import FORMAT_VERSION, QDiffConfig, SVDQuantConfig
 from ..errors import CheckpointError, ConfigError
 from ..folders import CONFIG, INDEX, check_output, written_at_once
 from .importing import Import, Reader, describe, diffusers_class, prepare, skeleton
-from .layouts import Plan, plan_lite, plan_original
+from .layouts import plan_lite, plan_original
 from .stream import Source, write_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -202,7 +202,7 @@ def check_lite(config: dict[str, Any], imported: Import) -> None:
     Raises:
         CheckpointError: a layer is of another kind or rank.
     """
-    for section, kinds in (("svdq_w4a4", ("int4", "nvfp4")), ("awq_w4a16", ("awq",))):
+    for section in ("svdq_w4a4", "awq_w4a16"):
         raw = config.get(section) or {}
         for name in raw.get("targets", ()):
             header = imported.headers[name]
@@ -210,7 +210,7 @@ def check_lite(config: dict[str, Any], imported: Import) -> None:
             if header.kind != wanted:
                 raise CheckpointError(f"layer {name} is stored as {header.kind}, quantization_config.{section} says {wanted}")
             rank = header.infos["down"].shape[1] if "down" in header.infos else 0
-            if "awq" not in kinds and rank != raw.get("rank"):
+            if wanted != "awq" and rank != raw.get("rank"):
                 raise CheckpointError(
                     f"layer {name} is stored with rank {rank}, quantization_config.{section} says {raw.get('rank')!r}"
                 )
@@ -231,6 +231,3 @@ def counted(tensors: Iterator[tuple[str, Tensor]], total: int, advance: Advance 
         yield name, tensor
         if advance is not None:
             advance(done + 1, total, name)
-
-
-__all__ = ["Checkpoint", "Plan", "convert_nunchaku", "is_lite"]
