@@ -122,14 +122,14 @@ def cost(method: str, seconds: float, blocks: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20, help="of timing per method")
+    parser.add_argument("--seconds", type=float, default=20, help="of timing per method; 0 for errors only")
     parser.add_argument("--blocks", type=int, default=4, help="of DiT-XL/2, to time")
     parser.add_argument("--shared", action="store_true", help="say that the machine had other work to do")
     options = parser.parse_args()
     rows = []
     for method in METHODS:
         row: dict[str, Any] = {"method": method} | errors(method)
-        if method in TIMED:
+        if method in TIMED and options.seconds:
             times = cost(method, options.seconds, options.blocks)
             row |= {f"ms {name}": value for name, value in times.items()}
             row |= {name: 100 * (times[name] / times["none"] - 1) for name in ("active", "fused")}

@@ -322,3 +322,12 @@ def test_the_process_defaults_change_nothing(default, activations):
         torch.set_default_device(None)
     assert torch.equal(found, expected)
     assert torch.equal(minifloat_linear(*arguments), expected)
+
+
+def test_a_branch_is_added_in_the_precision_of_the_output():
+    """The product of quantized operands may be rounded to their dtype; what comes on top of it is not."""
+    weight, chosen = weight_of("int4-g64", 64, 128), oracle.make_extras("low_rank+int4", 64, 128, 128)
+    x = torch.randn(300, 128)
+    without = run(weight, x, chosen | {"low_rank_down": None, "low_rank_up": None})
+    added = x @ chosen["low_rank_down"].float().T @ chosen["low_rank_up"].float().T
+    assert torch.allclose(run(weight, x, chosen) - without, added, atol=1e-4)

@@ -171,9 +171,11 @@ def _multiply_floats(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> No
         torch.mm(operands.values, part.t(), out=out[:, first : first + len(part)])
     if operands.scales is not None:
         out.mul_(operands.scales[:, None])
+    if y.dtype.itemsize > out.dtype.itemsize:  # what is added is not rounded to the operands' dtype
+        out = y.copy_(out)
     branch = _branch(x, extras)
     if branch is not None:
-        out.addmm_(branch[0].to(dtype), branch[1].to(dtype).t())
+        out.addmm_(branch[0].to(out.dtype), branch[1].to(out.dtype).t())
     if extras.bias is not None:
         out.add_(extras.bias)
     if out is not y:
