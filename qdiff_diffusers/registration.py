@@ -16,7 +16,6 @@ from .guards import check_files, check_indices
 from .hub.cards import write_cards_on_upload
 from .imports import after_import
 from .nunchaku_quantizer import NunchakuQuantizer, read_nunchaku
-from .offloading import prepare_for_disk
 from .quantizer import QDiffQuantizer
 from .single_file import explain_failures
 
@@ -38,7 +37,6 @@ def register() -> None:
     after_import("diffusers.models.controlnets", _register_with_controlnets)
     after_import("diffusers.loaders.single_file_model", _explain_single_files)
     after_import("diffusers.pipelines.pipeline_utils", _guard_pipelines)
-    after_import("diffusers.hooks.group_offloading", _prepare_for_disk)
     after_import("diffusers.models.modeling_utils", _guard_diffusers)
     after_import("diffusers.loaders.single_file_utils", _guard_single_files)
     after_import("transformers.modeling_utils", _guard_transformers)
@@ -73,10 +71,6 @@ class _Refusal:
 
 def _guard_pipelines() -> None:
     guard_pipelines(sys.modules["diffusers.pipelines.pipeline_utils"])
-
-
-def _prepare_for_disk() -> None:
-    prepare_for_disk(sys.modules["diffusers.hooks.group_offloading"])
 
 
 def _guard_diffusers() -> None:
