@@ -111,3 +111,11 @@ class Operations(comfy.ops.manual_cast):
                 lambda x, weight, bias: packed_conv2d(x, weight, bias, window),
                 lambda x, weight, bias, *other: nn.functional.conv2d(x, weight, bias, *(other or window)),
             )
+
+    class Embedding(comfy.ops.manual_cast.Embedding):
+        def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+            """Decoded: ComfyUI looks rows up in a dense table only."""
+            key = f"{prefix}weight"
+            if is_packed(state_dict.get(key)):
+                state_dict[key] = state_dict[key].dequantize()
+            super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -28,8 +28,11 @@ environment() {
     [ -f "$folder/ready" ] && return
     if [ -x .venv-test/bin/python ]; then # share its packages: torch alone takes minutes
         .venv-test/bin/python -m venv "$folder"
-        .venv-test/bin/python -c "import site; print(site.getsitepackages()[0])" > "$("$python" -c "import site; print(site.getsitepackages()[0])")/shared.pth"
-        "${pip[@]}" install --no-deps --editable .
+        "$python" - "$PWD/.venv-test" << 'END'
+import pathlib, site, subprocess, sys
+theirs = subprocess.check_output([f"{sys.argv[1]}/bin/python", "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
+pathlib.Path(site.getsitepackages()[0], "shared.pth").write_text(f"import site; site.addsitedir({theirs!r})\n")
+END
     else
         make_environment "$folder" --editable ".[dev]"
     fi

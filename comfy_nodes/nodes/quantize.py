@@ -31,7 +31,7 @@ METHODS = {
     "svdquant": [
         _bits("2", "3", "4", "8"),
         io.Int.Input("rank", default=0, min=0, max=512, tooltip="Of the 16-bit low-rank branch. 0: scaled with each layer."),
-        _activations("int8", "fp8", "int4"),
+        _activations("int8", "fp8", "int4", "nvfp4"),
     ],
     "fp": [
         io.Combo.Input(
