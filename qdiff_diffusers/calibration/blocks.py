@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from . import parallel
 from .layerwise import FinishedLayer
 from .settings import Calibration
 from .store import Store, read_tensors, write_tensors
-from .trajectories import Call, call_model, detached, to_device
+from .trajectories import Call, call_model, inputs_by_name, to_device
 from .tuning import tune
 
 
@@ -123,13 +122,10 @@ def _record_block(model: nn.Module, name: str, calls: Store, folder: Path, memor
     """Inputs and outputs of one block over all calls of the model."""
     store = Store(folder, memory_limit)
     block = model.get_submodule(name)
-    signature = inspect.signature(type(block).forward)
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs = dict(signature.bind(module, *args, **kwargs).arguments)
-        inputs |= inputs.pop("kwargs", {})
-        inputs.pop("self")
-        store.append({"inputs": detached(inputs), "output": [t.detach().cpu() for t in _tensors(output)], "step": step})
+        inputs = inputs_by_name(module, args, kwargs)
+        store.append({"inputs": inputs, "output": [t.detach().cpu() for t in _tensors(output)], "step": step})
 
     handle = block.register_forward_hook(record, with_kwargs=True)
     try:

@@ -50,6 +50,14 @@ def record(pipe: Any, models: dict[str, nn.Module], calibration: Calibration, st
                 store.append(call)
 
 
+def inputs_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module's ``forward`` was called with, by parameter name, tensors on the CPU."""
+    inputs = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
+    inputs |= inputs.pop("kwargs", {})
+    inputs.pop("self")
+    return detached(inputs)
+
+
 def call_model(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Output of ``model(**inputs)`` as a tensor; inputs are moved to the model's device."""
     device = next(model.parameters()).device
@@ -66,13 +74,9 @@ def _kept(calls: list[Call], count: int | None) -> list[Call]:
 @contextmanager
 def _recording(models: dict[str, nn.Module], calls: dict[str, list[Call]]) -> Iterator[None]:
     def hook(name: str) -> Callable[..., None]:
-        signature = inspect.signature(type(models[name]).forward)
-
         def record_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            inputs = dict(signature.bind(module, *args, **kwargs).arguments)
-            inputs |= inputs.pop("kwargs", {})
-            inputs.pop("self")
-            call = {"inputs": detached(inputs), "output": _first(output).detach().cpu(), "step": len(calls[name])}
+            inputs = inputs_by_name(module, args, kwargs)
+            call = {"inputs": inputs, "output": _first(output).detach().cpu(), "step": len(calls[name])}
             calls[name].append(call)
 
         return record_call

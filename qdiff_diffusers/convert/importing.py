@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import QDiffConfig, StoredLayer
 from ..errors import CheckpointError
 from ..formats import TensorInfo
+from ..packing import new_provenance
 from ..selection import WEIGHTED
 from .layouts import Copied, Plan, Target
 from .logical import concatenate_columns
@@ -145,8 +146,4 @@ def describe(config: QDiffConfig, model: nn.Module, layers: dict[str, StoredLaye
     config.layers = dict(layers)
     weighted = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
     config.skipped = {name: "not quantized in the source" for name in weighted if name not in layers}
-    config.provenance = {
-        "package": f"qdiff-diffusers {version('qdiff-diffusers')}",
-        "model_class": type(model).__name__,
-        "converted_from": origin,
-    }
+    config.provenance = new_provenance(type(model).__name__) | {"converted_from": origin}
