@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..formats import LayerSpec
@@ -26,6 +29,8 @@ __all__ = [
     "unsupported_reason",
 ]
 
+logger = logging.get_logger(__name__)
+
 PACKED: dict[type[nn.Module], type[PackedLayer]] = {nn.Linear: QDiffLinear, nn.Conv2d: QDiffConv2d, nn.Embedding: QDiffEmbedding}
 
 
@@ -46,8 +51,15 @@ def unsupported_reason(module: nn.Module) -> str | None:
 
 def pack_layer(module: nn.Module, spec: LayerSpec, compute_dtype: torch.dtype, tensors: dict[str, Tensor]) -> PackedLayer:
     """Convert a supported layer in place. ``tensors`` are those of ``spec.tensors(shape)``."""
+    if reason := decoded.reason(spec):
+        _say_once(reason)
     cls = next(packed for dense, packed in PACKED.items() if isinstance(module, dense))
     return cls.convert(module, spec, compute_dtype, tensors)
+
+
+@lru_cache
+def _say_once(reason: str) -> None:
+    logger.warning(f"{reason} are multiplied by no fused kernel yet: their weights are decoded at each call, which is slower")
 
 
 def dense_layer(layer: PackedLayer) -> nn.Module:

@@ -11,10 +11,20 @@ from qdiff_kernels.activations import dequantize_activations, quantize_activatio
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..formats import LayerSpec
     from .base import PackedLayer
     from .conv import QDiffConv2d
 
 Branch = tuple[Tensor, Tensor] | None  # down [rank, columns] and up [rows, rank]
+
+
+def reason(spec: LayerSpec) -> str | None:
+    """What makes a layer fall back to decoding its weight at each call, or ``None`` if a fused kernel multiplies it."""
+    if spec.kernel_vectors:
+        return "convolutions with kernel_vectors"
+    if spec.shift:
+        return "layers that shift their inputs"
+    return "layers with nvfp4 activations" if spec.activations == "nvfp4" else None
 
 
 def linear(layer: PackedLayer, x: Tensor, weight: Tensor, branch: Branch) -> Tensor:

@@ -44,7 +44,7 @@ def dit() -> DiTPipeline:
     return DiTPipeline(tiny_models.make("dit"), vae, DDIMScheduler(), {0: "shirt", 1: "shoe"})
 
 
-def unet() -> UNet2DModel:
+def unet(classes: int | None = 2) -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
         sample_size=8,
@@ -55,7 +55,7 @@ def unet() -> UNet2DModel:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=4,
         layers_per_block=1,
-        num_class_embeds=2,
+        num_class_embeds=classes,
         attention_head_dim=8,
     )
 
@@ -230,17 +230,7 @@ def test_a_bare_model_that_needs_labels_says_so():
 
 
 def test_an_unconditional_pipeline_is_calibrated_with_noise():
-    model = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
-    pipe = quantize(DDIMPipeline(model, DDIMScheduler()), RTNConfig(bits=4), calibration={"samples": 2, "steps": 2})
+    pipe = quantize(DDIMPipeline(unet(None), DDIMScheduler()), RTNConfig(bits=4), calibration={"samples": 2, "steps": 2})
     assert any(isinstance(module, PackedLayer) for module in pipe.unet.modules())
 
 

@@ -86,3 +86,15 @@ def test_kernel_vectors_of_a_matrix_are_refused():
     spec = LayerSpec(packed_convolution()[1].spec.format, kernel_vectors=True)
     with pytest.raises(ValueError, match="kernel_vectors are for convolutions"):
         spec.tensors((8, 18))
+
+
+def test_the_slower_path_is_announced_once(monkeypatch):
+    from qdiff_diffusers import layers
+
+    said: list[str] = []
+    monkeypatch.setattr(layers.logger, "warning", said.append)
+    layers._say_once.cache_clear()
+    spec, tensors, _ = quantize_weight(torch.randn(12, 16, 3, 3), AQConfig(**CONFIG, kernel_vectors=True))
+    for _ in range(2):
+        layers.pack_layer(torch.nn.Conv2d(16, 12, 3), spec, torch.float32, dict(tensors))
+    assert ["no fused kernel" in text and "kernel_vectors" in text for text in said] == [True]
