@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 from diffusers import AutoencoderTiny, DDIMPipeline, DDIMScheduler, DiTPipeline, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from qdiff_diffusers import ConfigError, RTNConfig, api
 from qdiff_diffusers.bench import k_quants
@@ -231,6 +233,18 @@ class TestWholeRuns:
         assert all(path.stat().st_mtime_ns == time for path, time in files.items())
         assert more["rows"][1]["images"] == 4 and more["rows"][1]["scores"] != few["rows"][1]["scores"]
         assert more["rows"][1]["step_errors"] == few["rows"][1]["step_errors"]
+
+    def test_images_beyond_the_paired_ones_may_be_drawn_in_another_dtype(self, by_class, tmp_path):
+        exact = evaluated(by_class, ["rtn:bits=4"], tmp_path / "exact", classes=[0, 3])
+        budget = replace(SMALL, rest_dtype="bfloat16")
+        assert list(budget.parts(0)) == [(0, 3, "float32"), (3, 4, "bfloat16")] and list(budget.parts(4)) == []
+        mixed = evaluated(by_class, ["rtn:bits=4"], tmp_path / "mixed", budget, classes=[0, 3])
+        assert mixed["rows"][1]["scores"]["psnr"] == exact["rows"][1]["scores"]["psnr"]
+        images = [tmp_path / n / "rows" / r["rows"][1]["folder"] for n, r in (("exact", exact), ("mixed", mixed))]
+        drawn = [torch.cat([load_file(path)["images"] for path in sorted(folder.glob("images-*"))]) for folder in images]
+        assert torch.equal(drawn[0][:3], drawn[1][:3]) and not torch.equal(drawn[0][3], drawn[1][3])
+        assert torch.allclose(drawn[0][3], drawn[1][3], atol=0.1)
+        assert "bfloat16 beyond the compared images" in (tmp_path / "mixed" / "table.md").read_text()
 
     def test_a_row_that_fails_stops_nobody_and_is_tried_again(self, of_noise, tmp_path, monkeypatch):
         quantize = api.quantize
@@ -568,6 +582,7 @@ class TestCommand:
             ([], "name a model"),
             (["dit"], "there is no row to evaluate"),
             (["dit", "-c", "rtn:bits=4", "--dtype", "int3"], "dtype must be one of"),
+            (["dit", "-c", "rtn:bits=4", "--rest-dtype", "int3"], "rest_dtype must be one of"),
             (["dit", "-c", "rtn:bits=4", "--size", "big"], "size is such as 512x512"),
             (["dit", "--rows", "/no/such.yaml"], "cannot be read"),
         ],

@@ -15,7 +15,8 @@ from .console import progress_bars, stdout
 from .demo import check_device, default_workers
 from .quantize import DTYPES, parse_classes
 
-FILE_SETTINGS = ("model", "images", "paired", "steps", "guidance_scale", "seed", "batch_size", "classes", "prompts", "dtype")
+COUNTS = ("images", "paired", "seed", "batch_size")
+FILE_SETTINGS = ("model", "steps", "guidance_scale", "classes", "prompts", "dtype", "rest_dtype", *COUNTS)
 
 
 def evaluate(
@@ -39,6 +40,9 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(min=0, help="Of the set of images. [default: 0]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per call of the pipeline. [default: 50]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the arithmetic; float32 on a CPU, bfloat16 on a GPU.")] = None,
+    rest_dtype: Annotated[
+        str | None, typer.Option(help="Of the images beyond the paired ones; bfloat16 takes half the time. [default: as --dtype]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Rows at the same time; one per core, on a GPU one.")] = None,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep every quantized model in the output folder.")] = False,
@@ -59,6 +63,7 @@ def evaluate(
     given |= {
         "model": model,
         "guidance_scale": guidance,
+        "rest_dtype": rest_dtype,
         "prompts": prompts,
         "classes": parse_classes(classes) if classes else None,
     }
@@ -74,11 +79,13 @@ def evaluate(
         arguments=_size(size),
     )
     entries = parse_rows([*data["rows"], *(config or [])], subject)
-    kind = chosen.get("dtype") or ("float32" if place == "cpu" else "bfloat16")
-    if kind not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {kind!r}")
-    counts = {key: chosen[key] for key in ("images", "paired", "seed", "batch_size") if key in chosen}
-    settings = Settings(**counts, dtype=kind, device=place, keep_models=keep_models)
+    usual = "float32" if place == "cpu" else "bfloat16"
+    kinds: dict[str, Any] = {"dtype": chosen.get("dtype") or usual, "rest_dtype": chosen.get("rest_dtype")}
+    for key, kind in kinds.items():
+        if kind not in (*DTYPES, *([None] if key == "rest_dtype" else [])):
+            raise ConfigError(f"{key} must be one of {', '.join(DTYPES)}, got {kind!r}")
+    counts = {key: chosen[key] for key in COUNTS if key in chosen}
+    settings = Settings(**counts, **kinds, device=place, keep_models=keep_models)
     command = shlex.join(["qdiff", *sys.argv[1:]])
     with progress_bars() as progress:
         results = run_eval(
@@ -91,7 +98,7 @@ def _checked(data: dict[str, Any], path: Path) -> dict[str, Any]:
     """Settings in a file of rows, refused where they are unknown or of another type."""
     if unknown := sorted(set(data) - {*FILE_SETTINGS, "rows"}):
         raise ConfigError(f"{path} has unknown settings {', '.join(unknown)}; it may have {', '.join(FILE_SETTINGS)}")
-    for key in ("images", "paired", "steps", "seed", "batch_size"):
+    for key in ("steps", *COUNTS):
         if key in data and (not isinstance(data[key], int) or isinstance(data[key], bool)):
             raise ConfigError(f"{path}: {key} must be a whole number, got {data[key]!r}")
     if isinstance(data.get("classes"), str):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ class Settings:
         seed: of the set of images.
         batch_size: images per call of the pipeline.
         dtype: of the arithmetic and of all that is not quantized.
+        rest_dtype: the same for images beyond the paired ones, whose scores do not tell 16 bits from 32; ``None`` for ``dtype``.
         device: where everything runs.
         keep_models: keep what was quantized; a calibrated model is always kept.
     """
@@ -58,6 +59,7 @@ class Settings:
     seed: int = 0
     batch_size: int = 50
     dtype: str = "float32"
+    rest_dtype: str | None = None
     device: str = "cpu"
     keep_models: bool = False
 
@@ -65,6 +67,16 @@ class Settings:
         for name in ("images", "paired", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def parts(self, have: int) -> Iterator[tuple[int, int, str]]:
+        """What is to be drawn when ``have`` images are there: first, last and dtype of each stretch that is kept as one."""
+        length = -(-PART // self.batch_size) * self.batch_size
+        while have < self.images:
+            compared = have < self.paired or self.rest_dtype is None
+            end = self.paired if compared and self.rest_dtype else self.images
+            last = min(have + length, end, self.images)
+            yield have, last, self.dtype if compared else str(self.rest_dtype)
+            have = last
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,8 @@ class Job:
         definition = {"version": VERSION, "row": self.row.definition(), "model": subject.fingerprint, "labels": subject.labels}
         definition |= {"steps": subject.steps, "guidance_scale": subject.guidance_scale, "arguments": subject.arguments}
         definition |= {"seed": settings.seed, "dtype": settings.dtype, "device": settings.device.partition(":")[0]}
+        if settings.rest_dtype:
+            definition |= {"rest_dtype": settings.rest_dtype, "paired": settings.paired}
         return RowStore(self.root / ROWS, self.row.name, definition)
 
     def reference(self) -> Job:
@@ -183,13 +197,18 @@ def _ask_and_sample(job: Job, store: RowStore, facts: Costs, reporter: Reporter,
         reporter.start(f"{job.row.name}: probing")
         facts |= _probe(job, pipe)
     if have < settings.images:
-        start = time.perf_counter()
         reporter.start(f"{job.row.name}: sampling", _steps([job]))
-        part = -(-PART // settings.batch_size) * settings.batch_size
-        for first in range(have, settings.images, part):
-            store.add_images(first, _draw(job, pipe, first, min(first + part, settings.images), reporter.step))
-        seconds = round((time.perf_counter() - start) / (settings.images - have), 4)
-        facts["seconds_per_image"] = None if facts.get("drawn_dense") else seconds  # which would not be the peer's
+    drawing, seconds, count = settings.dtype, 0.0, 0
+    for first, last, dtype in settings.parts(have):
+        if dtype != drawing:
+            pipe = build(job.row, job.subject, store.folder, getattr(torch, dtype), settings.device, dict(facts))
+            drawing = dtype
+        start = time.perf_counter()
+        store.add_images(first, _draw(job, pipe, first, last, reporter.step))
+        if dtype == settings.dtype:
+            seconds, count = seconds + time.perf_counter() - start, count + last - first
+    if count:
+        facts["seconds_per_image"] = None if facts.get("drawn_dense") else round(seconds / count, 4)  # would not be the peer's
 
 
 def _draw(job: Job, pipe: Any, first: int, last: int, on_step: Callable[[], None] | None = None) -> torch.Tensor:
@@ -265,7 +284,8 @@ def _steps(jobs: Sequence[Job]) -> int:
     """What all jobs will report."""
 
     def of(job: Job) -> int:
-        missing = max(0, job.settings.images - job.store.count_images())
-        return num_steps(missing, steps=job.subject.steps or DEFAULT_STEPS, batch_size=job.settings.batch_size)
+        steps, batch_size = job.subject.steps or DEFAULT_STEPS, job.settings.batch_size
+        parts = job.settings.parts(job.store.count_images())
+        return sum(num_steps(last - first, steps=steps, batch_size=batch_size) for first, last, _ in parts)
 
     return sum(map(of, jobs))

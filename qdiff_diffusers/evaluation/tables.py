@@ -96,4 +96,6 @@ def about(run: dict[str, Any]) -> str:
         parts.append(f"{run['steps']} steps")
     if run["guidance_scale"] is not None:
         parts.append(f"guidance {run['guidance_scale']:g}")
-    return ", ".join([*parts, f"seed {run['seed']}", f"{run['dtype']} arithmetic", "± 95 % bootstrap intervals"]) + "."
+    rest = run.get("rest_dtype")
+    arithmetic = f"{run['dtype']} arithmetic" + (f" ({rest} beyond the compared images)" if rest else "")
+    return ", ".join([*parts, f"seed {run['seed']}", arithmetic, "± 95 % bootstrap intervals"]) + "."
