@@ -50,8 +50,11 @@ class QDiffConfig(QuantizationConfigMixin):
         activations: ``None`` (16-bit), "int8" or "fp8" (dynamic, per token), or for SVDQuant "int4" (groups of 64).
         modules_to_not_convert: substrings of module names to leave in 16 bits, besides the default ones.
         overrides: substring of a module name -> another config (or ``None`` for 16 bits) for those layers; the first match counts.
+        by_kind: let ``bits`` be the mean over all layers: fewer for kinds of layers whose errors the model's output shows least
+            (the modulation by time and class before all), more for the others. See docs/methods.md.
         unbiased: rescale each packed weight so that it keeps its gain, at slightly more squared error (see methods/unbias.py).
         keep_outer_layers: leave the layers outside the repeated blocks (embedders, final norm and projection) in 16 bits.
+        outer_bits: 8 (or another width of RTNConfig) rounds those outer layers to nearest instead of leaving them in 16 bits.
         compute_dtype: dtype of the model's other parameters, "bfloat16" and the like; set by loading.
         seed: of everything random.
     """
@@ -62,8 +65,10 @@ class QDiffConfig(QuantizationConfigMixin):
     activations: str | None = None
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, Any] | None = None
+    by_kind: bool = False
     unbiased: bool = True
     keep_outer_layers: bool = True
+    outer_bits: int | None = None
     compute_dtype: str | None = None
     seed: int = 0
 
@@ -106,10 +111,17 @@ class QDiffConfig(QuantizationConfigMixin):
             raise ConfigError(f"{name}: bits must be one of {_join(self.bit_choices)}, got {self.bits!r}")
         if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
             raise ConfigError(f"{name}: compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {self.compute_dtype!r}")
+        if self.by_kind and self.bits is None:
+            raise ConfigError(f"{name}: by_kind spreads a given mean over the layers; give bits too")
         if not isinstance(self.rotation, bool | None):
             raise ConfigError(f"{name}: rotation must be None, True or False, got {self.rotation!r}")
         if not isinstance(self.keep_outer_layers, bool):
             raise ConfigError(f"{name}: keep_outer_layers must be True or False, got {self.keep_outer_layers!r}")
+        if self.outer_bits is not None and (not self.keep_outer_layers or self.outer_bits not in RTNConfig.bit_choices):
+            raise ConfigError(
+                f"{name}: outer_bits must be one of {_join(RTNConfig.bit_choices)}, and keep_outer_layers True, "
+                f"got {self.outer_bits!r} and {self.keep_outer_layers}"
+            )
         if not isinstance(self.seed, int):
             raise ConfigError(f"{name}: seed must be an integer, got {self.seed!r}")
         self._check_patterns(name)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from .config import QDiffConfig
+from .budget import spread_by_kind
+from .config import METHODS, QDiffConfig
 from .layers import unsupported_reason
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
@@ -43,10 +44,14 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
         elif any(part in name.split(".") for part in keep):
             skipped[name] = "kept in float32 by the model class"
         elif config.keep_outer_layers and layer_config is config and name not in inside:
-            skipped[name] = "outside the repeated blocks"
+            if config.outer_bits:
+                targets[name] = METHODS["rtn"](bits=config.outer_bits)  # type: ignore[call-arg]
+            else:
+                skipped[name] = "outside the repeated blocks"
         else:
             targets[name] = layer_config
-    return targets, skipped
+    shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if name in targets}  # type: ignore[union-attr, arg-type]
+    return spread_by_kind(targets, shapes), skipped
 
 
 def _inside_blocks(model: nn.Module) -> set[str]:

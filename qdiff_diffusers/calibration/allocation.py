@@ -1,19 +1,17 @@
-"""Bits where they count: each layer's share follows from what its error does to the model's output."""
+"""Bits where they count, measured: each layer's share follows from what its error does to the model's output."""
 
 from __future__ import annotations
 
-import heapq
 import json
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from ..budget import Choice, check_bits, spend, with_bits
 from ..config import QDiffConfig
-from ..errors import ConfigError
 from ..methods import quantize_weight
 from . import parallel
 from .settings import Calibration
@@ -45,8 +43,7 @@ def allocate(
     Raises:
         ConfigError: a config leaves its bits to other settings.
     """
-    if fixed := [name for name, config in targets.items() if config.bits is None]:
-        raise ConfigError(f"mixed bits need a config with bits, which {fixed[0]} has not")
+    check_bits(targets)
     path = folder / "allocation.json"
     if not parallel.share(path.is_file(), 0):
         chosen = _choose(model, targets, calls, calibration) if parallel.rank() == 0 else {}
@@ -56,77 +53,46 @@ def allocate(
             path.write_text(json.dumps(chosen))
     else:
         chosen = parallel.share(json.loads(path.read_text()) if parallel.rank() == 0 else {}, 0)
-    return {name: _at(config, chosen[name]) for name, config in targets.items()}
+    return {name: with_bits(config, chosen[name]) for name, config in targets.items()}
 
 
 def _choose(model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, calibration: Calibration) -> dict[str, float]:
-    trial = [int(i) for i in torch.linspace(0, len(calls) - 1, min(TRIAL_CALLS, len(calls))).round()]
-    costs: dict[str, list[tuple[float, float, float]]] = {}  # per layer, rising: stored bits, expected loss, nominal bits
+    choices: dict[str, list[Choice]] = {}
     sizes: dict[str, int] = {}
     budget = 0.0
-    for name, config in logging.tqdm(targets.items(), desc="Weighing layers", unit="layer", delay=2):
-        layer = model.get_submodule(name)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+    losses = sensitivities(model, targets, calls, calibration.guidance_scale)
+    for name, config in targets.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor) and config.bits is not None
         sizes[name] = weight.numel()
-        loss = _loss_without(model, layer, name, config, calls, trial, calibration.guidance_scale)
         sample = weight.detach()[:: max(1, len(weight) // SAMPLE_ROWS)]
-        errors, stored = {}, {}
-        for bits in config.bit_choices:
-            found = quantize_weight(sample, _at(config, bits), config.seed)
-            errors[bits] = found.error
-            stored[bits] = found.spec.bits_per_weight(tuple(weight.shape))
-        assert config.bits is not None
+        found = {bits: quantize_weight(sample, with_bits(config, bits), config.seed) for bits in config.bit_choices}
+        stored = {bits: one.spec.bits_per_weight(tuple(weight.shape)) for bits, one in found.items()}
         budget += stored[config.bits] * sizes[name]
-        unit = loss / max(errors[config.bits], 1e-12)
-        costs[name] = sorted((stored[bits], unit * errors[bits], bits) for bits in config.bit_choices)
-    return spend(costs, sizes, budget)
+        choices[name] = sorted(Choice(stored[bits], losses[name] * one.error, bits) for bits, one in found.items())
+    return spend(choices, sizes, budget)
 
 
-def spend(costs: dict[str, list[tuple[float, float, float]]], sizes: dict[str, int], budget: float) -> dict[str, float]:
-    """Give every layer the fewest bits, then more where they lower the expected loss most per stored bit.
-
-    Args:
-        costs: per layer, rising: stored bits per weight, expected loss, nominal bits.
-        sizes: weights of each layer.
-        budget: stored bits of all weights together.
-
-    Returns:
-        nominal bits of each layer.
+def sensitivities(
+    model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, guidance: float | None = None
+) -> dict[str, float]:
+    """What each layer's error does to the model's output: the model's loss with only this layer quantized, on a few calls, over
+    the layer's relative squared weight error. The model is the same afterwards.
     """
-    level = dict.fromkeys(costs, 0)
-    left = budget - sum(costs[name][0][0] * sizes[name] for name in costs)
-    queue: list[tuple[float, str, int]] = []
-
-    def offer(name: str) -> None:
-        """The step up, however long, that gains most per bit from where the layer is."""
-        here = costs[name][level[name]]
-        steps = [
-            ((here[1] - loss) / ((bits - here[0]) * sizes[name]), i)
-            for i, (bits, loss, _) in enumerate(costs[name])
-            if i > level[name] and bits > here[0] and loss < here[1]
-        ]
-        if steps:
-            gain, i = max(steps)
-            heapq.heappush(queue, (-gain, name, i))
-
-    for name in costs:
-        offer(name)
-    while queue:
-        _, name, i = heapq.heappop(queue)
-        price = (costs[name][i][0] - costs[name][level[name]][0]) * sizes[name]
-        if price <= left:
-            left -= price
-            level[name] = i
-            offer(name)
-    return {name: costs[name][level[name]][2] for name in costs}
+    trial = [int(i) for i in torch.linspace(0, len(calls) - 1, min(TRIAL_CALLS, len(calls))).round()]
+    out = {}
+    for name, config in logging.tqdm(targets.items(), desc="Weighing layers", unit="layer", delay=2):
+        loss, error = _with_one_quantized(model, name, config, calls, trial, guidance)
+        out[name] = loss / max(error, 1e-12)
+    return out
 
 
 @torch.no_grad()
-def _loss_without(
-    model: nn.Module, layer: nn.Module, name: str, config: QDiffConfig, calls: Store, trial: list[int], guidance: float | None
-) -> float:
-    """The model's loss with one layer quantized."""
+def _with_one_quantized(
+    model: nn.Module, name: str, config: QDiffConfig, calls: Store, trial: list[int], guidance: float | None
+) -> tuple[float, float]:
+    """The model's loss with one layer quantized, and the relative error of its weight."""
+    layer = model.get_submodule(name)
     exact = layer.weight
     assert isinstance(exact, nn.Parameter)
     found = quantize_weight(exact, config, config.seed + zlib.crc32(name.encode()))
@@ -137,8 +103,4 @@ def _loss_without(
         ]
     finally:
         layer.weight = exact
-    return float(torch.stack(losses).mean())
-
-
-def _at(config: QDiffConfig, bits: float) -> QDiffConfig:
-    return config if bits == config.bits else replace(config, bits=bits)
+    return float(torch.stack(losses).mean()), found.error

@@ -25,8 +25,8 @@ from qdiff_diffusers import (
     VQConfig,
     quantize,
 )
+from qdiff_diffusers.budget import Choice, spend
 from qdiff_diffusers.calibration import tuning as tuning_module
-from qdiff_diffusers.calibration.allocation import spend
 from qdiff_diffusers.calibration.store import Store
 from qdiff_diffusers.calibration.trajectories import call_model, record
 from qdiff_diffusers.calibration.tuning import guided_loss
@@ -346,7 +346,8 @@ def test_mixed_bits_cost_no_more_and_err_less():
 
 
 def test_bits_are_spent_where_they_gain_most():
-    costs = {"loud": [(1, 8.0, 1), (2, 4.0, 2), (4, 1.0, 4)], "quiet": [(1, 1.0, 1), (2, 0.5, 2), (4, 0.1, 4)]}
+    loud, quiet = [(1, 8.0, 1), (2, 4.0, 2), (4, 1.0, 4)], [(1, 1.0, 1), (2, 0.5, 2), (4, 0.1, 4)]
+    costs = {"loud": [Choice(*c) for c in loud], "quiet": [Choice(*c) for c in quiet]}
     assert spend(costs, {"loud": 10, "quiet": 10}, 40) == {"loud": 2, "quiet": 2}
     assert spend(costs, {"loud": 10, "quiet": 10}, 50) == {"loud": 4, "quiet": 1}
     assert spend(costs, {"loud": 10, "quiet": 10}, 80) == {"loud": 4, "quiet": 4}

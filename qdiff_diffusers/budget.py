@@ -1,0 +1,134 @@
+"""Bits where they count: which width each layer gets when only their mean is given."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from .config import AQConfig, QDiffConfig, VQConfig
+from .errors import ConfigError
+from .formats import LayerSpec
+from .methods import aq, vq
+
+# The first pattern found in a layer's name tells its kind; "other" if none is. The names are those of diffusers and transformers.
+KINDS = {
+    kind: re.compile(pattern)
+    for kind, pattern in {
+        "modulation": r"norm\w*\.linear|adaln|modulation|_mod\.|emb\w*\.linear|time_emb|embedder|scale_shift",
+        "query_key": r"(to|add)_[qk](_proj)?$|\b[qk]_proj$|\.(query|key)$",
+        "value_out": r"attn|attention|to_v|to_out|qkv",
+        "feed_forward": r"\bff|mlp|feed_forward|\bfc\d|DenseReluDense",
+        "convolution": r"conv|resnets|samplers",
+    }.items()
+}
+# What an error of a kind's weights does to the model's output, relative to the mean over all weights: geometric means over the
+# bundled models, benchmarks/results/sensitivity.md.
+SENSITIVITY = {"modulation": 0.06, "query_key": 0.25, "value_out": 1.0, "feed_forward": 1.25, "convolution": 2.0, "other": 1.0}
+
+
+class Choice(NamedTuple):
+    """One width that a layer can have.
+
+    Attributes:
+        stored: bits per weight, everything counted.
+        loss: that the model would have from this layer.
+        bits: nominal, as a config asks for it.
+    """
+
+    stored: float
+    loss: float
+    bits: float
+
+
+def kind_of(name: str) -> str:
+    """The kind of a layer, from its full name."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.search(name)), "other")
+
+
+def spread_by_kind(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, QDiffConfig]:
+    """Other widths for layers whose config asks for ``by_kind``, so that their mean stays what the configs ask for.
+
+    The squared error of a weight is taken to fall fourfold with each bit, and to count as its kind does.
+
+    Args:
+        targets: config of each layer.
+        shapes: of their weights.
+
+    Raises:
+        ConfigError: a config leaves its bits to other settings.
+    """
+    chosen = {name: config for name, config in targets.items() if config.by_kind}
+    check_bits(chosen)
+    choices, budget = {}, 0.0
+    sizes = {name: math.prod(shapes[name]) for name in chosen}
+    for name, config in chosen.items():
+        unit = SENSITIVITY[kind_of(name)] * sizes[name]
+        offers = {bits: _stored(replace(config, bits=bits), shapes[name]) for bits in config.bit_choices}
+        choices[name] = sorted(Choice(stored, unit * 4**-bits, bits) for bits, stored in offers.items())
+        budget += offers[float(config.bits or 0)] * sizes[name]
+    bits = spend(choices, sizes, budget)
+    return {name: with_bits(config, bits[name]) if name in bits else config for name, config in targets.items()}
+
+
+def check_bits(targets: Mapping[str, QDiffConfig]) -> None:
+    """Raises :class:`ConfigError` if the bits of a config are left to other settings."""
+    if fixed := [name for name, config in targets.items() if config.bits is None]:
+        raise ConfigError(f"mixed bits need a config with bits, which {fixed[0]} has not")
+
+
+def with_bits(config: QDiffConfig, bits: float) -> QDiffConfig:
+    """The same config, the very same if it has those bits."""
+    return config if bits == config.bits else replace(config, bits=bits)
+
+
+def spend(choices: Mapping[str, Sequence[Choice]], sizes: Mapping[str, int], budget: float) -> dict[str, float]:
+    """Give every layer the fewest bits, then more where they lower the expected loss most per stored bit.
+
+    Args:
+        choices: of each layer, their stored bits rising.
+        sizes: weights of each layer.
+        budget: stored bits of all weights together.
+
+    Returns:
+        nominal bits of each layer.
+    """
+    level = dict.fromkeys(choices, 0)
+    left = budget - sum(choices[name][0].stored * sizes[name] for name in choices)
+    queue: list[tuple[float, str, int]] = []
+
+    def offer(name: str) -> None:
+        """The step up, however long, that gains most per bit from where the layer is."""
+        here = choices[name][level[name]]
+        steps = [
+            ((here.loss - there.loss) / ((there.stored - here.stored) * sizes[name]), i)
+            for i, there in enumerate(choices[name])
+            if i > level[name] and there.stored > here.stored and there.loss < here.loss
+        ]
+        if steps:
+            gain, i = max(steps)
+            heapq.heappush(queue, (-gain, name, i))
+
+    for name in choices:
+        offer(name)
+    while queue:
+        _, name, i = heapq.heappop(queue)
+        price = (choices[name][i].stored - choices[name][level[name]].stored) * sizes[name]
+        if price <= left:
+            left -= price
+            level[name] = i
+            offer(name)
+    return {name: choices[name][level[name]].bits for name in choices}
+
+
+def _stored(config: QDiffConfig, shape: tuple[int, ...]) -> float:
+    """Stored bits per weight, as far as a config tells them before the weights are seen."""
+    matrix = (shape[0], math.prod(shape[1:]))
+    if isinstance(config, AQConfig):
+        return LayerSpec(aq.choose_format(config, matrix)).bits_per_weight(shape)
+    if isinstance(config, VQConfig):
+        return LayerSpec(vq.choose_format(config, matrix)).bits_per_weight(shape)
+    return float(config.bits or 0)
