@@ -37,6 +37,7 @@ END
         make_environment "$folder" --editable ".[dev]"
     fi
     "${pip[@]}" install "setuptools>=77" wheel
+    "${pip[@]}" install --no-deps --no-build-isolation --editable . # the other environment may lose it
     local site vision
     site=$("$python" -c "import site; print(site.getsitepackages()[0])")
     # torchvision 0.28 belongs to torch 2.13; torchaudio only has to be importable.

@@ -30,6 +30,13 @@ def test_the_pack_is_copied_and_replaced_on_request(comfyui):
     assert [p.name for p in (comfyui / "custom_nodes").iterdir()] == ["qdiff"]
 
 
+def test_an_installation_without_the_files_says_so(comfyui, monkeypatch, tmp_path):
+    monkeypatch.setattr("qdiff_diffusers.cli.comfy.SOURCES", (tmp_path / "nothing",))
+    with pytest.raises(ConfigError, match="--force-reinstall"):
+        install_pack(comfyui)
+    assert not any((comfyui / "custom_nodes").iterdir())
+
+
 def test_errors_name_the_way_out(comfyui):
     with pytest.raises(ConfigError, match=r"main\.py"):
         install_pack(comfyui / "nowhere")

@@ -16,9 +16,15 @@ from .console import stdout
 
 NAME = "qdiff"
 PACK = "qdiff_pack.json"  # marks a folder that this command has written
-CLONE = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+SOURCES = (PACKAGE / "comfy_pack", PACKAGE.parent)  # in a wheel, in a clone
 PARTS = ("comfy_nodes", "example_workflows", "locales")
-FILES = ("__init__.py",)
+SHIM = '''"""The qdiff nodes, put here by ``qdiff comfy install``."""
+
+from .comfy_nodes import comfy_entrypoint as comfy_entrypoint
+
+WEB_DIRECTORY = "./comfy_nodes/web"
+'''
 
 comfy = typer.Typer(name="comfy", help="The ComfyUI node pack.", no_args_is_help=True)
 
@@ -42,7 +48,7 @@ def install_pack(path: Path, overwrite: bool = False) -> Path:
     """Copy the pack into ``custom_nodes/qdiff`` of a ComfyUI; it appears there when it is complete.
 
     Raises:
-        ConfigError: ``path`` is no ComfyUI, something is in the way, or this installation does not have the pack's files.
+        ConfigError: ``path`` is no ComfyUI, something is in the way, or this installation lacks the pack's files.
     """
     folder = _custom_nodes(path)
     source = _source()
@@ -57,8 +63,7 @@ def install_pack(path: Path, overwrite: bool = False) -> Path:
         new.mkdir()
         for part in PARTS:
             shutil.copytree(source / part, new / part, ignore=shutil.ignore_patterns("__pycache__"))
-        for file in FILES:
-            shutil.copy2(source / file, new / file)
+        (new / "__init__.py").write_text(SHIM)
         (new / PACK).write_text(json.dumps({"version": __version__}) + "\n")
         if target.exists():
             target.rename(old)
@@ -76,10 +81,9 @@ def _custom_nodes(path: Path) -> Path:
 
 
 def _source() -> Path:
-    missing = [part for part in (*PARTS, *FILES) if not (CLONE / part).exists()]
-    if missing:
-        raise ConfigError(
-            "this installation has the package but not the node pack; clone the repository into ComfyUI's custom_nodes folder, or "
-            "run this command from a clone installed with pip install -e"
-        )
-    return CLONE
+    for source in SOURCES:
+        if all((source / part).is_dir() for part in PARTS):
+            return source
+    raise ConfigError(
+        "this installation lacks the node pack's files; install it again: pip install --force-reinstall --no-deps qdiff-diffusers"
+    )
