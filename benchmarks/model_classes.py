@@ -28,7 +28,8 @@ HEADER = f"""# Model classes
 Every transformer and UNet class that diffusers {diffusers.__version__} exports, tiny and with random weights: quantized while
 loading, saved, reloaded, run. A cell is the relative error of the output against the dense model (8 bits for rtn, fp and svdquant,
 2 bits for aq and vq); the reloaded model gives the same output. Made by `python benchmarks/model_classes.py`; the configurations
-are those of diffusers' own tests (`tests/classes/tiny_configs.json`), and a class that is new in diffusers appears below by itself.
+(`tests/classes/tiny_configs.json`) are those of diffusers' own tests or in their likeness, and a class that is new in diffusers
+appears below by itself.
 """
 
 

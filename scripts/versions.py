@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,18 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
 ENVIRONMENTS = ROOT / ".venv-versions"
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "huggingface_hub", "peft", "accelerate", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "huggingface_hub",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "numba",
+)
 
 # What pyproject.toml allows at least.
 OLDEST = {
@@ -39,6 +51,9 @@ OLDEST = {
     "pillow": "==10.1.0",
     "rich": "==13.0.0",
     "typer": "==0.12.0",
+    "matplotlib": "==3.8.0",
+    "numba": "==0.62.0",
+    "kernels": "==0.15.0",
 }
 NEWEST = dict.fromkeys(OLDEST, "")
 BEFORE_HUB_2 = {"huggingface-hub": "<2"}
@@ -48,7 +63,8 @@ HEADER = """# Versions
 
 The oldest versions that `pyproject.toml` allows, the newest, and some between, each with a part of the tests: round trips, layers,
 pipelines, text encoders, LoRA, loading with nothing imported, single files, compiling, uploads, and the kernels against their
-reference (without a GPU under Triton's interpreter). Made by `python scripts/versions.py`.
+reference (without a GPU under Triton's interpreter). Made by `python scripts/versions.py`, whose `TESTS` say what runs;
+`benchmarks/results/versions.json` counts it by file.
 """
 
 
@@ -76,23 +92,27 @@ ROWS = {
     "transformers": Row("the oldest transformers", "torch==2.13.0", NEWEST | OLD_TRANSFORMERS, TEXT),
     "peft": Row("the oldest peft and accelerate", "torch==2.13.0", NEWEST | OLD_PEFT, ADAPTERS),
     "triton": Row("the oldest triton", "torch==2.13.0", NEWEST | OLD_TRITON, GPU),
-    "newest": Row("the newest of everything", "torch", NEWEST),
+    "newest": Row("the newest of everything", "torch", NEWEST | {"triton": ""}),
 }
+FIVE = "aq-2-fp8 or vq-2-int8 or fp-nvfp4 or svdquant-4-int4 or rtn-4-int8"
+# What pytest's -k selects in each file: whatever rests on a library's version, once per method.
 TESTS = {
-    "tests/test_round_trip.py": "survives and dit and float32 or sharded and flux or variant or device_map or copied",
-    "tests/test_text_encoders.py": "rtn or svdquant or cast or eight_bits",
-    "tests/test_embeddings.py": "encoder or rows",
-    "tests/test_pipelines.py": "mapping or different_methods or one_config or old_for or damaged",
-    "tests/test_single_file.py": "rtn or aq or refused or layout",
-    "tests/test_lora.py": "fused or flux",
+    "tests/test_round_trip.py": f"survives and dit and float32 and ({FIVE}) or sharded and flux and rtn or variant or copied",
+    "tests/test_text_encoders.py": "survives and rtn or cast",
+    "tests/test_embeddings.py": "survives and t5",
+    "tests/test_pipelines.py": "different_methods or one_config or damaged or quant_mapping and svdquant",
+    "tests/test_single_file.py": "rtn or refused or layout",
+    "tests/test_lora.py": "saved_with or one_after or flux or trained",
     "tests/test_autoload.py": "nothing_imported or entry_point or broken",
     "tests/test_layers.py": "computes or rebuilt or dequantizing",
-    "tests/test_compile_and_gradients.py": "one_graph or gradients_to or group_offloading",
-    "tests/hub": "three_lines or fresh_process or push_to_hub",
-    "kernels/tests/test_linear.py": "definition and (plain or int8 or fp8) or leading",
-    "kernels/tests/test_conv2d.py": "geometry and plain",
+    "tests/test_compile_and_gradients.py": "one_graph or gradients_to and dit or group_offloading and leaf",
+    "tests/test_evaluation.py": "plot or grid",
+    "tests/hub/test_push.py": "three_lines or fresh_process or push_to_hub",
+    "kernels/tests/test_linear.py": "definition and plain or leading and int8",
     "kernels/tests/test_bitpack.py": "",
-    "kernels/tests/test_gpu.py": "decoded or tokens or definition and int8",
+    "kernels/tests/test_cpu.py": "compiled_on or low_rank and int4",
+    "kernels/tests/test_project.py": "beside or client",
+    "kernels/tests/test_gpu.py": "decoded_exactly or any_number or definition and int8 and rotation",
 }
 
 
@@ -123,22 +143,30 @@ def make_environment(row: Row) -> tuple[Path, str]:
     return python, ""
 
 
-def run_tests(python: Path, parts: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
-    """Counts by outcome over all of ``TESTS``, and the failures' names."""
-    counts: dict[str, int] = {}
-    failures: list[str] = []
-    for path, selection in TESTS.items():
-        if not path.startswith(parts):
-            continue
-        command = [python, "-m", "pytest", path, "-p", "no:cacheprovider", "-rfE", *(["-k", selection] if selection else [])]
-        done = sh(*command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
-        found = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1])
-        for number, outcome in found or [("1", "failed")]:
-            counts[outcome.rstrip("s")] = counts.get(outcome.rstrip("s"), 0) + int(number)
-        failures += [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))] or ([] if found else [lines[-1]])
-        print(f"  {path}: {lines[-1].strip('= ')}", flush=True)
-    return counts, failures
+def selection(parts: tuple[str, ...]) -> tuple[list[str], str]:
+    """The files of ``TESTS`` that a row concerns, and one -k for all of them."""
+    files = {path: chosen for path, chosen in TESTS.items() if path.startswith(parts)}
+    terms = [f"({Path(path).name} and ({chosen}))" if chosen else f"({Path(path).name})" for path, chosen in files.items()]
+    return [*files], " or ".join(terms)
+
+
+def run_tests(python: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+    """Counts by outcome, tests that passed by file, and what failed or was skipped, with the reason."""
+    files, chosen = selection(parts)
+    command = (python, "-m", "pytest", *files, "-k", chosen, "-p", "no:cacheprovider", "-rpfEs")
+    done = sh(*command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+    found = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1])
+    counts = {outcome.rstrip("s"): int(number) for number, outcome in found} or {"failed": 1}
+    passed = Counter(match[1] for line in lines if (match := re.match(r"PASSED (\S+?)::", line)))
+    failures = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))] or ([] if found else [lines[-1]])
+    print(f"  {lines[-1].strip('= ')}", flush=True)
+    return {
+        "counts": counts,
+        "passed": dict(passed),
+        "failures": failures,
+        "skipped": [line.removeprefix("SKIPPED ")[:300] for line in lines if line.startswith("SKIPPED")],
+    }
 
 
 def installed(python: Path) -> dict[str, str]:
@@ -160,12 +188,10 @@ def run_row(name: str) -> dict[str, Any]:
     if problem:
         return {"about": row.about, "problem": problem, "date": date.today().isoformat()}
     seconds = time.monotonic() - start
-    counts, failures = run_tests(python, row.parts)
     return {
         "about": row.about,
         "versions": installed(python),
-        "counts": counts,
-        "failures": failures,
+        **run_tests(python, row.parts),
         "install_s": round(seconds),
         "test_s": round(time.monotonic() - start - seconds),
         "date": date.today().isoformat(),

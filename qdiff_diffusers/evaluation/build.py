@@ -22,10 +22,10 @@ from ..layers import PackedLayer
 from .peers import apply_peer, copy_in, find_peer, make_dense, stored_bits, target_layers, weight_shapes
 from .rows import EvalRow, calibration_of
 from .sampling import denoisers
+from .store import MODEL
 from .subject import Subject
 
 Costs = dict[str, Any]
-MODEL = "model"  # folder of a row's quantized model
 
 
 def build(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype, device: str, costs: Costs) -> Any:

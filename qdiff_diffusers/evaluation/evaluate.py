@@ -20,18 +20,17 @@ from rich.progress import Progress
 from ..bench.results import commit
 from ..bench.timing import describe_failure
 from ..errors import ConfigError, QDiffError
-from .build import MODEL, Costs, build
+from .build import Costs, build
 from .machine import machine_facts
 from .outputs import write_outputs
 from .probes import Probes, layer_errors, record, step_errors
 from .rows import REFERENCE, EvalRow
 from .sampling import image_seeds, num_steps, sample
 from .scores import Judge
-from .store import PROBES, RowStore, digest
+from .store import MODEL, PROBES, ROWS, RowStore, digest
 from .subject import Subject
 from .workers import Reporter, run_jobs
 
-ROWS = "rows"
 VERSION = 1  # of what a row's folder holds; another number makes all rows anew
 SCORES_VERSION = 2  # of how images are judged; another number judges them again
 PART = 500  # images after which a row's work is on disk

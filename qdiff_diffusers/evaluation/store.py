@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from .report import write_text
 
+ROWS = "rows"  # folder of all rows
+MODEL = "model"  # in a row's folder: its quantized model
 IMAGES, PROBES, FACTS = "images", "probes.pt", "row.json"
 
 
@@ -73,13 +75,22 @@ class RowStore:
 
     def images(self, count: int) -> Tensor:
         """The first ``count`` images, float32."""
-        found, parts = 0, []
-        for path in self._parts():
-            if found < count:
-                with safe_open(path, "pt") as file:
-                    parts.append(file.get_slice(IMAGES)[: count - found])
-                found += len(parts[-1])
-        return torch.cat(parts).float()
+        return images_in(self.folder, count)
 
     def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{IMAGES}-*.safetensors"))
+        return _parts(self.folder)
+
+
+def images_in(folder: Path, count: int) -> Tensor:
+    """The first ``count`` images of a row's folder, float32 ``[n, channels, height, width]``."""
+    found, parts = 0, []
+    for path in _parts(folder):
+        if found < count:
+            with safe_open(path, "pt") as file:
+                parts.append(file.get_slice(IMAGES)[: count - found])
+            found += len(parts[-1])
+    return torch.cat(parts).float()
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{IMAGES}-*.safetensors"))

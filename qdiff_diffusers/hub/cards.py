@@ -15,7 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..checkpoint import CheckpointInfo, inspect_components
 from ..config import QDiffConfig
-from .contents import METHOD_TITLES, facts, kind_rows, legend, samples, settings
+from .contents import METHOD_TITLES, facts, kind_rows, legend, sample_files, samples, settings
+from .evaluated import Evaluated
 from .origin import INHERITED, LICENSE_KEYS, hub_card, is_hub_name, task_of
 from .results import Results, read_results
 
@@ -23,13 +24,16 @@ TAG = "qdiff"
 CARD = "README.md"
 
 
-def render_card(folder: str | Path, repo_id: str, base_card: dict[str, str] | None = None) -> ModelCard:
+def render_card(
+    folder: str | Path, repo_id: str, base_card: dict[str, str] | None = None, evaluated: Evaluated | None = None
+) -> ModelCard:
     """The card of a saved model or pipeline. Looks nothing up; see :func:`base_card` for what only the Hub knows.
 
     Args:
         folder: holds the checkpoint, and perhaps ``qdiff_results.json`` and ``samples/``.
         repo_id: name under which it will be loaded.
         base_card: licence and task of the base model, used where the checkpoint does not record them.
+        evaluated: results and samples to show, whatever the folder holds.
 
     Raises:
         CheckpointError: the folder holds no qdiff checkpoint, or malformed results.
@@ -38,9 +42,9 @@ def render_card(folder: str | Path, repo_id: str, base_card: dict[str, str] | No
     components = inspect_components(folder)
     largest = max(components, key=lambda c: c.packed_weights)
     known = (base_card or {}) | {key: v for key in INHERITED if isinstance(v := largest.config.provenance.get(key), str)}
-    results = read_results(folder)
+    results = evaluated.results if evaluated else read_results(folder)
     data = _metadata(folder, repo_id, components, largest.config, known, results)
-    pairs, single = samples(folder)
+    pairs, single = samples(evaluated.samples if evaluated else sample_files(folder))
     context = _context(folder, repo_id, components, largest) | {
         "license": {key: known.get(key) for key in LICENSE_KEYS},
         "results": results,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,14 @@ def settings(config: QDiffConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def samples(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Images in ``samples/``: pairs ``NAME.png`` and ``NAME-16bit.png``, and the others."""
-    found = {p.stem: p.name for p in sorted((folder / SAMPLES).glob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")}
+def sample_files(folder: Path) -> list[str]:
+    """Names of the images in ``samples/``."""
+    return sorted(p.name for p in (folder / SAMPLES).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+
+
+def samples(files: Iterable[str]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Images of ``samples/`` by their names: pairs ``NAME.png`` and ``NAME-16bit.png``, and the others."""
+    found = {Path(name).stem: name for name in files}
     pairs, single = [], []
     for stem, name in found.items():
         if stem.endswith(DENSE_SUFFIX) and stem.removesuffix(DENSE_SUFFIX) in found:

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..checkpoint import INDEX, check_index, inspect_components
 from ..errors import CheckpointError, ConfigError, HubError
 from .cards import CARD, base_card, is_handwritten, render_card
+from .evaluated import read_evaluation
 from .results import read_results
 
 UNSAFE = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
@@ -31,6 +32,7 @@ def push_folder(
     revision: str | None = None,
     message: str | None = None,
     token: str | None = None,
+    evaluation: str | Path | None = None,
 ) -> CommitInfo:
     """Upload a quantized model or pipeline. The repository is created if needed; all files arrive in one commit, or none.
 
@@ -44,23 +46,25 @@ def push_folder(
         revision: branch to commit to, made if needed; the main one if not given.
         message: of the commit.
         token: instead of the one that is logged in.
+        evaluation: output folder of ``qdiff eval`` with a row of this checkpoint: its scores and pictures go into the card.
 
     Raises:
-        ConfigError: ``repo_id`` cannot be a name on the Hub.
+        ConfigError: ``repo_id`` cannot be a name on the Hub, or ``evaluation`` has no such row.
         CheckpointError: the folder is no complete checkpoint; checked before anything is sent.
         HubError: the Hub refused, or could not be reached.
     """
     folder = Path(folder)
     check_name(repo_id)
-    files = list(check_complete(folder))
+    files = {path.relative_to(folder).as_posix(): path for path in check_complete(folder)}
+    evaluated = read_evaluation(evaluation, folder) if evaluation else None
     api = HfApi(token=token, library_name="qdiff-diffusers")
     with _explained(repo_id):
         user = api.whoami()["name"]
     repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    contents: dict[str, Path | bytes] = {**files, **(evaluated.files() if evaluated else {})}
     if not is_handwritten(folder / CARD):
-        card = render_card(folder, repo_id, base_card(folder))
-        operations.append(CommitOperationAdd(CARD, str(card).encode()))
+        contents[CARD] = str(render_card(folder, repo_id, base_card(folder), evaluated)).encode()
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     with _explained(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision:

@@ -14,13 +14,15 @@ TEXTS = ("protocol", "command", "machine", "date")
 
 
 class Result(NamedTuple):
-    """One number: ``metric`` is an identifier ("psnr"), ``baseline`` the 16-bit model's value if it has one."""
+    """One number: ``metric`` is an identifier ("psnr"), ``baseline`` the 16-bit model's value if it has one, ``margin`` half the
+    width of a confidence interval."""
 
     metric: str
     name: str
     value: float
     unit: str = ""
     baseline: float | None = None
+    margin: float | None = None
 
 
 class Results(NamedTuple):
@@ -57,22 +59,27 @@ def read_results(folder: str | Path) -> Results | None:
 
 def write_results(folder: str | Path, results: Results) -> None:
     """Write ``qdiff_results.json``; :func:`read_results` gives back the same."""
+    (Path(folder) / RESULTS).write_text(results_text(results), encoding="utf-8")
+
+
+def results_text(results: Results) -> str:
+    """What ``qdiff_results.json`` holds."""
     data = {
         "protocol": results.protocol,
         "dataset": {"id": results.dataset_id, "name": results.dataset_name},
         "results": [{key: v for key, v in r._asdict().items() if v not in ("", None)} for r in results.results],
     }
     data |= {key: text for key, text in results.notes.items() if text}
-    (Path(folder) / RESULTS).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return json.dumps(data, indent=1) + "\n"
 
 
 def _result(entry: Any) -> Result:
     if unknown := sorted(set(entry) - set(Result._fields)):
         raise ValueError(f"unknown keys {', '.join(unknown)}")
-    value, baseline = _number(entry["value"]), entry.get("baseline")
+    numbers = {key: None if (given := entry.get(key)) is None else _number(given) for key in ("baseline", "margin")}
     metric = _text(entry["metric"], "metric")
     name, unit = _text(entry.get("name", metric), "name"), _text(entry.get("unit", ""), "unit")
-    return Result(metric, name, value, unit, None if baseline is None else _number(baseline))
+    return Result(metric, name, _number(entry["value"]), unit, **numbers)
 
 
 def _number(value: Any) -> float:

@@ -1,11 +1,12 @@
 """Every transformer and UNet class of the installed diffusers, through quantizing, saving, reloading and a forward pass.
 
-``tiny_configs.json`` holds a tiny configuration and inputs per class, taken from diffusers' own model tests (Apache-2.0). A class
-that it lacks is reported as such, so that the classes of a newer diffusers show up by themselves.
+``tiny_configs.json`` holds a tiny configuration and inputs per class, taken from diffusers' own model tests (Apache-2.0) or made in
+their likeness. A class that it lacks is reported as such, so that the classes of a newer diffusers show up by themselves.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import tempfile
@@ -76,6 +77,9 @@ def decode(value: Any) -> Any:
     if "dict" in value:
         # JSON has no integer keys
         return {int(key) if key.isdigit() else key: decode(item) for key, item in value["dict"].items()}
+    if "object" in value:
+        module, _, name = value["object"].rpartition(".")
+        return getattr(importlib.import_module(module), name)(**value["arguments"])
     for kind in (list, tuple):
         if kind.__name__ in value:
             return kind(decode(item) for item in value[kind.__name__])

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import tiny_models
 import torch
+import yaml
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, PipelineQuantizationConfig
 from hub.client import Client
 from hub.fake_hub import TOKEN, FakeHub, Fault
@@ -157,6 +158,57 @@ def test_push_to_hub_of_models_and_pipelines_writes_the_same_card(hub, client, p
         card = hub.files(f"someone/{name}")["README.md"].decode()
         assert f'{loader}.from_pretrained("someone/{name}", ' in card
         assert "- qdiff" in card and "bits per weight" in card
+
+
+@pytest.fixture(scope="module")
+def evaluation(pipeline, tmp_path_factory) -> Path:
+    """What ``qdiff eval`` makes of that pipeline."""
+    from qdiff_diffusers.evaluation.evaluate import Settings, run_eval
+    from qdiff_diffusers.evaluation.rows import parse_rows
+    from qdiff_diffusers.evaluation.subject import find_subject
+
+    output = tmp_path_factory.mktemp("evaluation") / "out"
+    subject = find_subject("dit", steps=2)
+    rows = parse_rows([{"folder": str(pipeline)}, {"method": "rtn", "bits": 8}], subject)
+    run_eval(subject, rows, output, Settings(images=4, paired=3, keep_models=True), command=f"qdiff eval dit -c {pipeline} -o out")
+    return output
+
+
+def test_scores_and_pictures_of_an_evaluation_go_into_the_card(hub, client, pipeline, evaluation, tmp_path):
+    folder = Path(shutil.copytree(pipeline, tmp_path / "demo", copy_function=shutil.copy2))
+    before = snapshot(folder)
+    assert client.qdiff("push", folder, "someone/evaluated", "--eval", evaluation).code == 0
+    assert snapshot(folder) == before
+    files = hub.files("someone/evaluated")
+    row = json.loads((evaluation / "results.json").read_text())["rows"][1]
+    told = {entry["metric"]: entry for entry in json.loads(files["qdiff_results.json"])["results"]}
+    assert told["psnr"]["value"] == pytest.approx(row["scores"]["psnr"][0], rel=1e-3)
+    assert told["psnr"]["margin"] == pytest.approx(row["scores"]["psnr"][1], rel=1e-3)
+    assert "baseline" in told["accuracy"] and told["accuracy"]["value"] == 100 * row["scores"]["accuracy"][0]
+    assert {"samples/the-first-4-images.png", "samples/the-first-4-images-16bit.png"} < files.keys()
+    card = files["README.md"].decode()
+    metrics = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"]
+    assert {metric["type"] for metric in metrics} == told.keys()
+    assert "| 16 bits | ![the first 4 images, 16 bits](samples/the-first-4-images-16bit.png) |" in card
+    assert f"| PSNR (dB) | {told['psnr']['value']:.4g} ± {told['psnr']['margin']:.2g} |" in card
+    assert str(pipeline.parent) not in card and "qdiff eval dit -c demo-fp4 -o out" in card
+
+
+def test_a_model_that_the_evaluation_made_has_its_scores_too(hub, client, evaluation):
+    (kept,) = evaluation.glob("rows/*/model")
+    assert client.qdiff("push", kept, "someone/kept", "--eval", evaluation).code == 0
+    assert json.loads(hub.files("someone/kept")["qdiff_results.json"])["results"]
+
+
+def test_an_evaluation_of_something_else_is_refused(hub, client, model, pipeline, evaluation, tmp_path):
+    assert "has no row of" in refused(client, model, "someone/else", "--eval", str(evaluation))
+    assert "is no output folder of `qdiff eval`" in refused(client, pipeline, "someone/else", "--eval", str(tmp_path))
+    moved = Path(shutil.copytree(evaluation, tmp_path / "out"))
+    table = json.loads((moved / "results.json").read_text())
+    table["rows"][1]["definition"]["config"] = "that of an older state"
+    (moved / "results.json").write_text(json.dumps(table))
+    assert "was changed after" in refused(client, pipeline, "someone/else", "--eval", str(moved))
+    assert "someone/else" not in hub.repos
 
 
 def test_a_branch_is_made_and_loaded_by_its_name(hub, client, model):
