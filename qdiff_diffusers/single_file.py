@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import torch
+from packaging import version
 
 from .checkpoint import read_header
 from .config import QDiffConfig
@@ -44,6 +46,19 @@ def explain_failures(module: ModuleType) -> None:
 
     from_single_file.explains_qdiff_failures = True  # type: ignore[attr-defined]
     mixin.from_single_file = classmethod(from_single_file)
+    if version.parse(diffusers.__version__) < version.parse("0.42"):
+        _keep_out_of_converters(module)
+
+
+def _keep_out_of_converters(module: ModuleType) -> None:
+    """Before 0.42 diffusers shows a quantizer a single file only after it was converted, and takes packed ones for foreign."""
+    original = module._should_convert_state_dict_to_diffusers
+
+    def should_convert(model_state_dict: dict[str, Any], checkpoint_state_dict: dict[str, Any]) -> bool:
+        is_packed = any(key.endswith(".codes") for key in checkpoint_state_dict)
+        return not is_packed and original(model_state_dict, checkpoint_state_dict)
+
+    module._should_convert_state_dict_to_diffusers = should_convert  # type: ignore[attr-defined]
 
 
 def _read_local(source: Any) -> None:

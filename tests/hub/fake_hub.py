@@ -325,15 +325,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, repo: str, revision: str, folder: str | None = None) -> None:
         _, files = self.snapshot(repo, revision)
-        entries = []
+        entries, folders = [], set()
+        everything = self.query.get("recursive", [""])[0].lower() == "true"
         for path, blob in sorted(files.items()):
             if folder and not path.startswith(f"{folder}/"):
+                continue
+            below = path.removeprefix(f"{folder}/" if folder else "").split("/")
+            if len(below) > 1 and not everything:
+                folders.add("/".join(filter(None, (folder, below[0]))))
                 continue
             entry: dict[str, Any] = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid}
             if blob.lfs:
                 entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 134}
             entries.append(entry)
-        self.send(200, entries)
+        self.send(200, [*({"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)), *entries])
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         sha, files = self.snapshot(repo, revision)
@@ -363,7 +368,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(206, content[start : end + 1], headers | {"Content-Range": whole})
 
 
-API = rf"/api/models/{NAME}"
+API = rf"/api/(?:models|kernels)/{NAME}"
+FILES = rf"/(?:kernels/)?{NAME}"
 REVISION = r"(?P<revision>[^/]+)"
 _READ = (
     (r"/api/whoami-v2", Handler.whoami),
@@ -371,7 +377,7 @@ _READ = (
     (rf"{API}/tree/{REVISION}(?:/(?P<folder>.+))?", Handler.tree),
     (API, Handler.model_info),
     (r"/_storage/(?P<oid>\w{64})", Handler.storage),
-    (rf"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
+    (rf"{FILES}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 )
 ROUTES = {
     "GET": _READ,
@@ -382,8 +388,8 @@ ROUTES = {
         (rf"{API}/branch/(?P<branch>.+)", Handler.create_branch),
         (rf"{API}/preupload/{REVISION}", Handler.preupload),
         (rf"{API}/commit/{REVISION}", Handler.commit),
-        (rf"/{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
-        (rf"/{NAME}\.git/info/lfs/verify", Handler.lfs_verify),
+        (rf"{FILES}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+        (rf"{FILES}\.git/info/lfs/verify", Handler.lfs_verify),
     ),
     "PUT": ((r"/_storage/(?P<oid>\w{64})", Handler.lfs_upload),),
 }
