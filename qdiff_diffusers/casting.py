@@ -1,8 +1,11 @@
-"""``pipe.to(dtype)`` with quantized components.
+"""``pipe.to(dtype)`` and ``model.to(dtype)`` with packed layers.
 
-diffusers casts one component after the other until it meets a quantized one, and raises: half of the pipeline is cast by then.
-``from_pipe`` ends the same way, even if nothing would have to be cast. Here it is all or nothing: a pipeline whose quantized
-components have the dtype already casts the others, any other is refused before its first component is touched.
+diffusers refuses every ``model.to(dtype=...)`` of a quantized model, even those that its own ``load_ip_adapter`` (the model's
+dtype, for the layers just added) and ``save_lora_adapter`` (``None``) make. Here only another dtype is refused.
+
+Of a pipeline diffusers casts one component after the other until it meets a quantized one, and raises: half of the pipeline is
+cast by then. ``from_pipe`` ends the same way, even if nothing would have to be cast. Here it is all or nothing: a pipeline whose
+quantized components have the dtype already casts the others, any other is refused before its first component is touched.
 """
 
 from __future__ import annotations
@@ -18,6 +21,39 @@ from .errors import ConfigError
 from .packing import packed_layers
 
 
+def guard_models(module: ModuleType) -> None:
+    """Wrap ``module.ModelMixin.to``; calling it again changes nothing. Models without packed layers are left alone."""
+    kind = module.ModelMixin
+    if not hasattr(kind.to, "of_qdiff"):
+        kind.to = _same_dtype(kind.to)
+
+
+def _same_dtype(original: Any) -> Any:
+    @functools.wraps(original)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = "dtype" in kwargs or any(isinstance(value, torch.dtype) for value in args)
+        if not named or not getattr(self, "is_quantized", False) or not packed_layers(self):
+            return original(self, *args, **kwargs)
+        dtype = _dtype_in(args, kwargs)
+        if dtype is None or (dtype == self.dtype and not self._keep_in_fp32_modules):
+            args, kwargs = _without_dtype(args, kwargs)
+            original(self, *args, **kwargs)
+            return self if dtype is None else nn.Module.to(self, dtype)  # packed tensors keep theirs
+        return original(self, *args, **kwargs)
+
+    to.of_qdiff = True  # type: ignore[attr-defined]
+    return to
+
+
+def _dtype_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
+    return next((value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)), None)
+
+
+def _without_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    left = {key: value for key, value in kwargs.items() if key != "dtype"}
+    return tuple(value for value in args if not isinstance(value, torch.dtype)), left
+
+
 def guard_pipelines(module: ModuleType) -> None:
     """Wrap ``module.DiffusionPipeline.to``; calling it again changes nothing. Pipelines without packed layers are left alone."""
     kind = module.DiffusionPipeline
@@ -28,15 +64,15 @@ def guard_pipelines(module: ModuleType) -> None:
 def _all_or_nothing(original: Any) -> Any:
     @functools.wraps(original)
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        dtype = next((value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)), None)
+        dtype = _dtype_in(args, kwargs)
         models = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
         packed = {name: part for name, part in models.items() if packed_layers(part)}
         if dtype is None or not packed:
             return original(self, *args, **kwargs)
         for name, part in packed.items():
             _check_dtype(name, part, dtype)
-        kwargs.pop("dtype", None)
-        original(self, *(value for value in args if not isinstance(value, torch.dtype)), **kwargs)
+        args, kwargs = _without_dtype(args, kwargs)
+        original(self, *args, **kwargs)
         for part in models.values():
             if not getattr(part, "is_quantized", False):
                 part.to(dtype)

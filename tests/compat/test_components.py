@@ -83,8 +83,49 @@ def test_ip_adapter(load):
     model = load()
     before = run(model)
     model._load_ip_adapter_weights([ip_adapter(model)])
-    embedding = [torch.randn(1, 1, 32)]
-    assert distance(run(model, joint_attention_kwargs={"ip_adapter_image_embeds": embedding}), before) > 1e-3
+    embedding = {"ip_adapter_image_embeds": [torch.randn(1, 1, 32)]}
+    assert distance(run(model, joint_attention_kwargs=embedding), before) > 1e-3
+    set_scale(model, 0.0)
+    assert torch.allclose(run(model, joint_attention_kwargs=embedding), before, atol=1e-5)
+
+
+def set_scale(model: nn.Module, scale: float) -> None:
+    for processor in model.attn_processors.values():
+        if hasattr(processor, "to_k_ip"):
+            processor.scale = [scale]
+
+
+def unet_ip_adapter(model: nn.Module) -> dict:
+    """Weights for every cross-attention, whose width is 32 throughout; the files number them 1, 3, 5, ..."""
+    from diffusers.models.embeddings import ImageProjection
+
+    torch.manual_seed(2)
+    image = ImageProjection(cross_attention_dim=32, image_embed_dim=32, num_image_text_embeds=4).state_dict()
+    crossing = [name for name in model.attn_processors if name.endswith("attn2.processor")]
+    return {
+        "image_proj": {key.replace("image_embeds", "proj"): value for key, value in image.items()},
+        "ip_adapter": {
+            f"{2 * i + 1}.{leaf}.weight": torch.randn(32, 32) for i in range(len(crossing)) for leaf in ("to_k_ip", "to_v_ip")
+        },
+    }
+
+
+@pytest.mark.row("IP-Adapter on a UNet")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unet_ip_adapter(load, dtype):
+    model = load("sdxl_unet", dtype=dtype)
+    inputs = {k: v.to(dtype) if k in ("sample", "encoder_hidden_states") else v for k, v in tiny_models.sdxl_unet_inputs().items()}
+
+    @torch.no_grad()
+    def output(**more: list[torch.Tensor]) -> torch.Tensor:
+        return model(**inputs | {"added_cond_kwargs": inputs["added_cond_kwargs"] | more}, return_dict=False)[0]
+
+    before = output()
+    model._load_ip_adapter_weights([unet_ip_adapter(model)])
+    embedding = [torch.randn(1, 1, 32, dtype=dtype)]
+    assert distance(output(image_embeds=embedding), before) > 1e-3
+    set_scale(model, 0.0)
+    assert torch.allclose(output(image_embeds=embedding), before, atol=1e-5)
 
 
 @pytest.mark.row("fuse_qkv_projections")
@@ -154,6 +195,18 @@ def test_fused_lora(load, tmp_path):
     assert distance(run(type(model).from_pretrained(tmp_path)), active) < 1e-2
     model.unfuse_lora()
     assert distance(run(model), active) < 1e-2
+
+
+@pytest.mark.row("save_lora_adapter, load_lora_adapter")
+def test_lora_file(load, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+    active = run(model)
+    model.save_lora_adapter(tmp_path)
+    other = load()
+    other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    assert torch.allclose(run(other), active, atol=1e-5)
 
 
 @pytest.mark.row("feature caching")

@@ -56,6 +56,9 @@ def test_to_dtype(load, refuses):
         model.to(torch.bfloat16)
     assert {name: t.dtype for name, t in model.state_dict().items()} == dtypes
     assert torch.equal(run(model), expected)
+    assert model.to(dtype=torch.float32) is model and model.to("cpu", torch.float32) is model  # what it has already
+    assert {name: t.dtype for name, t in model.state_dict().items()} == dtypes
+    assert torch.equal(run(model), expected)
 
 
 @pytest.mark.row("`.bfloat16()`, then save")
