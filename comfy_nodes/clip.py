@@ -6,20 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sd
+import comfy.sd1_clip
 import comfy.utils
 import folder_paths
 import torch
+from torch import nn
 
 from qdiff_diffusers.errors import CheckpointError
-from qdiff_diffusers.stored import read_stored_model, stored_settings
+from qdiff_diffusers.stored import StoredModel, read_stored_model, stored_settings
 
 from .families import Family
 from .loader import native_tensors
 from .ops import Operations
 from .patches import adopt
 
-# Qwen-VL's two halves; T5, CLIP and the rest have the same names in both.
-NAMES = Family("text encoder", (), (), "model <- model.language_model\nvisual <- model.visual")
+# T5, Qwen and the rest have the same names in both programs.
+CLIP_NAMES = "\n".join(f"text_model.{part} <- {part}" for part in ("embeddings", "encoder", "final_layer_norm"))
+NAMES = (Family("CLIP", ("CLIPTextModel",), (), CLIP_NAMES),)
+SAME_NAMES = Family("text encoder", (), ())
+
+# ComfyUI does not bring these models' tokenizers along: the key it looks for beside the weights, and a tokenizer folder's file.
+TOKENIZERS = {
+    "UMT5EncoderModel": ("spiece_model", "spiece.model"),
+    "Gemma2Model": ("spiece_model", "tokenizer.model"),
+    "Gemma3ForConditionalGeneration": ("spiece_model", "tokenizer.model"),
+    "Mistral3ForConditionalGeneration": ("tekken_model", "tekken.json"),
+}
+PROJECTION = "text_projection.weight"  # CLIP models without one are run with the identity
+GENERATION = "lm_head.weight"  # not needed to encode
 
 
 def load_clip(paths: list[Path], clip_type: str) -> Any:
@@ -30,25 +44,65 @@ def load_clip(paths: list[Path], clip_type: str) -> Any:
         clip_type: name of a ``comfy.sd.CLIPType``, lower case.
 
     Raises:
-        CheckpointError: a file is damaged, or this ComfyUI does not know the type.
+        CheckpointError: a file is damaged or incomplete, or this ComfyUI does not know the type.
     """
     kind = getattr(comfy.sd.CLIPType, clip_type.upper(), None)
     if kind is None:
         raise CheckpointError(f"this ComfyUI knows no text encoder type {clip_type!r}")
-    tensors = [_tensors(path) for path in paths]
+    stored = [read_stored_model(path) if stored_settings(path) else None for path in paths]
+    tensors = [_tensors(path, model) for path, model in zip(paths, stored, strict=True)]
     clip = comfy.sd.load_text_encoder_state_dicts(
         tensors,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         clip_type=kind,
-        model_options={"custom_operations": Operations},
+        # Of what is not packed. By default ComfyUI takes float16, in which T5 overflows.
+        model_options={"custom_operations": Operations, "dtype": next(_dtype(model) for model in stored if model)},
     )
+    _check_names(clip.cond_stage_model, tensors)
     adopt(clip.patcher)
     return clip
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    if stored_settings(path) is None:
+def tokenizer_files(folder: Path, model_class: str) -> dict[str, torch.Tensor]:
+    """What ComfyUI wants to find beside the weights of some encoders, as it has it: bytes in a tensor.
+
+    Raises:
+        CheckpointError: the file is neither in the encoder's folder nor in the pipeline's ``tokenizer`` folders beside it.
+    """
+    if model_class not in TOKENIZERS:
+        return {}
+    key, name = TOKENIZERS[model_class]
+    folders = [folder, *sorted(folder.parent.glob("tokenizer*"))]
+    file = next((place / name for place in folders if (place / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(
+            f"{folder.name} is a {model_class}, whose tokenizer ComfyUI does not bring along; put {name} of the model's tokenizer "
+            f"folder into {folder}"
+        )
+    return {key: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)}
+
+
+def _check_names(model: nn.Module, tensors: list[dict[str, Any]]) -> None:
+    """ComfyUI only logs missing tensors, and encodes with random numbers."""
+    encoders = {name: m.transformer for name, m in model.named_modules() if isinstance(m, comfy.sd1_clip.SDClipModel)}
+    for name, encoder in encoders.items():
+        wanted = {key for key, _ in encoder.named_parameters()}
+        given = max((set(found) for found in tensors), key=lambda keys: len(wanted & keys))
+        lost = sorted(key for key in wanted - given if not key.endswith((PROJECTION, GENERATION)))
+        if lost:
+            raise CheckpointError(f"the text encoder lacks {', '.join(lost[:5])} of ComfyUI's {name or type(encoder).__name__}")
+        if PROJECTION in wanted - given:
+            size = encoder.text_projection.weight.shape[0]
+            encoder.text_projection.weight = nn.Parameter(torch.eye(size), requires_grad=False)
+
+
+def _tensors(path: Path, stored: StoredModel | None) -> dict[str, Any]:
+    if stored is None:
         return comfy.utils.load_torch_file(str(path), safe_load=True)
-    stored = read_stored_model(path)
-    dtype = getattr(torch, stored.quantization.compute_dtype or "bfloat16")
-    return native_tensors(stored, NAMES, stored.load(), dtype)
+    folder = path if path.is_dir() else path.parent
+    names = next((family for family in NAMES if stored.model_class in family.classes), SAME_NAMES)
+    return native_tensors(stored, names, stored.load(), _dtype(stored)) | tokenizer_files(folder, stored.model_class)
+
+
+def _dtype(stored: StoredModel) -> torch.dtype:
+    return getattr(torch, stored.quantization.compute_dtype or "bfloat16")

@@ -14,6 +14,8 @@ import comfy.lora
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
+from qdiff_diffusers.errors import ConfigError
+
 from .layout import is_packed
 
 
@@ -107,6 +109,14 @@ class PackedPatcher:
         if unpatch_weights:
             self._attach({})
         return result
+
+    def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI's save nodes would write packed bytes that nothing reads.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("this MODEL is quantized by qdiff; save it with Save Quantized Model (qdiff)")
 
     def patch_hook_weight_to_device(
         self: Any, hooks: Any, combined_patches: dict[str, Any], key: str, *args: Any, **kwargs: Any

@@ -24,6 +24,8 @@ from .formats import TensorInfo
 
 METADATA = "qdiff_config"  # key of config.json in a safetensors file's metadata
 FILE = "diffusion_pytorch_model.safetensors"
+# Modules of transformers' vision-language models, and how the same library names them in files.
+RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 
 class StoredModel(NamedTuple):
@@ -69,8 +71,18 @@ def read_stored_model(path: str | Path) -> StoredModel:
     config = QDiffConfig.from_dict(settings["quantization_config"])
     files = [path] if path.is_file() else weight_files(path)
     tensors = read_headers(files)
+    config.layers = {_name_in_files(name, tensors): layer for name, layer in config.layers.items()}
     check_tensors(config.layers, tensors)
     return StoredModel(path, settings, config, files, tensors)
+
+
+def _name_in_files(name: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """The name that a packed layer's tensors have, where it is not the module's."""
+    for module, stored in RENAMED.items():
+        renamed = name.replace(module, stored, 1) if name.startswith(module) else name
+        if f"{name}.codes" not in tensors and f"{renamed}.codes" in tensors:
+            return renamed
+    return name
 
 
 def stored_settings(path: str | Path) -> dict[str, Any] | None:

@@ -83,7 +83,15 @@ class QuantizeModel(io.ComfyNode):
                     advanced=True,
                     tooltip="Also quantize the layers outside of the repeated blocks: embedders, final projection.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, advanced=True, tooltip="Of everything random in the method."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    advanced=True,
+                    control_after_generate=False,  # another seed at every run would quantize anew at every run
+                    tooltip="Of everything random in the method.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )

@@ -18,6 +18,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(host.needs_comfyui)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def comfyui() -> None:
+    """ComfyUI can be imported."""
+    if host.FOLDER:
+        host.pack()
+
+
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """``dense(family)``: the folder of a tiny dense model, saved as diffusers saves it."""

@@ -57,6 +57,30 @@ def peft_lora(family, rank=4, dora=False):
     return out
 
 
+def native_lora(family, rank=4):
+    """The same file with ComfyUI's names, as it is usual for models whose diffusers names ComfyUI does not know."""
+    families = host.part("families")
+    rules = families.family_of_class(TINY[family].diffusers_class).rules(make(family).state_dict())
+    out = {}
+    for key, value in peft_lora(family, rank).items():
+        name, kind = key.removeprefix("transformer.").split(".lora_")
+        ((native, _),) = families.to_native(rules, [f"{name}.weight"]).items()
+        out[f"diffusion_model.{native.removesuffix('.weight')}.lora_{kind}"] = value
+    return out
+
+
+def kohya_lora(family, rank=4):
+    """The same file with the names that are usual for UNets; of PEFT's names ComfyUI knows only some of theirs."""
+    parts = {"A": "lora_down", "B": "lora_up"}
+    split = ((key.removeprefix("unet.").split(".lora_"), value) for key, value in peft_lora(family, rank).items())
+    return {f"lora_unet_{name.replace('.', '_')}.{parts[kind[0]]}.weight": value for (name, kind), value in split}
+
+
+def lora_file(family):
+    """A LoRA under names that stock loaders know."""
+    return {"wan": native_lora, "sdxl": kohya_lora}.get(family, peft_lora)(family)
+
+
 def lokr(model):
     """A LoKr patch for every packed linear layer, in ComfyUI's own names."""
     torch.manual_seed(4)
@@ -84,7 +108,7 @@ def patches_of(model):
 @pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
 def test_a_lora_is_a_branch_and_exact(family, models):
     packed, stock = models(family)
-    lora = peft_lora(family)
+    lora = lora_file(family)
     before = run(packed, family)
     patched, expected = (with_lora(model, lora, 0.8) for model in (packed, stock))
     output, wanted = run(patched, family), run(expected, family)
@@ -94,6 +118,30 @@ def test_a_lora_is_a_branch_and_exact(family, models):
     assert len(patches_of(patched)) > 10 and sum(p.dense for p in patches_of(patched)) == (family == "sd3")
     assert torch.equal(run(packed, family), before)
     assert not patches_of(packed)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl", "wan", "qwen"])
+@torch.no_grad()
+def test_a_lora_does_what_it_does_in_diffusers(family, quantized, models):
+    """The reference is diffusers' model of the same checkpoint with the same LoRA through PEFT; also after unloading."""
+    import comfy.model_management
+    import diffusers
+
+    lora = peft_lora(family)
+    reference = diffusers.AutoModel.from_pretrained(str(quantized(family)))
+    plain = TINY[family].reference(reference)
+    reference.load_lora_adapter(dict(lora), prefix="unet" if family == "sdxl" else "transformer", adapter_name="a")
+    reference.set_adapters(["a"], [0.8])
+    wanted = TINY[family].reference(reference)
+    packed, _ = models(family)
+    patched = with_lora(packed, lora_file(family), 0.8)
+    assert (wanted - plain).abs().max() > 100 * TOLERANCE
+    assert (run(patched, family) - wanted).abs().max() < TOLERANCE
+    comfy.model_management.unload_all_models()
+    assert (run(packed, family) - plain).abs().max() < TOLERANCE
+    comfy.model_management.unload_all_models()
+    patched.load(torch.device("cpu"), lowvram_model_memory=packed.model_size() // 2)
+    assert (TINY[family].native(patched.model.diffusion_model) - wanted).abs().max() < TOLERANCE
 
 
 def test_two_loras_add_up(models):
@@ -111,6 +159,35 @@ def test_other_adapters_act_on_the_decoded_weight(kind, models):
     outputs = [run(with_lora(model, lora, 0.7), "flux") for model in (packed, stock)]
     assert (outputs[1] - before).abs().max() > 100 * TOLERANCE
     assert (outputs[0] - outputs[1]).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_layer_that_shifts_its_inputs_keeps_its_bias_under_patches():
+    """Such a layer's bias undoes the shift. A patch acts on the decoded weight, which sees inputs that are not shifted."""
+    host.pack()
+    from dataclasses import replace
+
+    from comfy.weight_adapter import LoKrAdapter
+
+    from qdiff_diffusers import SVDQuantConfig
+    from qdiff_diffusers.packing import quantize_named
+
+    torch.manual_seed(0)
+    weight, shift, x = torch.randn(64, 64), torch.full((64,), 4.0), torch.rand(5, 64)
+    stored, tensors = quantize_named("x", weight, SVDQuantConfig(bits=8, rank=2, activations="int4", rounds=1))
+    spec = replace(stored.spec, shift=True, smooth=False)
+    dtype = spec.tensors((64, 64))["shift"].dtype
+    tensors = {name: value for name, value in tensors.items() if name != "smooth"} | {"shift": shift.to(dtype)}
+    packed = host.part("layout").make_weight([host.part("layout").Piece(spec, "x", (64, 64), tensors)], torch.float32)
+    undo = -spec.shift_offset(packed._params.blocks[0].tensors(packed._qdata), (64, 64))
+    layer = host.part("ops").Operations.Linear(64, 64)
+    layer.weight, layer.bias = (nn.Parameter(p, requires_grad=False) for p in (packed, undo))
+    wanted = x @ packed.dequantize().T
+    assert (layer(x) - wanted).norm() < 0.2 * wanted.norm()  # 4-bit inputs
+    nothing = LoKrAdapter(set(), (torch.zeros(2, 2), torch.zeros(32, 32), *[None] * 7))
+    layer.patches = host.part("patches").Patches("x", [(1.0, nothing, 1.0, None, None)])
+    assert layer.patches.dense
+    assert (layer(x) - wanted).abs().max() < TOLERANCE * wanted.abs().max()
 
 
 def test_a_merge_of_two_models_is_that_of_their_decoded_weights(models):

@@ -36,12 +36,17 @@ class StandIns(io.ComfyNode):
 
     @classmethod
     def execute(cls, family: str) -> io.NodeOutput:
-        shape = SHAPES[family]
-        generator = torch.Generator().manual_seed(0)
-        text = torch.randn(1, *shape["text"], generator=generator)
-        pooled = torch.randn(1, *shape["pooled"], generator=generator)
-        latent = {"samples": torch.zeros(shape["latent"])}
-        return io.NodeOutput([[text, {"pooled_output": pooled, "guidance": 3.5}]], latent, Decoder())
+        return io.NodeOutput(*stand_ins(family))
+
+
+def stand_ins(family: str) -> tuple[Any, Any, Any]:
+    """Conditioning, latent and decoder."""
+    shape = SHAPES[family]
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(1, *shape["text"], generator=generator)
+    pooled = torch.randn(1, *shape["pooled"], generator=generator)
+    latent = {"samples": torch.zeros(shape["latent"])}
+    return [[text, {"pooled_output": pooled, "guidance": 3.5}]], latent, Decoder()
 
 
 class Decoder:
