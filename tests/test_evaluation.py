@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -206,6 +207,13 @@ class TestPictures:
         small = draw_grid(rows[:1], ["a", "b", "c"], title="t", subtitle="s", zoom=2)
         large = draw_grid(rows, ["a", "b", "c"], title="t", subtitle="s", zoom=2)
         assert large.width == small.width and large.height > small.height + 16
+
+    def test_grid_is_as_wide_as_its_headings_and_leaves_room_for_names(self):
+        row = GridRow("a", "", "", torch.rand(1, 1, 8, 8))
+        narrow = draw_grid([row], ["x"], title="t", subtitle="s")
+        assert draw_grid([row], ["x"], title="t", subtitle="s" * 200).width > narrow.width
+        named = draw_grid([replace(row, name="a much longer name than a column has room for")], ["x"], title="t", subtitle="s")
+        assert narrow.width < named.width < draw_grid([row], ["x"], title="t", subtitle="s" * 400).width
 
     def test_grid_takes_colour_images(self):
         image = draw_grid([GridRow("a", "", "", torch.rand(1, 3, 8, 8))], ["x"], title="", subtitle="")

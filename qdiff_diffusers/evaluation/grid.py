@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 PAPER, INK, FAINT, RULE, BEST = "#ffffff", "#1b1f24", "#6a737d", "#d0d7de", "#0a7d33"
 TILE_GAP, MARGIN, GROUP_GAP = 6, 24, 18
 TEXT_SIZE, SMALL_SIZE, TITLE_SIZE = 22, 18, 28
-NAME_WIDTH, NUMBER_WIDTH = 245, 105
+NAME_WIDTH, WIDEST_NAME, NUMBER_WIDTH = 245, 480, 105
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ def draw_grid(rows: Sequence[GridRow], columns: Sequence[str], *, title: str, su
         zoom: screen pixels per image pixel.
     """
     tile = zoom * rows[0].images.shape[-1]
-    left = MARGIN + NAME_WIDTH + 2 * NUMBER_WIDTH + MARGIN
-    width = left + len(columns) * (tile + TILE_GAP) - TILE_GAP + MARGIN
+    names = min(max(NAME_WIDTH, *(_width(row.name, TEXT_SIZE) for row in rows)), WIDEST_NAME)
+    left = MARGIN + names + 2 * NUMBER_WIDTH + MARGIN
+    headings = _width(title, TITLE_SIZE), _width(subtitle, SMALL_SIZE)
+    width = max(left + len(columns) * (tile + TILE_GAP) - TILE_GAP, *(MARGIN + heading for heading in headings)) + MARGIN
     top = MARGIN + TITLE_SIZE + SMALL_SIZE + 3 * MARGIN
     groups = sum(row.opens_group for row in rows)
     height = top + len(rows) * (tile + TILE_GAP) + groups * GROUP_GAP + MARGIN
@@ -59,7 +62,7 @@ def draw_grid(rows: Sequence[GridRow], columns: Sequence[str], *, title: str, su
             rule = y + (GROUP_GAP - TILE_GAP) // 2
             draw.line((MARGIN, rule, width - MARGIN, rule), RULE, 2)
             y += GROUP_GAP
-        _draw_row(canvas, draw, row, left, y, tile)
+        _draw_row(canvas, draw, row, left, names, y, tile)
         y += tile + TILE_GAP
     return canvas
 
@@ -71,10 +74,10 @@ def save_png(image: Image.Image, path: Path) -> None:
     part.replace(path)
 
 
-def _draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: GridRow, left: int, y: int, tile: int) -> None:
+def _draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: GridRow, left: int, names: int, y: int, tile: int) -> None:
     middle = y + tile / 2
     colour = BEST if row.best else INK
-    _text(draw, (MARGIN, middle), row.name, TEXT_SIZE, INK, anchor="lm", bold=row.best, fit=NAME_WIDTH)
+    _text(draw, (MARGIN, middle), row.name, TEXT_SIZE, INK, anchor="lm", bold=row.best, fit=names)
     _text(draw, (left - MARGIN - NUMBER_WIDTH, middle), row.bits, TEXT_SIZE, INK, anchor="rm")
     _text(draw, (left - MARGIN, middle), row.quality, TEXT_SIZE, colour, anchor="rm", bold=row.best)
     for i, picture in enumerate(row.images):
@@ -85,6 +88,11 @@ def _to_pil(picture: Tensor, size: int) -> Image.Image:
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     return image.resize((size, size), Image.Resampling.NEAREST).convert("RGB")
+
+
+def _width(text: str, size: float) -> int:
+    """Pixels that a line of text takes, a little more where it is bold."""
+    return math.ceil(ImageFont.load_default(size).getlength(text)) + 2
 
 
 def _text(
