@@ -19,7 +19,7 @@ from common import write
 from diffusers import DiffusionPipeline
 
 from qdiff_diffusers import AQConfig, Calibration
-from qdiff_diffusers.budget import kind_of
+from qdiff_diffusers.budget import kind_of, width_of
 from qdiff_diffusers.calibration.allocation import sensitivities
 from qdiff_diffusers.calibration.store import Store
 from qdiff_diffusers.calibration.trajectories import record
@@ -29,8 +29,8 @@ from qdiff_diffusers.selection import select_layers
 SAMPLES, GUIDANCE = 10, 2.0
 
 
-def measure(name: str) -> dict[str, float]:
-    """Sensitivity of each layer of a bundled model, per weight, relative to the mean over all weights."""
+def measure(name: str) -> dict[tuple[str, int], list[float]]:
+    """Sensitivities of a bundled model's layers, per weight, relative to the mean over all weights; by kind and width."""
     pipe = DiffusionPipeline.from_pretrained(str(BUNDLED[name]), dtype=torch.float32)
     model = pipe.transformer.eval()
     calibration = Calibration(class_labels=range(10), samples=SAMPLES, batch_size=SAMPLES, guidance_scale=GUIDANCE, timesteps=4)
@@ -39,30 +39,23 @@ def measure(name: str) -> dict[str, float]:
         record(pipe, {"transformer": model}, calibration, {"transformer": calls})
         targets, _ = select_layers(model, AQConfig(bits=2, effort=0), [])
         losses = sensitivities(model, targets, calls, GUIDANCE)
-    sizes = {layer: model.get_submodule(layer).weight.numel() for layer in losses}
-    mean = sum(losses.values()) / sum(sizes.values())
-    return {layer: loss / sizes[layer] / mean for layer, loss in losses.items()}
+    shapes = {layer: tuple(model.get_submodule(layer).weight.shape) for layer in losses}
+    mean = sum(losses.values()) / sum(map(math.prod, shapes.values()))
+    grouped: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for layer, loss in losses.items():
+        grouped[kind_of(layer), width_of(shapes[layer])].append(max(loss / math.prod(shapes[layer]) / mean, 1e-9))
+    return grouped
 
 
 def main() -> None:
-    kinds: dict[str, dict[str, list[float]]] = {}
-    for model in BUNDLED:
-        grouped: dict[str, list[float]] = defaultdict(list)
-        for layer, value in measure(model).items():
-            grouped[kind_of(layer)].append(value)
-        kinds[model] = dict(grouped)
     rows: list[dict[str, Any]] = []
-    for kind in sorted(set().union(*kinds.values())):
-        row: dict[str, Any] = {"kind": kind}
-        for model, grouped in kinds.items():
-            if values := grouped.get(kind):
-                row |= {model: math.exp(sum(map(math.log, values)) / len(values)), f"{model}_layers": len(values)}
-                row |= {f"{model}_least": min(values), f"{model}_most": max(values)}
-        rows.append(row)
-    columns = [("kind", "kind", "")]
-    for model in kinds:
-        columns += [(f"{model}_layers", f"{model}: layers", "d"), (model, "sensitivity", ".2f")]
-        columns += [(f"{model}_least", "least", ".2f"), (f"{model}_most", "most", ".2f")]
+    for model in BUNDLED:
+        for (kind, width), values in sorted(measure(model).items()):
+            typical = math.exp(sum(map(math.log, values)) / len(values))
+            row = {"model": model, "kind": kind, "width": width, "layers": len(values), "typical": typical}
+            rows.append(row | {"least": min(values), "most": max(values)})
+    columns = [("model", "model", ""), ("kind", "kind", ""), ("width", "channels", "d"), ("layers", "layers", "d")]
+    columns += [("typical", "sensitivity (geometric mean)", ".3g"), ("least", "least", ".3g"), ("most", "most", ".3g")]
     write("sensitivity", rows, columns)
 
 

@@ -22,12 +22,24 @@ KINDS = {
         "query_key": r"(to|add)_[qk](_proj)?$|\b[qk]_proj$|\.(query|key)$",
         "value_out": r"attn|attention|to_v|to_out|qkv",
         "feed_forward": r"\bff|mlp|feed_forward|\bfc\d|DenseReluDense",
+        "shortcut": r"shortcut|skip_conn",
         "convolution": r"conv|resnets|samplers",
     }.items()
 }
-# What an error of a kind's weights does to the model's output, relative to the mean over all weights: geometric means over the
-# bundled models, benchmarks/results/sensitivity.md.
-SENSITIVITY = {"modulation": 0.06, "query_key": 0.25, "value_out": 1.0, "feed_forward": 1.25, "convolution": 2.0, "other": 1.0}
+# What a relative error in a kind's weights does to the model's output, per weight: rounded from what the bundled models showed,
+# benchmarks/results/sensitivity.md.
+SENSITIVITY = {
+    "modulation": 0.06,
+    "query_key": 0.25,
+    "value_out": 1.0,
+    "feed_forward": 1.25,
+    "shortcut": 10.0,
+    "convolution": 1.0,
+    "other": 1.0,
+}
+# The narrow levels of a UNet work at its highest resolution and stand nearest to its output: there each halving of the width made
+# a weight count 60 times as much. They hold few weights, so that too high an exponent costs little; a transformer has one width.
+WIDTH_EXPONENT = 4
 
 
 class Choice(NamedTuple):
@@ -49,10 +61,15 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if pattern.search(name)), "other")
 
 
+def width_of(shape: tuple[int, ...]) -> int:
+    """Channels of the level of a model that a weight ``[out, in, ...]`` belongs to."""
+    return min(shape[:2])
+
+
 def spread_by_kind(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, QDiffConfig]:
     """Other widths for layers whose config asks for ``by_kind``, so that their mean stays what the configs ask for.
 
-    The squared error of a weight is taken to fall fourfold with each bit, and to count as its kind does.
+    The squared error of a weight is taken to fall fourfold with each bit, and to count as its kind and its width do.
 
     Args:
         targets: config of each layer.
@@ -65,8 +82,9 @@ def spread_by_kind(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tupl
     check_bits(chosen)
     choices, budget = {}, 0.0
     sizes = {name: math.prod(shapes[name]) for name in chosen}
+    widest = max((width_of(shapes[name]) for name in chosen), default=1)
     for name, config in chosen.items():
-        unit = SENSITIVITY[kind_of(name)] * sizes[name]
+        unit = SENSITIVITY[kind_of(name)] * (widest / width_of(shapes[name])) ** WIDTH_EXPONENT * sizes[name]
         offers = {bits: _stored(replace(config, bits=bits), shapes[name]) for bits in config.bit_choices}
         choices[name] = sorted(Choice(stored, unit * 4**-bits, bits) for bits, stored in offers.items())
         budget += offers[float(config.bits or 0)] * sizes[name]

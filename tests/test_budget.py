@@ -27,6 +27,7 @@ NAMES = {
     "resnets.0.conv1": "convolution",
     "resnets.1.time_emb_proj": "modulation",
     "downsamplers.0.conv": "convolution",
+    "resnets.1.conv_shortcut": "shortcut",
     "proj_in": "other",
 }
 
@@ -59,6 +60,13 @@ def test_the_mean_stays_and_modulation_pays(cls: type[QDiffConfig], bits: int):
     assert given["ff.net.2"] >= bits
     nothing_to_trade = bits in (min(cls.bit_choices), max(cls.bit_choices))
     assert given["norm1.linear"] < bits or nothing_to_trade
+
+
+def test_the_narrow_levels_of_a_unet_get_more():
+    shapes = {f"level{n}.resnets.0.conv1": (width, width, 3, 3) for n, width in enumerate((32, 64, 128))}
+    chosen = spread_by_kind({name: SVDQuantConfig(bits=3, by_kind=True) for name in shapes}, shapes)
+    bits = [chosen[name].bits for name in shapes]
+    assert bits[0] > bits[-1] and bits == sorted(bits, reverse=True)
 
 
 def test_other_layers_are_left_alone():
