@@ -6,17 +6,19 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import safe_open
 
 from .config import QDiffConfig, QDiffMethod, StoredLayer
 from .errors import CheckpointError
-from .formats import TensorInfo
+from .formats import TensorInfo, codebook_table
 
 MAX_HEADER = 100 << 20
 MAX_BYTES = 1 << 62
@@ -228,6 +230,21 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> Check
 def inspect_components(source: str | Path, revision: str | None = None) -> list[CheckpointInfo]:
     """Describe every quantized component of a model or pipeline; like :func:`inspect_checkpoint` otherwise."""
     return [_describe(folder) for folder in _component_folders(_resolve(source, revision))]
+
+
+def zero_shares(info: CheckpointInfo) -> Iterator[tuple[str, float]]:
+    """Of each packed layer its name and the share of its weights that are stored as exactly zero; reads the codes."""
+    files = weight_files(info.folder)
+    places = {key: path for path in files for key in read_header(path)}
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(safe_open(path, "pt")) for path in files}
+        for name, layer in info.config.layers.items():
+            tensors = {
+                leaf: opened[places[f"{name}.{leaf}"]].get_tensor(f"{name}.{leaf}") for leaf in layer.spec.tensors(layer.shape)
+            }
+            if isinstance(table := getattr(layer.spec.format, "table", None), str):
+                tensors["codebooks"] = codebook_table(table)
+            yield name, layer.spec.zero_share(tensors, layer.shape)
 
 
 def _describe(folder: Path) -> CheckpointInfo:

@@ -18,6 +18,7 @@ from .errors import CheckpointError, ConfigError
 from .formats import GroupSize, LayerSpec
 
 FORMAT_VERSION = 1
+SCALE_SEARCHES = ("fast", "grid", "absmax")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -311,18 +312,29 @@ class FPConfig(QDiffConfig):
     """Low-bitwidth floating point: encoding and scale chosen by squared error.
 
     Args:
-        bits: 3 to 8; the encoding is searched among those of that width.
-        weight_format: an encoding ("e2m1", "e4m3", ...) or "nvfp4", "mxfp4", "mxfp8"; instead of ``bits``.
+        bits: 3 to 8; the encoding is chosen among those of that width.
+        weight_format: an encoding ("e2m1", "e4m3", ...) or "nvfp4", "mxfp4", "mxfp8", instead of ``bits``; or "exmy": of all
+            encodings of ``bits`` the one that fits a layer's weights best, as in the paper.
         group_size: columns that share a scale, "row" or "tensor".
         scale_dtype: "float16", "float32", "e4m3" or "e8m0".
+        scale_search: of scales, which are what the paper calls exponent biases. "fast": few candidates about the largest weight,
+            then least squares. "grid": the paper's 111 clips from 0.1 to 1.2 times the largest weight, each tried on every
+            weight. "absmax": none, the largest weight is the largest number.
     """
 
     weight_format: str | None = None
     group_size: GroupSize | None = None
     scale_dtype: str | None = None
+    scale_search: str = "fast"
 
     method_name: ClassVar[str] = "fp"
     bit_choices: ClassVar[tuple[float, ...]] = (3, 4, 5, 6, 8)
+
+    def _check(self) -> None:
+        super()._check()
+        if self.scale_search not in SCALE_SEARCHES:
+            choices = ", ".join(map(repr, SCALE_SEARCHES))
+            raise ConfigError(f"FPConfig: scale_search must be {choices}, got {self.scale_search!r}")
 
 
 @dataclass(repr=False)

@@ -13,6 +13,7 @@ from qdiff_diffusers import __version__
 from qdiff_diffusers.cli import main
 from qdiff_diffusers.evaluation import demo as demo_module
 from qdiff_diffusers.evaluation.demo import DEMO_MODEL
+from qdiff_diffusers.layers import PackedLayer
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +167,16 @@ class TestCommands:
         out = capsys.readouterr().out
         assert "transformer_blocks.0.ff.net.0.proj" in out and "attn1" not in out
         assert "rtn" in out and "4.50" in out and "packed layers" in out
+
+    def test_inspect_counts_zeros_on_request(self, tiny_model, tmp_path, capsys):
+        folder = tmp_path / "fp"
+        assert run("quantize", tiny_model, "-o", folder, "--method", "fp", "--weight-format", "e2m0") == 0
+        layers = [m for m in DiTTransformer2DModel.from_pretrained(folder).modules() if isinstance(m, PackedLayer)]
+        zeros = sum(int((layer.dequantize(torch.float32) == 0).sum()) for layer in layers)
+        share = zeros / sum(layer.dequantize().numel() for layer in layers)
+        assert 0.05 < share < 0.5
+        assert run("inspect", folder, "--sparsity") == 0
+        assert f"sparsity: {share:.2%} of the packed weights" in capsys.readouterr().out
 
     def test_inspect_finds_the_component_of_a_pipeline(self, quantized, tmp_path, capsys):
         (tmp_path / "transformer").symlink_to(quantized)

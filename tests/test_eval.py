@@ -172,6 +172,7 @@ class TestWholeRuns:
         assert fine["scores"]["ssim"][0] > coarse["scores"]["ssim"][0]
         assert reference["bits_per_weight"] == 16 > fine["bits_per_weight"] > 8 > coarse["bits_per_weight"]
         assert reference["size_bytes"] > fine["size_bytes"] > coarse["size_bytes"]
+        assert reference["sparsity"] is None and 0 <= fine["sparsity"] < 0.1 and coarse["sparsity"] is not None
         assert all(row["images"] == 4 and row["seconds_per_image"] > 0 for row in results["rows"])
         page, table = (tmp_path / "report.html").read_text(), (tmp_path / "table.md").read_text()
         assert "AQ &lt;tiny&gt;" in page and "rtn bits=8" in page

@@ -136,16 +136,24 @@ def _shapes(pipe: Any) -> dict[str, dict[str, tuple[int, ...]]]:
     return {name: weight_shapes(target_layers(model)) for name, model in denoisers(pipe)}
 
 
+def _sparsity(layers: list[PackedLayer]) -> float:
+    """Share of the packed weights that are stored as exactly zero."""
+    sizes = [torch.Size(layer.weight_shape).numel() for layer in layers]
+    zeros = sum(n * x.spec.zero_share(x.packed_tensors(), x.weight_shape) for n, x in zip(sizes, layers, strict=True))
+    return round(zeros / sum(sizes), 5)
+
+
 def _add_costs(
     costs: Costs, pipe: Any, shapes: dict[str, dict[str, tuple[int, ...]]], size: int | None, seconds: float | None
 ) -> None:
     bits = weights = 0.0
-    packed = 0
+    packed: list[PackedLayer] = []
     for name, model in denoisers(pipe):
         count = float(sum(torch.Size(shape).numel() for shape in shapes[name].values()))
         bits, weights = bits + count * stored_bits(model, shapes[name]), weights + count
-        packed += sum(isinstance(model.get_submodule(layer), PackedLayer) for layer in shapes[name])
-    costs |= {"bits_per_weight": round(bits / weights, 4), "size_bytes": size, "layers": packed}
+        packed += [layer for module in shapes[name] if isinstance(layer := model.get_submodule(module), PackedLayer)]
+    costs |= {"bits_per_weight": round(bits / weights, 4), "size_bytes": size, "layers": len(packed)}
+    costs["sparsity"] = _sparsity(packed) if packed else None
     costs |= {"quantize_seconds": None if seconds is None else round(seconds, 3)}
     costs["target_layers"] = sum(map(len, shapes.values()))
 

@@ -47,6 +47,7 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("bits_per_weight", "Bits", "per weight", 2, 0, is_score=False),
     Column("size_bytes", "Size", "MB", 2, 0, is_score=False, factor=1e-6),
+    Column("sparsity", "Zeros", "%", 1, 0, is_score=False, factor=100),
     Column("quantize_seconds", "Quantize", "s", 1, 0, is_score=False),
     Column("psnr", "PSNR", "dB", 1, 1),
     Column("ssim", "SSIM", "", 3, 1),

@@ -20,6 +20,7 @@ from .transform import channels_last, smooth_matrix, unrotate_matrix
 FORMATS: dict[str, type[WeightFormat]] = {f.kind: f for f in (CodebookFormat, MinifloatFormat, IntegerFormat)}
 PER_ROW = ("codes", "scales", "zeros", "tensor_scale", "low_rank_up")  # unless they are one for all rows
 MAX_RANK = 4096
+BLOCK = 1 << 22  # weights that are decoded at a time where only a number about them is wanted
 EXTRAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -112,6 +113,15 @@ class LayerSpec:
         if self.rank:
             matrix = matrix + tensors["low_rank_up"].to(wide) @ tensors["low_rank_down"].to(wide)
         return (kernel_layout(matrix, (shape[2], shape[3])) if len(shape) == 4 else matrix).to(dtype)
+
+    def zero_share(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> float:
+        """Share of the weights that are stored as exactly zero: as the format has them, rotated and without the branch."""
+        rows, columns = matrix_shape(shape)
+        zeros = 0
+        for index in torch.arange(rows, device=tensors["codes"].device).split(max(1, BLOCK // columns)):
+            part = self.select_rows(tensors, index, rows)
+            zeros += int((self.format.dequantize(part, columns) == 0).sum())
+        return zeros / (rows * columns)
 
     def shift_offset(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """What ``shift`` adds to every output, float32 ``[out]``: to be added to the bias of the dense layer."""

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..formats import GroupSize, MinifloatFormat
+from .clips import ClipSearch
 from .grids import encoding_grid, format_grids
-from .scales import ScaleSearch, quantize_groups
+from .scales import ABSMAX, Search, quantize_groups
 from .threads import block_threads
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ NAMED_FORMATS = {
     "mxfp4": MinifloatFormat(("e2m1",), 32, "e8m0"),
     "mxfp8": MinifloatFormat(("e4m3",), 32, "e8m0"),
 }
+ANY = "exmy"  # every split of the width, compared on the weight
+SEARCHES: dict[str, Search | None] = {"fast": None, "grid": ClipSearch(), "absmax": ABSMAX}
 SAMPLE = 1 << 16  # weights on which encodings are compared; their errors differ by percents, the sample's by parts of one
 
 
@@ -51,13 +54,14 @@ E4M3_GROUP = 64
 def quantize(
     weight: Tensor,
     weight_format: MinifloatFormat | Sequence[MinifloatFormat],
-    search: ScaleSearch | None = None,
+    search: Search | None = None,
 ) -> tuple[MinifloatFormat, dict[str, Tensor]]:
     """Quantize a matrix to a minifloat format, or to the one of several that fits it best.
 
     Args:
         weight: float32 ``[rows, columns]``.
-        weight_format: a format, or candidates of equal cost that are compared by squared error on a sample of rows.
+        weight_format: a format, or candidates of equal cost that are compared by squared error, on a sample of rows or, as the
+            paper does, together with all clips on all of them.
         search: scale candidates; the default adapts to the grid and the group size.
 
     Returns:
@@ -71,7 +75,8 @@ def quantize(
 
 def quantize_config(weight: Tensor, config: FPConfig) -> tuple[MinifloatFormat, dict[str, Tensor]]:
     """Quantize ``weight [rows, columns]`` as a config asks."""
-    return quantize(weight, formats_for(config.bits, config.weight_format, config.group_size, config.scale_dtype))
+    formats = formats_for(config.bits, config.weight_format, config.group_size, config.scale_dtype)
+    return quantize(weight, formats, SEARCHES[config.scale_search])
 
 
 def formats_for(
@@ -84,7 +89,7 @@ def formats_for(
 
     Args:
         bits: 2 to 8 (default 4), if there is no ``weight_format``.
-        weight_format: "nvfp4", "mxfp4", "mxfp8", an encoding ("e2m1") or two ("e1m2uz,e2m1uz").
+        weight_format: "nvfp4", "mxfp4", "mxfp8", an encoding ("e2m1"), two ("e1m2uz,e2m1uz"), or "exmy" for all of the width.
         group_size: columns per scale, "row" or "tensor".
         scale_dtype: "float16", "bfloat16", "float32", "e4m3" (with a float32 scale per tensor above it) or "e8m0".
 
@@ -98,27 +103,35 @@ def formats_for(
                 f'{weight_format} has groups of {named.group_size} and {named.scale_dtype} scales; for others give "e2m1" or "e4m3"'
             )
         return [named]
-    width = encoding_grid(weight_format.split(",")[0]).bits if weight_format else int(bits or 4)
+    encodings = tuple(weight_format.split(",")) if weight_format and weight_format != ANY else None
+    width = encoding_grid(encodings[0]).bits if encodings else int(bits or 4)
     if width not in PRESETS:
         raise ValueError(f"bits must be one of {', '.join(map(str, PRESETS))}, got {bits}")
     group_size = GROUP_SIZE if group_size is None else group_size
     if scale_dtype is None:
         scale_dtype = "e4m3" if isinstance(group_size, int) and group_size <= E4M3_GROUP else "float16"
-    choices = [tuple(weight_format.split(","))] if weight_format else _encodings(width, group_size, scale_dtype)
+    if encodings:
+        choices = [encodings]
+    else:
+        choices = _splits(width) if weight_format == ANY else _encodings(width, group_size, scale_dtype)
     return [MinifloatFormat(e, group_size, scale_dtype, scale_dtype == "e4m3") for e in choices]
 
 
 def _encodings(bits: int, group_size: GroupSize, scale_dtype: str) -> list[tuple[str, ...]]:
     """Encodings to compare: every split of the width where a scale serves many weights, the preset in small groups."""
-    splits: list[tuple[str, ...]] = [(f"e{e}m{bits - 1 - e}",) for e in range(1, min(bits, 6))]
+    splits = _splits(bits)
     if scale_dtype == "e8m0":
         return splits
     long = not isinstance(group_size, int) or group_size > 128
     return [PRESETS[bits], *splits[1:]] if long else [PRESETS[bits]]
 
 
-def _fittest(weight: Tensor, candidates: list[MinifloatFormat], search: ScaleSearch | None) -> MinifloatFormat:
-    step = max(1, weight.numel() // SAMPLE)
+def _splits(bits: int) -> list[tuple[str, ...]]:
+    return [(f"e{e}m{bits - 1 - e}",) for e in range(1, min(bits, 6))]
+
+
+def _fittest(weight: Tensor, candidates: list[MinifloatFormat], search: Search | None) -> MinifloatFormat:
+    step = 1 if isinstance(search, ClipSearch) else max(1, weight.numel() // SAMPLE)
     sample = weight[::step] if step <= len(weight) // 4 else weight[:: max(1, len(weight) // 4)]
 
     def error(candidate: MinifloatFormat) -> float:

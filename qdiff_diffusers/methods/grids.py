@@ -26,6 +26,7 @@ class Grid:
 
     Attributes:
         bits: width of a code.
+        levels: all of them, rising.
         unit: value of one step near zero; the other numbers are in such steps.
         high: the largest level.
         low: magnitude of the most negative level.
@@ -35,6 +36,7 @@ class Grid:
     """
 
     bits: int
+    levels: tuple[float, ...]
     unit: float
     high: float
     low: float
@@ -88,7 +90,7 @@ def _integers(x: Tensor) -> Tensor:
 def integer_grid(bits: int) -> Grid:
     """Two's complement integers ``-2**(bits-1) .. 2**(bits-1) - 1``, the codes of a symmetric ``IntegerFormat``."""
     half = 1 << (bits - 1)
-    return Grid(bits, unit=1.0, high=half - 1, low=half, spare=-half, signed_codes=True)
+    return Grid(bits, tuple(map(float, range(-half, half))), unit=1.0, high=half - 1, low=half, spare=-half, signed_codes=True)
 
 
 @lru_cache(maxsize=128)
@@ -104,7 +106,7 @@ def encoding_grid(encoding: str) -> Grid:
     spare = table[half] / unit if table[half] != 0 else None
     low = high if spare is None else max(high, -spare)
     mantissa_bits = None if encoding.startswith("e1") else _mantissa_bits(encoding)
-    return Grid(half.bit_length(), unit, high, low, mantissa_bits, spare)
+    return Grid(half.bit_length(), tuple(sorted({v / unit for v in table})), unit, high, low, mantissa_bits, spare)
 
 
 def format_grids(weight_format: IntegerFormat | MinifloatFormat) -> list[Grid]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import GroupSize, group_columns
+from .clips import ClipSearch, search_clips
 from .grids import Grid
 from .threads import block_threads, map_blocks
 
@@ -38,6 +39,7 @@ class ScaleSearch(NamedTuple):
 
 
 ABSMAX = ScaleSearch(0, 0)
+Search = ScaleSearch | ClipSearch
 
 
 def default_search(grid: Grid, group: int, scale_dtype: str) -> ScaleSearch:
@@ -127,7 +129,7 @@ def quantize_groups(
     group_size: GroupSize,
     scale_dtype: str,
     tensor_scale: bool = False,
-    search: ScaleSearch | None = None,
+    search: Search | None = None,
     with_dense: bool = False,
 ) -> Quantized:
     """Quantize a matrix to scalar codes with least-squares scales.
@@ -139,7 +141,8 @@ def quantize_groups(
         group_size: columns per scale, "row" or "tensor"; the last group of a row may be short.
         scale_dtype: "float16", "bfloat16", "float32", "e4m3" or "e8m0".
         tensor_scale: store E4M3 scales as multiples of one float32, chosen so that the largest uses the whole range.
-        search: candidates per group; by default :func:`default_search`. Never worse than the absmax scale if 0 is among them.
+        search: candidates per group; by default :func:`default_search`. Ladder steps are never worse than the absmax scale if 0 is
+            among them.
         with_dense: also return the stored weight, to the bit what the format's ``dequantize`` gives.
     """
     if scale_dtype == "e8m0" and (len(grids) > 1 or not grids[0].symmetric):
@@ -186,7 +189,7 @@ def _tensor_unit(weight: Tensor, grids: Sequence[Grid]) -> float:
 
 
 def _quantize_rows(
-    weight: Tensor, grids: Sequence[Grid], group: int, store: ScaleStore, search: ScaleSearch | None, out: _Output
+    weight: Tensor, grids: Sequence[Grid], group: int, store: ScaleStore, search: Search | None, out: _Output
 ) -> tuple[Tensor, float]:
     columns = weight.shape[1]
     groups = -(-columns // group)
@@ -206,11 +209,17 @@ def _quantize_rows(
 
 
 def _quantize_tensor(
-    weight: Tensor, grids: Sequence[Grid], store: ScaleStore, search: ScaleSearch | None, out: _Output
+    weight: Tensor, grids: Sequence[Grid], store: ScaleStore, search: Search | None, out: _Output
 ) -> tuple[Tensor, float]:
-    """One scale in all: searched on evenly spaced weights, then held against the absmax scale on all of them."""
-    flat = weight.reshape(-1)
-    sample = torch.cat([flat[:: flat.numel() // TENSOR_SAMPLE | 1], flat[flat.abs().argmax()][None]])
+    """One scale in all: searched on evenly spaced weights, then held against the absmax scale on all of them.
+
+    Of so many weights the clips of one sort cost less than a ladder. On demand they are tried on all weights, not on a sample.
+    """
+    sample = flat = weight.reshape(-1)
+    if search is None:
+        search = ClipSearch()
+        if (step := flat.numel() // TENSOR_SAMPLE | 1) > 1:
+            sample = torch.cat([flat[::step], flat[flat.abs().argmax()][None]])
     scratch = _Scratch()
     found = [_search(_Block(sample[None], scratch), grids, store, s)[0] for s in (search, ABSMAX)]
 
@@ -293,7 +302,7 @@ def _step(grid: Grid, scale: Tensor) -> Tensor:
     return torch.copysign((scale.abs() * grid.unit).clamp_min_(TINY), scale)
 
 
-def _search(block: _Block, grids: Sequence[Grid], store: ScaleStore, search: ScaleSearch | None) -> tuple[Tensor, Tensor]:
+def _search(block: _Block, grids: Sequence[Grid], store: ScaleStore, search: Search | None) -> tuple[Tensor, Tensor]:
     """Signed stored scales ``[count]`` and squared errors ``[count]`` of the groups of a block."""
     positive, negative = block.x.amax(1), block.x.amin(1).neg_()
     peak = torch.maximum(positive, negative)
@@ -309,8 +318,10 @@ def _search(block: _Block, grids: Sequence[Grid], store: ScaleStore, search: Sca
 
 
 def _search_grid(
-    block: _Block, grid: Grid, peak: Tensor, sign: Tensor | None, store: ScaleStore, search: ScaleSearch
+    block: _Block, grid: Grid, peak: Tensor, sign: Tensor | None, store: ScaleStore, search: Search
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(search, ClipSearch):
+        return search_clips(block.x, grid, peak, sign, store, search)
     best_error = torch.full_like(peak, torch.finfo(torch.float32).max)
     best_scale, better = torch.zeros_like(peak), torch.zeros_like(peak)
 

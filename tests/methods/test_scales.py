@@ -153,4 +153,6 @@ def test_round_to_nearest_errs_by_half_a_step_at_most(seed: int, bits: int, grou
 
 
 def test_grid_is_plain_data() -> None:
-    assert encoding_grid("e2m1") == Grid(4, unit=0.5, high=12.0, low=12.0, mantissa_bits=1)
+    magnitudes = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+    levels = (*(-m for m in reversed(magnitudes)), 0.0, *magnitudes)
+    assert encoding_grid("e2m1") == Grid(4, levels, unit=0.5, high=12.0, low=12.0, mantissa_bits=1)
