@@ -52,6 +52,8 @@ def quantize(
         CalibrationError: calibration cannot go on; what it has finished waits beside ``output_dir``.
         HubError: the upload failed; ``output_dir`` is complete all the same, and ``qdiff push`` sends it again.
     """
+    if calibration is None:
+        config.check_uncalibrated()
     stored = isinstance(source, str | Path)
     if output_dir is None and (stored or push_to_hub):
         raise ConfigError("give output_dir, the folder to write")

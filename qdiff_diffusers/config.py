@@ -16,8 +16,10 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError, ConfigError
 from .formats import GroupSize, LayerSpec
+from .formats.spec import STATIC
 
 FORMAT_VERSION = 1
+ACTIVATION_SCALES = ("token", "static", "timestep")
 SCALE_SEARCHES = ("fast", "grid", "absmax")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -48,7 +50,11 @@ class QDiffConfig(QuantizationConfigMixin):
     Args:
         bits: nominal bits per weight; each method says which it offers.
         rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None``: as the method prefers.
-        activations: ``None`` (16-bit), "int8" or "fp8" (dynamic, per token), or for SVDQuant "int4" (groups of 64).
+        activations: ``None`` (16-bit), "int8" or "fp8", or for SVDQuant "int4" (groups of 64).
+        activation_scales: of "int8" and "fp8". "token": each token's own, found at run time. "static": one per layer, "timestep":
+            one per layer and timestep, both of least squared error on a calibration, which they need.
+        unsigned: let layers whose inputs are bounded below, as those after a GELU or SiLU are, shift them and quantize to unsigned
+            numbers where that errs less; for "int4" activations and static scales, without rotation. Needs a calibration.
         modules_to_not_convert: substrings of module names to leave in 16 bits, besides the default ones.
         overrides: substring of a module name -> another config (or ``None`` for 16 bits) for those layers; the first match counts.
         by_kind: let ``bits`` be the mean over all layers: fewer for kinds of layers whose errors the model's output shows least
@@ -64,6 +70,8 @@ class QDiffConfig(QuantizationConfigMixin):
     bits: float | None = None
     rotation: bool | None = None
     activations: str | None = None
+    activation_scales: str = "token"
+    unsigned: bool = False
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, Any] | None = None
     by_kind: bool = False
@@ -116,8 +124,9 @@ class QDiffConfig(QuantizationConfigMixin):
             raise ConfigError(f"{name}: by_kind spreads a given mean over the layers; give bits too")
         if not isinstance(self.rotation, bool | None):
             raise ConfigError(f"{name}: rotation must be None, True or False, got {self.rotation!r}")
-        if not isinstance(self.keep_outer_layers, bool):
-            raise ConfigError(f"{name}: keep_outer_layers must be True or False, got {self.keep_outer_layers!r}")
+        for flag in ("keep_outer_layers", "unsigned"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ConfigError(f"{name}: {flag} must be True or False, got {getattr(self, flag)!r}")
         if self.outer_bits is not None and (not self.keep_outer_layers or self.outer_bits not in RTNConfig.bit_choices):
             raise ConfigError(
                 f"{name}: outer_bits must be one of {_join(RTNConfig.bit_choices)}, and keep_outer_layers True, "
@@ -125,7 +134,44 @@ class QDiffConfig(QuantizationConfigMixin):
             )
         if not isinstance(self.seed, int):
             raise ConfigError(f"{name}: seed must be an integer, got {self.seed!r}")
+        self._check_inputs(name)
         self._check_patterns(name)
+
+    def _check_inputs(self, name: str) -> None:
+        if self.activation_scales not in ACTIVATION_SCALES:
+            choices = ", ".join(map(repr, ACTIVATION_SCALES))
+            raise ConfigError(f"{name}: activation_scales must be {choices}, got {self.activation_scales!r}")
+        if self.activation_scales != "token" and self.activations not in STATIC:
+            raise ConfigError(
+                f'{name}: activation_scales="{self.activation_scales}" goes with activations "int8" or "fp8", '
+                f"not {self.activations!r}"
+            )
+        if self.unsigned and self.rotation:
+            raise ConfigError(f"{name}: unsigned goes without rotation, which leaves no bound below")
+        if self.unsigned and self.activations != "int4" and self.activation_scales == "token":
+            raise ConfigError(f'{name}: unsigned goes with activations "int4", or "int8" and "fp8" with activation_scales="static"')
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether something is asked for that follows from the layers' inputs, the overrides' wishes left out."""
+        return self.unsigned or self.activation_scales != "token"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some layer needs samples of its inputs."""
+        return any(config is not None and config.needs_samples for config in (self, *(self.overrides or {}).values()))
+
+    def check_uncalibrated(self) -> None:
+        """Refuse to quantize by the weights alone where that cannot give what is asked for.
+
+        Raises:
+            ConfigError: names the settings.
+        """
+        if self.needs_calibration:
+            raise ConfigError(
+                f"{type(self).__name__}: static activation_scales, unsigned and smoothing are found on the layers' inputs; "
+                "quantize with qdiff_diffusers.quantize(..., calibration=...) or qdiff quantize --calibrate"
+            )
 
     def _check_patterns(self, name: str) -> None:
         if isinstance(self.modules_to_not_convert, str):
@@ -344,18 +390,45 @@ class SVDQuantConfig(QDiffConfig):
     Args:
         bits: of the residual, 2, 3, 4 or 8; the format follows unless ``weight_format`` is given.
         weight_format: of the residual: "int4", "nvfp4", an encoding such as "e2m1", ...
-        rank: of the branch; ``None`` scales it with the layer (32 at 3072 x 3072).
-        rounds: of alternating SVD and residual quantization.
+        rank: of the branch; ``None`` scales it with the layer (24 at 3072 x 3072).
+        branch_bits: instead of ``rank``, what the branch may cost in bits per weight: each layer's rank follows from its shape.
+        rounds: most rounds of alternating SVD and residual quantization; the first that does not lower the error ends them.
+        smoothing: divide the inputs by a vector of which 39 are tried on each layer. Needs a calibration; worth it or not, see
+            docs/calibration.md.
+        adaln_w4a16: store the modulation of adaptive layer norms, which sees one token per image, as INT4 in groups of 64, without
+            branch and with 16-bit inputs, as the SVDQuant authors' FLUX does.
     """
 
     weight_format: str | None = None
     group_size: GroupSize | None = None
     rank: int | None = None
+    branch_bits: float | None = None
     rounds: int = 3
+    smoothing: bool = False
+    adaln_w4a16: bool = False
 
     method_name: ClassVar[str] = "svdquant"
     bit_choices: ClassVar[tuple[float, ...]] = (2, 3, 4, 8)
     activation_choices: ClassVar[tuple[str, ...]] = ("int8", "fp8", "int4", "nvfp4")
+
+    def _check(self) -> None:
+        super()._check()
+        for flag in ("smoothing", "adaln_w4a16"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ConfigError(f"SVDQuantConfig: {flag} must be True or False, got {getattr(self, flag)!r}")
+        if self.branch_bits is not None and (self.rank is not None or not 0 <= self.branch_bits <= 16):
+            raise ConfigError(
+                "SVDQuantConfig: branch_bits must lie between 0 and 16 and goes without rank, "
+                f"got branch_bits {self.branch_bits!r} and rank {self.rank!r}"
+            )
+
+    @property
+    def needs_samples(self) -> bool:
+        return super().needs_samples or self.smoothing
+
+    def modulation(self) -> SVDQuantConfig:
+        """What ``adaln_w4a16`` makes of the linear layers inside adaptive norms."""
+        return SVDQuantConfig(weight_format="int4", rank=0, unbiased=self.unbiased, seed=self.seed)
 
 
 @dataclass(repr=False)

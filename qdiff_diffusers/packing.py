@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import COMPUTE_DTYPES, QDiffConfig, StoredLayer
 from .errors import CheckpointError, QDiffError
 from .formats import codebook_table
-from .layers import PackedLayer, dense_layer, pack_layer, unsupported_reason
+from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, unsupported_reason
 from .methods import quantize_weight
 
 ALIGNMENT = 64  # bytes, of memory that torch allocates on the CPU
@@ -48,9 +48,13 @@ def new_provenance(model_class: str) -> dict[str, str]:
 
 
 def pack_finished(model: nn.Module, layers: dict[str, tuple[StoredLayer, dict[str, Tensor]]], compute_dtype: torch.dtype) -> None:
-    """Convert the named layers in place to what was made of them: their spec and tensors."""
+    """Convert the named layers in place to what was made of them: their spec and tensors. A bias takes up the inputs' shift."""
     for name, (stored, tensors) in layers.items():
-        pack_layer(model.get_submodule(name), stored.spec, compute_dtype, tensors)
+        layer = pack_layer(model.get_submodule(name), stored.spec, compute_dtype, tensors)
+        if stored.spec.shift and layer.bias is not None:
+            offset = stored.spec.shift_offset(layer.packed_tensors(), layer.weight_shape)
+            layer.bias.data = (layer.bias.float() - offset).to(layer.bias.dtype)
+    follow_timesteps(model)
 
 
 def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], compute_dtype: torch.dtype) -> None:
@@ -72,13 +76,14 @@ def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], comp
         infos = layer.spec.tensors(layer.shape)
         empty = {leaf: torch.empty(info.shape, dtype=info.dtype, device="meta") for leaf, info in infos.items()}
         pack_layer(module, layer.spec, compute_dtype, empty)
+    follow_timesteps(model)
 
 
 def check_loaded(model: nn.Module) -> None:
     """Make sure that every packed layer has its codes, and put shared codebooks beside them.
 
     Raises:
-        CheckpointError: names the first layer that was not filled.
+        CheckpointError: names the first layer that was not filled, or whose scales of inputs are no positive numbers.
     """
     for name, module in model.named_modules():
         if not isinstance(module, PackedLayer):
@@ -86,10 +91,21 @@ def check_loaded(model: nn.Module) -> None:
         for leaf, tensor in module.packed_tensors().items():
             if tensor.is_meta and not hasattr(module, "_hf_hook"):  # accelerate keeps offloaded tensors in its hook
                 raise CheckpointError(f"tensor {name}.{leaf} was never loaded; the checkpoint is incomplete")
+        for leaf in ("input_scales", "input_steps")[: module.spec.input_scales]:
+            _check_scales(f"{name}.{leaf}", getattr(module, leaf), positive=leaf == "input_scales")
         table = getattr(module.spec.format, "table", None)
         if table is not None and not module.packed_tensors()["scales"].is_meta:
             # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
             module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device, copy=True)
+
+
+def _check_scales(name: str, values: Tensor, positive: bool) -> None:
+    if values.is_meta:
+        return
+    if not bool((values.isfinite() & (values > 0 if positive else True)).all()):
+        raise CheckpointError(
+            f"tensor {name} must hold {'positive numbers' if positive else 'timesteps'}, got {values.tolist()[:4]}"
+        )
 
 
 def release_checkpoint(model: nn.Module) -> None:

@@ -70,6 +70,8 @@ class QDiffQuantizer(DiffusersQuantizer):
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self.quantization_config.check_uncalibrated()
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
             raise ConfigError(

@@ -62,6 +62,10 @@ class QDiffTransformersQuantizer(HfQuantizer):
         config = self.quantization_config
         self.quantization_config = copy.deepcopy(config) if self.pre_quantized else config.fresh()
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self.quantization_config.check_uncalibrated()
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.compute_dtype = dtype or torch.float32
         self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")

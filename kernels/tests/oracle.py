@@ -35,6 +35,7 @@ NO_EXTRAS: dict[str, Any] = {
     "rotation": 0,
     "activations": "none",
     "shift": None,
+    "input_scale": None,
 }
 
 
@@ -201,10 +202,12 @@ def rotation_matrix(channels: int, block: int) -> Tensor:
     return splitmix64_signs(channels)[:, None] * blocks
 
 
-def quantize_activations(x: Tensor, kind: str, shift: Tensor | None = None) -> Tensor:
+def quantize_activations(x: Tensor, kind: str, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Last dimension of float64 x as the matrix unit sees it, scales multiplied back in."""
     if kind == "none":
         return x
+    if scale is not None:
+        return _nearest(x / scale.double(), _static_grid(kind, shift is not None)) * scale.double()
     if kind == "nvfp4":
         return _quantize_nvfp4(x)
     out = torch.empty_like(x)
@@ -239,6 +242,16 @@ def _quantize_nvfp4(x: Tensor) -> Tensor:
     return out
 
 
+def _static_grid(kind: str, unsigned: bool) -> np.ndarray:
+    """All numbers that a code stands for; unsigned E4M4 has E4M3's bias and 16 steps in each of its 16 binades."""
+    if kind == "int8":
+        return np.arange(256.0) if unsigned else np.arange(-127.0, 128.0)
+    if not unsigned:
+        return np.unique([minifloat_value(c, "e4m3") for c in range(256)])
+    small = [m / 16 * 2.0**-6 for m in range(16)]
+    return np.array(small + [(1 + m / 16) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(16)])
+
+
 def _nearest(values: Tensor, grid: np.ndarray) -> Tensor:
     table = torch.from_numpy(grid)
     return table[(values[..., None] - table).abs().argmin(-1)]
@@ -270,7 +283,7 @@ def _inputs(x: Tensor, extras: dict[str, Any]) -> Tensor:
         x = x / extras["smooth"].double()
     if extras["rotation"]:
         x = x @ rotation_matrix(x.shape[-1], extras["rotation"])
-    return quantize_activations(x, extras["activations"], extras.get("shift"))
+    return quantize_activations(x, extras["activations"], extras.get("shift"), extras.get("input_scale"))
 
 
 def _convolve(x: Tensor, rows: Tensor, window: tuple[list[int], ...]) -> Tensor:
@@ -291,7 +304,7 @@ def _convolve(x: Tensor, rows: Tensor, window: tuple[list[int], ...]) -> Tensor:
 
 
 def make_extras(names: str, rows: int, columns: int, channels: int, rotation: int = 16, rank: int = 3) -> dict[str, Any]:
-    """Extras of a layer from a "+"-separated list of bias, low_rank, smooth, shift, rotation, int8, fp8, int4, nvfp4."""
+    """Extras of a layer from a "+"-separated list of bias, low_rank, smooth, shift, rotation, static, int8, fp8, int4, nvfp4."""
     extras = dict(NO_EXTRAS)
     for name in names.split("+"):
         if name == "bias":
@@ -303,6 +316,8 @@ def make_extras(names: str, rows: int, columns: int, channels: int, rotation: in
             extras["smooth"] = (torch.rand(channels) + 0.5).half()
         elif name == "shift":  # of the second half, in whole groups of 64
             extras["shift"] = torch.where(torch.arange(channels) // 64 * 64 >= channels // 2, 0.171875, 0.0)
+        elif name == "static":
+            extras["input_scale"] = torch.tensor([0.02])
         elif name == "rotation":
             extras["rotation"] = rotation
         elif name != "plain":

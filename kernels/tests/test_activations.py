@@ -65,6 +65,28 @@ def test_a_number_that_is_not_finite_is_never_turned_into_a_finite_result(kind, 
     assert not torch.isfinite(restored[1, 3])
 
 
+@pytest.mark.parametrize("shift", [None, torch.full((8,), 0.25)], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nor_does_it_vanish_under_a_given_scale(kind, bad, shift):
+    x = torch.ones(2, 8)
+    x[1, 3] = bad
+    restored = dequantize_activations(*quantize_activations(x, kind, shift, torch.tensor([0.02])))
+    assert torch.isfinite(restored[0]).all()
+    assert not torch.isfinite(restored[1, 3])
+
+
+def test_a_given_scale_holds_for_all_tokens_and_what_exceeds_it_is_clipped():
+    x = torch.tensor([[0.1, -0.1], [3.0, -3.0]])
+    scale, shift = torch.tensor([0.01]), torch.tensor([0.2, 0.2])
+    assert quantize_activations(x, "int8", None, scale)[0].tolist() == [[10, -10], [127, -127]]
+    assert quantize_activations(x, "int8", shift, scale)[0].tolist() == [[10, 0], [255, 0]]
+    assert quantize_activations(100 * x, "fp8", None, scale)[0].tolist()[1] == [448, -448]
+    assert quantize_activations(100 * x, "fp8", shift, scale)[0].tolist()[1] == [496, 0]
+    with pytest.raises(ValueError, match="goes with int8 or fp8 activations, got 'int4'"):
+        quantize_activations(x, "int4", None, scale)
+
+
 def test_unknown_kinds_are_refused_by_name():
     with pytest.raises(ValueError, match="int8, fp8, int4, nvfp4, got 'int7'"):
         quantize_activations(torch.zeros(1, 4), "int7")

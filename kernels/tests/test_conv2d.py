@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 EXTRAS = ["plain", "bias", "low_rank", "smooth", "rotation", "int8", "fp8", "int4", "nvfp4", "bias+low_rank+smooth+shift+int4"]
-EXTRAS += ["bias+low_rank+smooth+rotation+int8"]
+EXTRAS += ["bias+low_rank+smooth+rotation+int8", "rotation+static+int8", "bias+static+fp8"]
 WINDOWS = {
     "1x1": ([1, 1], [1, 1], [0, 0], [1, 1]),
     "3x3-padded": ([3, 3], [1, 1], [1, 1], [1, 1]),

@@ -20,7 +20,7 @@ pytest.importorskip("numba")
 ROWS, COLUMNS = 37, 208  # no multiple of a row block, a vector of 32 columns, or a group of 64
 WHOLE = 192  # columns that fill blocks of 64
 EXTRAS = ["plain", "bias+low_rank+smooth+rotation", "int8", "bias+low_rank+smooth+rotation+int8", "rotation+fp8", "low_rank+int4"]
-EXTRAS += ["low_rank+smooth+shift+int4", "bias+nvfp4"]
+EXTRAS += ["low_rank+smooth+shift+int4", "bias+nvfp4", "bias+static+int8", "shift+static+fp8"]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 FEW, MANY = (1, 2, 3, 17), (33, 70)  # tokens on either side of every threshold
 

@@ -25,6 +25,10 @@ EXTRAS = [
     "nvfp4",
     "bias+low_rank+smooth+shift+int4",
     "bias+low_rank+smooth+shift+rotation+nvfp4",
+    "bias+low_rank+smooth+rotation+static+int8",
+    "static+fp8",
+    "bias+smooth+shift+static+int8",
+    "low_rank+shift+static+fp8",
 ]
 # Largest difference over the largest output. With quantized activations one rounding tie may fall the other way.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}

@@ -20,6 +20,8 @@ from .settings import Calibration
 from .statistics import InputStatistics, collect, groups_within
 from .store import Store, read_tensors, write_tensors
 
+SAMPLES = 2048  # of each layer's inputs, where a config needs more of them than second moments
+
 
 class FinishedLayer(NamedTuple):
     """A quantized layer: what config.json says of it, its tensors, and what it cost."""
@@ -59,7 +61,8 @@ def quantize_layers(
     for index, group in enumerate(groups):
         found: dict[str, FinishedLayer] = {}
         if parallel.is_mine(index):
-            statistics = collect(model, group, calls) if calls is not None else {}
+            keep = SAMPLES if any(targets[name].needs_samples for name in group) else 0
+            statistics = collect(model, group, calls, keep) if calls is not None else {}
             for name in group:
                 found[name] = _quantize(model.get_submodule(name), name, targets[name], calibration, statistics.pop(name, None))
                 _write(folder / f"{name}.safetensors", found[name])
@@ -77,7 +80,10 @@ def _quantize(
     start = time.perf_counter()
     seed = config.seed + zlib.crc32(name.encode())
     errors: list[float] = []
-    inputs = LayerInputs(statistics.hessian, calibration.damping, errors) if statistics and statistics.tokens else None
+    inputs = None
+    if statistics and statistics.tokens:
+        hessian = statistics.hessian if calibration.hessian else None
+        inputs = LayerInputs(hessian, calibration.damping, errors, statistics.rows, _is_shiftable(layer))
     try:
         spec, tensors, error = quantize_weight(layer.weight, config, seed, inputs)
     except ValueError as failure:
@@ -85,6 +91,13 @@ def _quantize(
     facts = {"seconds": round(time.perf_counter() - start, 3), "output_errors": [float(f"{e:.4g}") for e in errors]}
     stored = StoredLayer(spec, tuple(layer.weight.shape), float(f"{error:.4g}"))
     return FinishedLayer(stored, {key: t.cpu() for key, t in tensors.items()}, facts)
+
+
+def _is_shiftable(layer: Any) -> bool:
+    """Whether a constant added to every input adds a constant to every output, which a bias can take up."""
+    if layer.bias is None:
+        return False
+    return not isinstance(layer, nn.Conv2d) or (layer.weight[0, 0].numel() == 1 and layer.padding in (0, (0, 0)))
 
 
 def _split(group: list[str], size: int) -> list[list[str]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import QDiffConfig
 from ..errors import ConfigError
+from ..layers.timesteps import timestep_argument
 from ..packing import pack_finished
 from ..quantizer import QDiffQuantizer
 from . import parallel
@@ -56,16 +57,20 @@ def calibrate(
     for name, model in models.items():
         if getattr(model, "is_quantized", False):
             raise ConfigError(f"{name} is quantized already; calibration begins with the full-precision model")
+        if any(c and c.activation_scales == "timestep" for c in (config, *(config.overrides or {}).values())):
+            timestep_argument(model)  # raises where there is none
     with _workspace(models, config, calibration, workspace) as (folder, keep):
-        calls = _recorded(pipe, models, calibration, folder, keep)
+        calls = _recorded(pipe, models, calibration, folder, keep, config.needs_calibration)
         return {
             name: _calibrate(model, config.fresh(), calibration, calls.get(name), folder / name) for name, model in models.items()
         }
 
 
-def _recorded(pipe: Any, models: dict[str, nn.Module], calibration: Calibration, folder: Path, keep: bool) -> dict[str, Store]:
+def _recorded(
+    pipe: Any, models: dict[str, nn.Module], calibration: Calibration, folder: Path, keep: bool, needed: bool
+) -> dict[str, Store]:
     """Recorded calls of each model: those of an interrupted run, or new ones."""
-    if not (calibration.hessian or calibration.mixed or calibration.tuning.wanted):
+    if not (needed or calibration.hessian or calibration.mixed or calibration.tuning.wanted):
         return {}
     keep = keep and parallel.rank() == 0
     own = folder if keep else folder / f"process-{parallel.rank()}"
@@ -92,7 +97,8 @@ def _calibrate(
     quantizer = QDiffQuantizer.of_model(model, config)
     if calibration.mixed and calls is not None:
         quantizer.targets = allocate(model, quantizer.targets, calls, calibration, folder)
-    layers = quantize_layers(model, quantizer.targets, calibration, calls if calibration.hessian else None, folder / "layers")
+    seen = calls if calibration.hessian or config.needs_calibration else None
+    layers = quantize_layers(model, quantizer.targets, calibration, seen, folder / "layers")
     log = [{"stage": "layer", "name": name, **layer.facts} for name, layer in layers.items()]
     if calls is not None and tuning.wanted and tuning.objective == "blocks":
         tuned = tune_blocks(model, layers, calls, calibration, folder / "blocks", quantizer.compute_dtype)

@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from ..layers.timesteps import NAMES as TIMESTEP_NAMES
 from .store import Store
 from .trajectories import call_model
 
 
 class Moments(NamedTuple):
-    """Of one input: sum of ``x x^T``, largest magnitude per channel, number of samples."""
+    """Of one input: sum of ``x x^T``, largest magnitude per channel, number of samples, and some of them, evenly spaced."""
 
     sums: Tensor
     largest: Tensor
     tokens: int
+    rows: Tensor
 
 
 class InputStatistics:
@@ -31,6 +33,7 @@ class InputStatistics:
             windows channels last.
         largest: float32 ``[channels]``, largest magnitude of each input channel.
         tokens: number of samples.
+        rows: some samples float32 ``[n, columns]`` of each timestep, if any are kept.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -40,9 +43,12 @@ class InputStatistics:
         self.sums = torch.zeros(columns, columns, device=weight.device)
         self.largest = torch.zeros(weight.shape[1], device=weight.device)
         self.tokens = 0
+        self.kept: dict[float, list[Tensor]] = {}
 
-    def add(self, moments: Moments) -> None:
+    def add(self, moments: Moments, timestep: float = 0.0) -> None:
         """Take in one input."""
+        if len(moments.rows):
+            self.kept.setdefault(timestep, []).append(moments.rows)
         self.sums += moments.sums
         self.tokens += moments.tokens
         torch.maximum(self.largest, moments.largest, out=self.largest)
@@ -51,11 +57,16 @@ class InputStatistics:
     def hessian(self) -> Tensor:
         return self.sums / max(self.tokens, 1)
 
+    @property
+    def rows(self) -> dict[float, Tensor]:
+        return {timestep: torch.cat(rows) for timestep, rows in self.kept.items()}
 
-def input_moments(layer: nn.Module, x: Tensor) -> Moments:
-    """Moments of one input of ``layer``."""
+
+def input_moments(layer: nn.Module, x: Tensor, keep: int = 0) -> Moments:
+    """Moments of one input of ``layer``, and ``keep`` of its samples."""
     samples, channels = token_matrix(layer, x.detach()), x.shape[-3] if isinstance(layer, nn.Conv2d) else x.shape[-1]
-    return Moments(samples.T @ samples, samples.view(-1, channels).abs().amax(0), len(samples))
+    chosen = torch.linspace(0, len(samples) - 1, min(keep, len(samples)), device=x.device).round().long()
+    return Moments(samples.T @ samples, samples.view(-1, channels).abs().amax(0), len(samples), samples[chosen])
 
 
 def token_matrix(layer: nn.Module, x: Tensor) -> Tensor:
@@ -70,25 +81,33 @@ def token_matrix(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collect(model: nn.Module, names: Sequence[str], calls: Store) -> dict[str, InputStatistics]:
-    """Statistics of the named layers over all calls."""
+def collect(model: nn.Module, names: Sequence[str], calls: Store, keep: int = 0) -> dict[str, InputStatistics]:
+    """Statistics of the named layers over all calls, and about ``keep`` samples of each layer's inputs."""
     layers = {name: model.get_submodule(name) for name in names}
     found = {name: InputStatistics(layer) for name, layer in layers.items()}
-    with _watching(layers, found):
+    now: dict[str, Any] = {"keep": -(-keep // max(1, len(calls))), "timestep": 0.0}
+    with _watching(layers, found, now):
         for call in logging.tqdm(calls, desc="Collecting statistics", unit="call", total=len(calls), delay=2, leave=False):
+            now["timestep"] = timestep_of(call["inputs"])
             call_model(model, call["inputs"])
     return found
 
 
+def timestep_of(inputs: dict[str, Any]) -> float:
+    """The timestep that a recorded call was made with; 0 if the model is not told."""
+    found = next((inputs[name] for name in TIMESTEP_NAMES if inputs.get(name) is not None), 0.0)
+    return float(torch.as_tensor(found).reshape(-1)[0])
+
+
 @contextmanager
-def _watching(layers: Mapping[str, nn.Module], found: Mapping[str, InputStatistics]) -> Iterator[None]:
+def _watching(layers: Mapping[str, nn.Module], found: Mapping[str, InputStatistics], now: dict[str, Any]) -> Iterator[None]:
     last: dict[str, Any] = {"x": None, "geometry": None}
 
     def add(layer: nn.Module, x: Tensor, statistics: InputStatistics) -> None:
         geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
         if x is not last["x"] or geometry != last["geometry"]:  # query, key and value, for instance, share one input
-            last.update(x=x, geometry=geometry, moments=input_moments(layer, x))
-        statistics.add(last["moments"])
+            last.update(x=x, geometry=geometry, moments=input_moments(layer, x, now["keep"]))
+        statistics.add(last["moments"], now["timestep"])
 
     def watch(statistics: InputStatistics) -> Any:
         return lambda layer, args: add(layer, args[0], statistics)

@@ -20,6 +20,8 @@ from .transform import channels_last, smooth_matrix, unrotate_matrix
 FORMATS: dict[str, type[WeightFormat]] = {f.kind: f for f in (CodebookFormat, MinifloatFormat, IntegerFormat)}
 PER_ROW = ("codes", "scales", "zeros", "tensor_scale", "low_rank_up")  # unless they are one for all rows
 MAX_RANK = 4096
+MAX_SCALES = 4096  # of the inputs of one layer
+STATIC = ("int8", "fp8")  # kinds of activations that can have stored scales
 BLOCK = 1 << 22  # weights that are decoded at a time where only a number about them is wanted
 EXTRAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -35,10 +37,13 @@ class LayerSpec:
         smooth: whether inputs are divided by a vector ``smooth [in]``.
         activations: "none", "int8", "fp8", "int4" or "nvfp4".
         shift: whether a vector ``shift [in]`` is added to the inputs, before ``smooth``. "int4" groups in which it is positive
-            are quantized to 0 .. 15. The bias stored with the layer already undoes it.
+            are quantized to 0 .. 15, "int8" and "fp8" ones with a stored scale to unsigned numbers. The bias stored with the layer
+            already undoes it.
         kernel_vectors: whether the columns of a convolution's stored matrix run through the kernel's taps before the next channel,
             so that a vector of kh*kw weights is one kernel (KAQ); otherwise through the channels before the next tap.
         extras_dtype: of the branch, ``smooth`` and ``shift``: "float16", "bfloat16" or "float32".
+        input_scales: how many scales of the inputs are stored. 0: each token finds its own. 1: ``input_scales [1]`` for all. n: one
+            per timestep, float32 ``input_scales [n]`` and ``input_steps [n]``; the one of the nearest timestep counts.
     """
 
     format: WeightFormat
@@ -49,6 +54,7 @@ class LayerSpec:
     shift: bool = False
     extras_dtype: str = "float16"
     kernel_vectors: bool = False
+    input_scales: int = 0
 
     def __post_init__(self) -> None:
         check_range("rank", self.rank, 0, MAX_RANK)
@@ -60,8 +66,11 @@ class LayerSpec:
         check_flag("shift", self.shift)
         check_flag("kernel_vectors", self.kernel_vectors)
         check_choice("extras_dtype", self.extras_dtype, EXTRAS_DTYPES)
-        if self.shift and (self.rotation or self.activations != "int4"):
-            raise ValueError("shift goes with int4 activations that are not rotated")
+        check_range("input_scales", self.input_scales, 0, MAX_SCALES)
+        if self.input_scales and self.activations not in STATIC:
+            raise ValueError(f"input_scales go with int8 and fp8 activations, not with {self.activations!r}")
+        if self.shift and (self.rotation or not (self.activations == "int4" or self.input_scales)):
+            raise ValueError("shift goes with int4 activations, or stored scales of int8 or fp8 ones, that are not rotated")
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Every stored tensor of a weight with logical ``shape``, the bias left out."""
@@ -81,6 +90,10 @@ class LayerSpec:
             out["smooth"] = TensorInfo((shape[1],), dtype)
         if self.shift:
             out["shift"] = TensorInfo((shape[1],), dtype)
+        if self.input_scales:
+            out["input_scales"] = TensorInfo((self.input_scales,), torch.float32)
+        if self.input_scales > 1:
+            out["input_steps"] = TensorInfo((self.input_scales,), torch.float32)
         return out
 
     def select_rows(self, tensors: dict[str, Tensor], index: Tensor, rows: int) -> dict[str, Tensor]:
@@ -151,7 +164,8 @@ class LayerSpec:
         parts += ["by kernels"] if self.kernel_vectors else []
         parts += ["smoothed"] if self.smooth else []
         parts += ["shifted"] if self.shift else []
-        parts += [f"{self.activations} activations"] if self.activations != "none" else []
+        static = {0: "", 1: "static "}.get(self.input_scales, f"{self.input_scales} steps' ")
+        parts += [f"{static}{self.activations} activations"] if self.activations != "none" else []
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

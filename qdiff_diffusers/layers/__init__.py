@@ -14,6 +14,7 @@ from .base import CONV2D_OPS, LINEAR_OPS, PackedLayer, op_arguments
 from .conv import QDiffConv2d
 from .embedding import QDiffEmbedding, is_table
 from .linear import QDiffLinear
+from .timesteps import follow_timesteps
 
 __all__ = [
     "CONV2D_OPS",
@@ -24,6 +25,7 @@ __all__ = [
     "QDiffLinear",
     "decoded",
     "dense_layer",
+    "follow_timesteps",
     "op_arguments",
     "pack_layer",
     "unsupported_reason",

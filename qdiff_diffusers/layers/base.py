@@ -25,11 +25,22 @@ LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integ
 CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integer": integer_conv2d}
 
 
-def op_arguments(spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...], bias: Tensor | None) -> tuple[Any, ...]:
+def op_arguments(
+    spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...], bias: Tensor | None, timestep: Tensor | None = None
+) -> tuple[Any, ...]:
     """A packed weight of logical ``shape`` and its extras in the order of the kernels' arguments."""
     extras = (bias, *(tensors.get(name) for name in ("low_rank_down", "low_rank_up", "smooth")))
     packed = spec.format.op_arguments(tensors, math.prod(shape[1:]))
-    return (*packed, *extras, spec.rotation, spec.activations, tensors.get("shift"))
+    return (*packed, *extras, spec.rotation, spec.activations, tensors.get("shift"), input_scale(tensors, timestep))
+
+
+def input_scale(tensors: dict[str, Tensor], timestep: Tensor | None) -> Tensor | None:
+    """The stored scale ``[1]`` of the step nearest to ``timestep [1]``, if scales are stored; by default the largest."""
+    if (scales := tensors.get("input_scales")) is None:
+        return None
+    if (steps := tensors.get("input_steps")) is None or timestep is None:
+        return scales.amax().reshape(1)
+    return scales[(steps - timestep.to(steps)).abs().argmin().reshape(1)]
 
 
 class PackedLayer(nn.Module):
@@ -47,6 +58,7 @@ class PackedLayer(nn.Module):
     codes: Tensor
     low_rank_down: Tensor
     low_rank_up: Tensor
+    timestep: Tensor | None = None  # [1], what the model was last told; see timesteps.py
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -148,7 +160,7 @@ class PackedLayer(nn.Module):
 
     def op_arguments(self) -> tuple[Any, ...]:
         """Packed weight and extras in the order of the kernels' arguments."""
-        return op_arguments(self.spec, self.packed_tensors(), self.weight_shape, self.bias)
+        return op_arguments(self.spec, self.packed_tensors(), self.weight_shape, self.bias, self.timestep)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packed = {id(t) for t in self.packed_tensors().values()}

@@ -10,6 +10,8 @@ from qdiff_kernels import kernel_layout, rotate
 from qdiff_kernels.activations import dequantize_activations, quantize_activations
 from torch import Tensor
 
+from .base import input_scale
+
 if TYPE_CHECKING:
     from ..formats import LayerSpec
     from .base import PackedLayer
@@ -22,6 +24,8 @@ def reason(spec: LayerSpec) -> str | None:
     """What makes a layer fall back to decoding its weight at each call, or ``None`` if a fused kernel multiplies it."""
     if spec.kernel_vectors:
         return "convolutions with kernel_vectors"
+    if spec.input_scales:
+        return "layers with stored scales of their inputs"
     if spec.shift:
         return "layers that shift their inputs"
     return "layers with nvfp4 activations" if spec.activations == "nvfp4" else None
@@ -48,16 +52,17 @@ def conv2d(layer: QDiffConv2d, x: Tensor, weight: Tensor, branch: Branch) -> Ten
 
 
 def quantized_inputs(layer: PackedLayer, x: Tensor) -> Tensor:
-    """Inputs ``[..., channels]`` smoothed, rotated and quantized; the gradient passes straight through the quantizer."""
-    if layer.spec.shift:
-        raise NotImplementedError("inputs that are shifted are multiplied by the fused kernels only")
-    smooth = getattr(layer, "smooth", None)
+    """Inputs ``[..., channels]`` shifted, smoothed, rotated and quantized; gradients pass straight through the quantizer."""
+    smooth, shift = getattr(layer, "smooth", None), getattr(layer, "shift", None)
+    if shift is not None:
+        x = x + shift.to(x.dtype)
     if smooth is not None:
         x = x / smooth.to(x.dtype)
     if layer.spec.rotation:
         x = rotate(x, layer.spec.rotation)
     if layer.spec.activations == "none":
         return x
+    kind, scale = layer.spec.activations, input_scale(layer.packed_tensors(), layer.timestep)
     with torch.no_grad():
-        quantized = dequantize_activations(*quantize_activations(x, layer.spec.activations)).to(x.dtype)
+        quantized = dequantize_activations(*quantize_activations(x, kind, shift, scale), kind).to(x.dtype)
     return x + (quantized - x).detach()

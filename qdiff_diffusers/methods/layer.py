@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
 from ..formats.transform import kernels_first, smooth_matrix
 from . import aq, fp, rtn, svdquant, vq
 from .calibrated import fit_to_inputs
+from .inputs import Samples, fit_inputs
+from .smoothing import search_smoothing
 from .unbias import sample_rows, unbias
 
 MIN_ROTATION = 16  # a smaller Hadamard block mixes too few weights to be worth a pass over the activations
@@ -33,14 +36,19 @@ class LayerInputs(NamedTuple):
     """What is known of a layer's inputs x.
 
     Attributes:
-        hessian: float32 ``[columns, columns]``, mean of ``x x^T``, columns as in the stored matrix.
+        hessian: float32 ``[columns, columns]``, mean of ``x x^T``, columns as in the stored matrix; ``None`` to choose codes by the
+            weight alone.
         damping: of the Hessian, relative to its mean diagonal.
         errors: takes the relative error of the layer's output without data, and after each round with them.
+        samples: float32 ``[n, columns]`` of x by timestep, for what depends on more than second moments.
+        shiftable: whether the layer has a bias that can undo a shift of its inputs, and pads them with no zeros.
     """
 
-    hessian: Tensor
+    hessian: Tensor | None
     damping: float = 0.01
     errors: list[float] | None = None
+    samples: Samples | None = None
+    shiftable: bool = False
 
 
 @contextmanager
@@ -71,27 +79,53 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
     matrix = matrix_layout(weight.detach()).float().contiguous()
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
         raise QDiffError("the weight holds NaN or infinity")
-    block = rotation_block(shape[1], config)
+    channels, block = shape[1], rotation_block(shape[1], config)
     by_kernels = wants_kernel_vectors(shape, config)
-    working = rotate_matrix(matrix, shape[1], block)
+    smooth = _smoothing(matrix, config, seed, inputs, channels, block)
+    working = rotate_matrix(matrix if smooth is None else smooth_matrix(matrix, smooth), channels, block)
     if by_kernels:
-        working = kernels_first(working, shape[1])
+        working = kernels_first(working, channels)
     weight_format, tensors = _METHODS[config.method_name](working, config, seed)
-    if inputs is not None:
-        rotated = rotate_hessian(inputs.hessian.to(working), shape[1], block)
+    if inputs is not None and inputs.hessian is not None:
+        seen = rotate_hessian(smooth_hessian(inputs.hessian.to(working), smooth), channels, block)
         if by_kernels:
-            rotated = kernels_first(kernels_first(rotated, shape[1]).T.contiguous(), shape[1])
-        tensors |= _fit(working, weight_format, tensors, inputs._replace(hessian=rotated), config.unbiased)
+            seen = kernels_first(kernels_first(seen, channels).T.contiguous(), channels)
+        tensors |= _fit(working, weight_format, tensors, inputs._replace(hessian=seen), config.unbiased)
     elif config.unbiased:
         tensors = unbias(working, weight_format, tensors)
-    if "low_rank_down" in tensors:  # found in the rotated space, used on the raw input
-        down = unrotate_matrix(tensors["low_rank_down"].float(), shape[1], block)
-        tensors["low_rank_down"] = down.to(torch.float16)
-    rank = tensors["low_rank_down"].shape[0] if "low_rank_down" in tensors else 0
-    spec = LayerSpec(weight_format, rank=rank, rotation=block, activations=config.activations or "none", kernel_vectors=by_kernels)
+    if "low_rank_down" in tensors:  # found in the rotated and smoothed space, used on the raw input
+        down = unrotate_matrix(tensors["low_rank_down"].float(), channels, block)
+        tensors["low_rank_down"] = (down if smooth is None else smooth_matrix(down, 1 / smooth)).to(torch.float16)
+    if smooth is not None:
+        tensors["smooth"] = smooth.to(torch.float16)
+    if config.needs_samples and inputs is not None and inputs.samples:
+        fitted = fit_inputs(inputs.samples, config, channels, smooth=smooth, rotation=block, shiftable=inputs.shiftable)
+        tensors |= {name: t.half() if name == "shift" else t for name, t in fitted.items()}
+    spec = LayerSpec(
+        weight_format,
+        rank=tensors["low_rank_down"].shape[0] if "low_rank_down" in tensors else 0,
+        rotation=block,
+        smooth=smooth is not None,
+        activations=config.activations or "none",
+        shift="shift" in tensors,
+        kernel_vectors=by_kernels,
+        input_scales=len(tensors.get("input_scales", ())),
+    )
     # With the strides and the memory of a tensor read from a file: BLAS rounds [1, n] of stride (1, 1) and of (n, 1) differently.
     tensors = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in spec.tensors(shape)}
     return QuantizedWeight(spec, tensors, relative_error(matrix, spec, tensors, shape))
+
+
+def _smoothing(
+    matrix: Tensor, config: QDiffConfig, seed: int, inputs: LayerInputs | None, channels: int, block: int
+) -> Tensor | None:
+    """The vector that inputs are divided by, where a config asks for one and there are inputs to find it on."""
+    if not isinstance(config, SVDQuantConfig) or not config.smoothing or inputs is None or not inputs.samples:
+        return None
+    once = replace(config, rounds=1)
+    rows = torch.cat(list(inputs.samples.values())).to(matrix)
+    activations = config.activations or "none"
+    return search_smoothing(matrix, rows, channels, block, activations, lambda m: svdquant.quantize_config(m, once, seed))
 
 
 @torch.no_grad()
@@ -124,6 +158,13 @@ def rotate_hessian(hessian: Tensor, channels: int, block: int) -> Tensor:
     return rotate_matrix(half.T.contiguous(), channels, block)
 
 
+def smooth_hessian(hessian: Tensor, smooth: Tensor | None) -> Tensor:
+    """Second moments of inputs that were divided by ``smooth [channels]``."""
+    if smooth is None:
+        return hessian
+    return smooth_matrix(smooth_matrix(hessian, 1 / smooth).T.contiguous(), 1 / smooth)
+
+
 def _fit(
     matrix: Tensor,
     weight_format: WeightFormat,
@@ -135,6 +176,7 @@ def _fit(
     if "low_rank_down" in tensors:
         matrix = matrix - tensors["low_rank_up"].float() @ tensors["low_rank_down"].float()
     own = {name: tensors[name] for name in weight_format.tensors(*matrix.shape)}
+    assert inputs.hessian is not None
     return fit_to_inputs(
         matrix, weight_format, own, inputs.hessian, damping=inputs.damping, unbiased=unbiased, errors=inputs.errors
     )

@@ -1,4 +1,4 @@
-"""SVDQuant (arXiv 2411.05007), data-free: a float16 low-rank branch takes what a low-bit residual would represent badly.
+"""SVDQuant (arXiv 2411.05007): a float16 low-rank branch takes what a low-bit residual would represent badly.
 
 ``W ~ up @ down + Q``, found by alternation: quantize ``W - up @ down``, then fit the branch to ``W - Q`` by SVD, and so on; the
 best pair met is kept. The branch may be found in a rotated space: for an orthonormal H, ``SVD(W H)`` is ``SVD(W)`` with ``down H``
@@ -54,7 +54,8 @@ def quantize(weight: Tensor, *, residual_quantize: ResidualQuantizer, rank: int,
         weight: float32 ``[rows, columns]``.
         residual_quantize: any quantizer of a matrix, ``residual -> (format, tensors)``.
         rank: of the branch, capped at the smaller dimension; 0 for none.
-        rounds: of quantizing the residual and refitting the branch. The error never rises with more.
+        rounds: most rounds of quantizing the residual and refitting the branch; the first that does not lower the error is the
+            last, and not kept.
         seed: of the randomised SVD.
 
     Returns:
@@ -72,8 +73,9 @@ def quantize(weight: Tensor, *, residual_quantize: ResidualQuantizer, rank: int,
         torch.sub(weight, tried.dense, out=target)
         branch = truncated_svd(target, rank, start=branch.subspace, seed=seed)
         residual, error = _without_branch(weight, branch, tried.dense)
-        if best is None or error < best[0]:
-            best = error, tried, branch
+        if best is not None and error >= best[0]:
+            break
+        best = error, tried, branch
     assert best is not None
     weight_format, tensors = best[1].store()
     return weight_format, tensors | {"low_rank_down": best[2].down, "low_rank_up": best[2].up}
@@ -137,7 +139,9 @@ def quantize_config(weight: Tensor, config: SVDQuantConfig, seed: int = 0) -> St
     """Quantize ``weight [rows, columns]`` as a config asks. Without format and rank, the weight's own spectrum decides."""
     bits = int(config.bits or 4)
     group_size, rank = config.group_size, config.rank
-    if config.weight_format is None and rank is None and group_size is None:
+    if config.branch_bits is not None:
+        rank = rank_within(weight.shape, config.branch_bits)
+    elif config.weight_format is None and rank is None and group_size is None:
         group_size, rank = plan(weight, bits, seed=seed)
     rank = default_rank(weight.shape) if rank is None else rank
     residual = residual_quantizer(bits, config.weight_format, group_size)
@@ -162,7 +166,12 @@ def residual_quantizer(
 
 def default_rank(shape: tuple[int, int] | torch.Size, budget: float = RANK_BITS) -> int:
     """The rank whose factors cost ``budget`` bits per weight of a ``[rows, columns]`` weight, at least 1."""
-    return max(1, int(budget / rank_bits(shape)))
+    return max(1, rank_within(shape, budget))
+
+
+def rank_within(shape: tuple[int, int] | torch.Size, budget: float) -> int:
+    """The largest rank whose factors cost at most ``budget`` bits per weight of a ``[rows, columns]`` weight."""
+    return min(*shape, int(budget / rank_bits(shape) + 1e-9))
 
 
 def plan(weight: Tensor, bits: int, *, overhead: float = OVERHEAD, min_rank: int = 1, seed: int = 0) -> Plan:

@@ -18,7 +18,8 @@ from ._ops import add_op_namespace_prefix
 from .reference import Extras, Window
 
 EXTRAS_SCHEMA = (
-    "Tensor? bias, Tensor? low_rank_down, Tensor? low_rank_up, Tensor? smooth, int rotation, str activations, Tensor? shift"
+    "Tensor? bias, Tensor? low_rank_down, Tensor? low_rank_up, Tensor? smooth, int rotation, str activations, Tensor? shift, "
+    "Tensor? input_scale"
 )
 WINDOW_SCHEMA = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 Decoder = Callable[..., Tensor]

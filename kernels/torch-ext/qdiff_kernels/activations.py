@@ -1,4 +1,4 @@
-"""Dynamic quantization of activations: the integers or fp8 numbers a low-precision matrix unit sees, and their scales."""
+"""Quantization of activations: the integers or fp8 numbers a low-precision matrix unit sees, and their scales."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ NVFP4_GROUP = 16
 GROUPS = {"int4": INT4_GROUP, "nvfp4": NVFP4_GROUP}
 FP8_MAX = 448.0
 INT4_MAX, UINT4_MAX = 7, 15
+UINT8_MAX = 255
+UFP8_MAX = 496.0  # of unsigned E4M4 with E4M3's bias: the sign's bit goes to the mantissa, and no code is spent on NaN
+UFP8_SMALLEST = 2.0**-6  # of its normal numbers
 E2M1_MAX = 6.0
 
 
-def quantize_activations(x: Tensor, kind: str, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantize the last dimension, symmetrically, with scales found from the data.
+def quantize_activations(x: Tensor, kind: str, shift: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize the last dimension, symmetrically, with scales found from the data or with one that is given.
 
     Args:
         x: floating ``[..., channels]``, the shift already added.
@@ -23,13 +26,17 @@ def quantize_activations(x: Tensor, kind: str, shift: Tensor | None = None) -> t
             group may be short); "nvfp4", E2M1 with an E4M3 scale per token and group of 16 channels.
         shift: ``[channels]`` or ``None``. The "int4" groups in which it is positive hold numbers from 0 up, such as what a GELU
             gives: they are quantized to 0 .. 15, and what is below 0 to 0.
+        scale: one number, of "int8" or "fp8", for all tokens; what exceeds the largest code becomes it. With a shift codes are
+            unsigned: 0 .. 255, or E4M4 numbers up to 496.
 
     Returns:
-        codes ``[..., channels]`` (int8, or float8_e4m3fn for "fp8"; for "nvfp4" twice the E2M1 values) and scales
-        ``[..., groups]``, float32 (float64 for float64 input), with ``x ~ codes * scales``. An all-zero token or group has scale 1
-        ("nvfp4": 1/2, of codes that are twice the values).
+        codes ``[..., channels]`` (int8, or float8_e4m3fn for "fp8"; unsigned ones uint8 and float32; for "nvfp4" twice the E2M1
+        values) and scales ``[..., groups]``, float32 (float64 for float64 input), with ``x ~ codes * scales``. An all-zero token or
+        group has scale 1 ("nvfp4": 1/2, of codes that are twice the values).
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if scale is not None:
+        return _quantize_static(wide, kind, scale.to(wide).reshape(1), unsigned=shift is not None)
     if kind == "int4":
         return _quantize_int4(wide, shift)
     if kind == "nvfp4":
@@ -49,6 +56,23 @@ def dequantize_activations(codes: Tensor, scales: Tensor, kind: str = "int4") ->
     if scales.shape[-1] == 1:
         return values * scales
     return values * scales.repeat_interleave(GROUPS[kind], -1)[..., : codes.shape[-1]]
+
+
+def _quantize_static(x: Tensor, kind: str, scale: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
+    units = x / scale
+    scales = scale + 0 * units.amax(-1, keepdim=True)  # of tokens that hold NaN or infinity NaN, which integers cannot be
+    if kind == "int8":
+        codes = units.round().clamp(0, UINT8_MAX).to(torch.uint8) if unsigned else units.round().clamp(-127, 127).to(torch.int8)
+    elif kind == "fp8" and unsigned:
+        units = units.clamp(0, UFP8_MAX)
+        binade = units.clamp_min(UFP8_SMALLEST).frexp().exponent - 1
+        step = torch.ldexp(torch.ones_like(units), binade - 4)
+        codes = ((units / step).round() * step).float()
+    elif kind == "fp8":
+        codes = units.clamp(-FP8_MAX, FP8_MAX).float().to(torch.float8_e4m3fn)
+    else:
+        raise ValueError(f"a given scale goes with int8 or fp8 activations, got {kind!r}")
+    return codes, scales
 
 
 def _quantize_int4(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ class Extras(NamedTuple):
     rotation: int  # Hadamard block, 0 for none
     activations: str  # "none", "int8", "fp8", "int4", "nvfp4"
     shift: Tensor | None = None  # [in], added to the inputs; int4 groups where it is positive are quantized to 0 .. 15
+    input_scale: Tensor | None = None  # one number, instead of a scale per token; with a shift int8 and fp8 are unsigned then
 
 
 class Window(NamedTuple):
@@ -56,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, extras: Extras) -> Tensor:
     if extras.activations == "none":
         y = F.linear(inputs, weight)
     else:
-        codes, scales = quantize_activations(inputs, extras.activations, extras.shift)
+        codes, scales = quantize_activations(inputs, extras.activations, extras.shift, extras.input_scale)
         if scales.shape[-1] == 1:
             y = F.linear(codes.to(weight.dtype), weight) * scales
         else:
@@ -99,7 +100,7 @@ def conv2d(x: Tensor, weight: Tensor, window: Window, extras: Extras) -> Tensor:
     if changed or extras.activations != "none":
         inputs = _transform(x.movedim(1, -1), extras)
         if extras.activations != "none":
-            quantized = quantize_activations(inputs, extras.activations, extras.shift)
+            quantized = quantize_activations(inputs, extras.activations, extras.shift, extras.input_scale)
             inputs = dequantize_activations(*quantized, extras.activations)
         inputs = inputs.movedim(-1, 1)
     y = F.conv2d(inputs, kernel_layout(weight, window.kernel_size), None, *geometry)

@@ -72,7 +72,7 @@ def takes(x: Tensor, extras: Extras) -> bool:
 
 def transforms(extras: Extras) -> bool:
     """Whether there is a kernel for what becomes of the inputs; else torch transforms and multiplies, with the decoded weight."""
-    return extras.activations in LIMITS and extras.shift is None
+    return extras.activations in LIMITS and extras.shift is None and extras.input_scale is None
 
 
 def operand_dtype(x: Tensor, activations: str) -> torch.dtype:

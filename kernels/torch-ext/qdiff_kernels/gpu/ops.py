@@ -165,7 +165,7 @@ def takes(x: Tensor, extras: Extras) -> bool:
 
 def transforms(extras: Extras) -> bool:
     """Whether there is a kernel for what becomes of the inputs; else torch transforms and multiplies, with the decoded weight."""
-    return extras.activations in CODES and extras.shift is None
+    return extras.activations in CODES and extras.shift is None and extras.input_scale is None
 
 
 def runs_on(tensor: Tensor) -> bool:

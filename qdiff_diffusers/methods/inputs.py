@@ -1,0 +1,120 @@
+"""Static quantization of a layer's inputs: scales, and the choice between signed and unsigned numbers, by squared error.
+
+arXiv 2408.06995 quantizes activations with one calibrated scale per tensor, found like those of weights. Inputs that a GELU or SiLU
+has bounded below waste half of the signed numbers; shifted by that bound they are quantized to unsigned ones (SVDQuant, MSFP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from qdiff_kernels import rotate
+from qdiff_kernels.activations import UFP8_MAX, UFP8_SMALLEST, UINT8_MAX, dequantize_activations, quantize_activations
+from torch import Tensor
+
+from ..config import QDiffConfig
+from .clips import ClipSearch, search_clips
+from .grids import Grid, encoding_grid
+from .scales import ScaleStore
+
+# GELU is nowhere below -0.17, SiLU nowhere below -0.279. Multiples of 1/64 and 1/32 are exact in 16 bits.
+BOUNDS = (0.171875, 0.28125)
+Samples = Mapping[float, Tensor]  # timestep -> rows [n, columns] of what the layer's stored matrix is multiplied by
+
+
+def treat(
+    rows: Tensor,
+    channels: int,
+    *,
+    smooth: Tensor | None = None,
+    rotation: int = 0,
+    activations: str = "none",
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """What a packed weight is multiplied by: float32 ``rows [n, taps * channels]`` shifted, smoothed, rotated and quantized."""
+    x = _transformed(rows, channels, smooth, rotation, shift)
+    if activations != "none":
+        x = dequantize_activations(*quantize_activations(x, activations, shift, scale), activations)
+    return x.reshape(rows.shape)
+
+
+def fit_inputs(
+    samples: Samples,
+    config: QDiffConfig,
+    channels: int,
+    *,
+    smooth: Tensor | None = None,
+    rotation: int = 0,
+    shiftable: bool = False,
+) -> dict[str, Tensor]:
+    """The stored tensors that a config's activations need besides their kind.
+
+    Args:
+        samples: of the layer's raw inputs.
+        config: ``activations``, ``activation_scales`` and ``unsigned``.
+        channels: of the inputs.
+        smooth: divides them, float32 ``[channels]``.
+        rotation: Hadamard block.
+        shiftable: whether the layer has a bias to undo a shift, and no zero padding.
+
+    Returns:
+        ``shift`` (float32 ``[channels]``) where unsigned numbers err less, ``input_scales`` and ``input_steps`` where scales are
+        static.
+    """
+    kind = str(config.activations)
+    static = config.activation_scales != "token"
+    raw = dict(samples) if config.activation_scales == "timestep" else {0.0: torch.cat(list(samples.values()))}
+
+    def fit(shift: Tensor | None) -> tuple[float, dict[str, Tensor]]:
+        values = {step: _transformed(rows, channels, smooth, rotation, shift) for step, rows in raw.items()}
+        tensors = {} if shift is None else {"shift": shift}
+        if not static:
+            return sum(_error(x, kind, shift) for x in values.values()), tensors
+        found = {step: _best_scale(x, kind, shift is not None) for step, x in sorted(values.items())}
+        tensors["input_scales"] = torch.cat([scale for scale, _ in found.values()])
+        if len(found) > 1:
+            tensors["input_steps"] = torch.tensor(list(found), device=tensors["input_scales"].device)
+        return sum(error for _, error in found.values()), tensors
+
+    choices = [fit(None)]
+    lowest = min(float(rows.min()) for rows in raw.values())
+    bound = next((b for b in BOUNDS if lowest >= -b), None)
+    if config.unsigned and shiftable and not rotation and bound is not None:
+        choices.append(fit(next(iter(raw.values())).new_full((channels,), bound)))
+    return min(choices, key=lambda choice: choice[0])[1]
+
+
+def _transformed(rows: Tensor, channels: int, smooth: Tensor | None, rotation: int, shift: Tensor | None) -> Tensor:
+    """``[n * taps, channels]``."""
+    x = rows.reshape(-1, channels)
+    x = x if shift is None else x + shift
+    x = x if smooth is None else x / smooth
+    return rotate(x, rotation) if rotation else x
+
+
+def _error(x: Tensor, kind: str, shift: Tensor | None) -> float:
+    return float((dequantize_activations(*quantize_activations(x, kind, shift), kind) - x).square().sum())
+
+
+def _best_scale(x: Tensor, kind: str, unsigned: bool) -> tuple[Tensor, float]:
+    """Scale float32 ``[1]`` of least squared error for all of ``x``, and that error; of inputs that are all zero, 1."""
+    values = x.reshape(1, -1)
+    peak = values.abs().amax(1)
+    scale, error = search_clips(values, number_grid(kind, unsigned), peak, None, ScaleStore("float32"), ClipSearch())
+    return torch.where(scale > 0, scale, 1.0), float(error)
+
+
+@lru_cache
+def number_grid(kind: str, unsigned: bool) -> Grid:
+    """The numbers that "int8" or "fp8" codes stand for, as ``quantize_activations`` has them."""
+    if kind == "fp8" and not unsigned:
+        return encoding_grid("e4m3")
+    if kind == "int8":
+        low, high = (0, UINT8_MAX) if unsigned else (-127, 127)
+        return Grid(8, tuple(map(float, range(low, high + 1))), unit=1.0, high=high, low=-low)
+    subnormal = [m / 16 * UFP8_SMALLEST for m in range(16)]
+    normal = [(1 + m / 16) * 2.0**e for e in range(-6, 9) for m in range(16)]
+    return Grid(8, (*subnormal, *normal), unit=1.0, high=UFP8_MAX, low=0.0)
