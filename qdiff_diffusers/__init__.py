@@ -8,6 +8,7 @@ from .checkpoint import CheckpointInfo, LayerInfo, inspect_checkpoint
 from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from .errors import CalibrationError, CheckpointError, ConfigError, QDiffError
 from .registration import register
+from .steps import high_precision_steps
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "SVDQuantConfig",
     "Tuning",
     "VQConfig",
+    "high_precision_steps",
     "inspect_checkpoint",
     "quantize",
     "register",

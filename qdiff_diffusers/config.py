@@ -389,14 +389,14 @@ class SVDQuantConfig(QDiffConfig):
 
     Args:
         bits: of the residual, 2, 3, 4 or 8; the format follows unless ``weight_format`` is given.
-        weight_format: of the residual: "int4", "nvfp4", an encoding such as "e2m1", ...
+        weight_format: of the residual: "int4", "nvfp4", an encoding such as "e2m1", ...; "aq" or "vq" for codebooks of ``bits``.
         rank: of the branch; ``None`` scales it with the layer (24 at 3072 x 3072).
         branch_bits: instead of ``rank``, what the branch may cost in bits per weight: each layer's rank follows from its shape.
         rounds: most rounds of alternating SVD and residual quantization; the first that does not lower the error ends them.
         smoothing: divide the inputs by a vector of which 39 are tried on each layer. Needs a calibration; worth it or not, see
             docs/calibration.md.
-        adaln_w4a16: store the modulation of adaptive layer norms, which sees one token per image, as INT4 in groups of 64, without
-            branch and with 16-bit inputs, as the SVDQuant authors' FLUX does.
+        adaln_w4a16: store the modulation of adaptive layer norms, which sees one token per image, as plain INT4 in groups of 64
+            without a branch, and leave its inputs in 16 bits, as the SVDQuant authors' FLUX does and Nunchaku reads it.
     """
 
     weight_format: str | None = None
@@ -413,6 +413,7 @@ class SVDQuantConfig(QDiffConfig):
 
     def _check(self) -> None:
         super()._check()
+        self.codebooks()  # raises if there are none of these bits
         for flag in ("smoothing", "adaln_w4a16"):
             if not isinstance(getattr(self, flag), bool):
                 raise ConfigError(f"SVDQuantConfig: {flag} must be True or False, got {getattr(self, flag)!r}")
@@ -426,9 +427,13 @@ class SVDQuantConfig(QDiffConfig):
     def needs_samples(self) -> bool:
         return super().needs_samples or self.smoothing
 
-    def modulation(self) -> SVDQuantConfig:
+    def codebooks(self) -> QDiffConfig | None:
+        """The method of a residual in codebooks, if ``weight_format`` asks for one."""
+        return METHODS[self.weight_format](bits=self.bits) if self.weight_format in ("aq", "vq") else None
+
+    def modulation(self) -> QDiffConfig:
         """What ``adaln_w4a16`` makes of the linear layers inside adaptive norms."""
-        return SVDQuantConfig(weight_format="int4", rank=0, unbiased=self.unbiased, seed=self.seed)
+        return RTNConfig(bits=4, group_size=64, seed=self.seed)
 
 
 @dataclass(repr=False)

@@ -26,12 +26,23 @@ CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integ
 
 
 def op_arguments(
-    spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...], bias: Tensor | None, timestep: Tensor | None = None
+    spec: LayerSpec,
+    tensors: dict[str, Tensor],
+    shape: tuple[int, ...],
+    bias: Tensor | None,
+    timestep: Tensor | None = None,
+    exact_inputs: bool = False,
 ) -> tuple[Any, ...]:
-    """A packed weight of logical ``shape`` and its extras in the order of the kernels' arguments."""
+    """A packed weight of logical ``shape`` and its extras in the order of the kernels' arguments.
+
+    Args:
+        timestep: ``[1]``, for scales of inputs that depend on it.
+        exact_inputs: do not quantize them.
+    """
     extras = (bias, *(tensors.get(name) for name in ("low_rank_down", "low_rank_up", "smooth")))
     packed = spec.format.op_arguments(tensors, math.prod(shape[1:]))
-    return (*packed, *extras, spec.rotation, spec.activations, tensors.get("shift"), input_scale(tensors, timestep))
+    kind, scale = ("none", None) if exact_inputs else (spec.activations, input_scale(tensors, timestep))
+    return (*packed, *extras, spec.rotation, kind, tensors.get("shift"), scale)
 
 
 def input_scale(tensors: dict[str, Tensor], timestep: Tensor | None) -> Tensor | None:
@@ -59,6 +70,7 @@ class PackedLayer(nn.Module):
     low_rank_down: Tensor
     low_rank_up: Tensor
     timestep: Tensor | None = None  # [1], what the model was last told; see timesteps.py
+    exact_inputs: bool = False  # whether inputs are left in 16 bits for now
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -160,7 +172,7 @@ class PackedLayer(nn.Module):
 
     def op_arguments(self) -> tuple[Any, ...]:
         """Packed weight and extras in the order of the kernels' arguments."""
-        return op_arguments(self.spec, self.packed_tensors(), self.weight_shape, self.bias, self.timestep)
+        return op_arguments(self.spec, self.packed_tensors(), self.weight_shape, self.bias, self.timestep, self.exact_inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packed = {id(t) for t in self.packed_tensors().values()}

@@ -60,7 +60,7 @@ def quantized_inputs(layer: PackedLayer, x: Tensor) -> Tensor:
         x = x / smooth.to(x.dtype)
     if layer.spec.rotation:
         x = rotate(x, layer.spec.rotation)
-    if layer.spec.activations == "none":
+    if layer.spec.activations == "none" or layer.exact_inputs:
         return x
     kind, scale = layer.spec.activations, input_scale(layer.packed_tensors(), layer.timestep)
     with torch.no_grad():

@@ -184,7 +184,8 @@ def _fit(
 
 def rotation_block(channels: int, config: QDiffConfig) -> int:
     """Hadamard block for a layer of ``channels`` inputs; 0 if the config wants none or the width allows none."""
-    wanted = ROTATES[config.method_name] if config.rotation is None else config.rotation
+    inner = config.codebooks() if isinstance(config, SVDQuantConfig) else None
+    wanted = ROTATES[(inner or config).method_name] if config.rotation is None else config.rotation
     block = largest_block(channels) if wanted else 0
     return block if block >= MIN_ROTATION else 0
 
@@ -216,7 +217,10 @@ def _fp(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, d
 
 def _svdquant(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
     assert isinstance(config, SVDQuantConfig)
-    return svdquant.quantize_config(matrix, config, seed)
+    if (inner := config.codebooks()) is None:
+        return svdquant.quantize_config(matrix, config, seed)
+    method = _METHODS[inner.method_name]
+    return svdquant.quantize_config(matrix, config, seed, lambda residual: method(residual, inner, seed))
 
 
 def _rtn(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:

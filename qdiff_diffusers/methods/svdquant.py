@@ -135,8 +135,13 @@ class ScalarResidual:
 
 
 @block_threads()
-def quantize_config(weight: Tensor, config: SVDQuantConfig, seed: int = 0) -> Stored:
-    """Quantize ``weight [rows, columns]`` as a config asks. Without format and rank, the weight's own spectrum decides."""
+def quantize_config(
+    weight: Tensor, config: SVDQuantConfig, seed: int = 0, residual_quantize: ResidualQuantizer | None = None
+) -> Stored:
+    """Quantize ``weight [rows, columns]`` as a config asks. Without format and rank, the weight's own spectrum decides.
+
+    ``residual_quantize`` is for formats that this module does not know.
+    """
     bits = int(config.bits or 4)
     group_size, rank = config.group_size, config.rank
     if config.branch_bits is not None:
@@ -144,7 +149,7 @@ def quantize_config(weight: Tensor, config: SVDQuantConfig, seed: int = 0) -> St
     elif config.weight_format is None and rank is None and group_size is None:
         group_size, rank = plan(weight, bits, seed=seed)
     rank = default_rank(weight.shape) if rank is None else rank
-    residual = residual_quantizer(bits, config.weight_format, group_size)
+    residual = residual_quantize or residual_quantizer(bits, config.weight_format, group_size)
     return quantize(weight, residual_quantize=residual, rank=rank, rounds=config.rounds, seed=seed)
 
 

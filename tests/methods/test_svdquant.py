@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qdiff_diffusers.config import SVDQuantConfig
+from qdiff_diffusers import ConfigError, quantize
+from qdiff_diffusers.config import QDiffConfig, SVDQuantConfig
+from qdiff_diffusers.convert.nunchaku_export import kind_of
 from qdiff_diffusers.formats import IntegerFormat, LayerSpec, WeightFormat
-from qdiff_diffusers.methods import rtn, svdquant
+from qdiff_diffusers.layers import PackedLayer
+from qdiff_diffusers.methods import quantize_weight, rtn, svdquant
 from qdiff_diffusers.methods.low_rank import energies, rank_bits, truncated_svd
 
 
@@ -45,6 +51,17 @@ def test_rounds_never_raise_the_error(seed: int, rank: int, residual: str) -> No
         for rounds in (1, 2, 4)
     ]
     assert errors[0] * (1 + 1e-6) >= errors[1] and errors[1] * (1 + 1e-6) >= errors[2]
+
+
+def test_the_first_round_that_does_not_help_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, rounds = low_rank_weight(0), []
+    real = svdquant._without_branch
+    monkeypatch.setattr(svdquant, "_without_branch", lambda *args: rounds.append(real(*args)[1]) or real(*args))
+    found = svdquant.quantize(weight, residual_quantize=RESIDUALS["int4"], rank=3, rounds=100)
+    errors = rounds[1:]  # the first is before any round
+    assert 2 < len(errors) < 100
+    assert errors[-1] >= errors[-2] and all(later < earlier for earlier, later in itertools.pairwise(errors[:-1]))
+    assert error(weight, *found) == pytest.approx(errors[-2] / float(weight.square().sum()), rel=1e-3)
 
 
 def test_more_rank_errs_less() -> None:
@@ -120,6 +137,44 @@ def test_config_settings_reach_the_layer() -> None:
     assert stored == IntegerFormat(4, 32)
     assert tensors["low_rank_down"].shape == (5, 64)
     assert "low_rank_down" not in svdquant.quantize_config(low_rank_weight(0), SVDQuantConfig(bits=4, rank=0))[1]
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (256, 256), (64, 512)])
+@pytest.mark.parametrize("budget", [0.0, 0.2, 0.5, 1.0])
+def test_a_budget_in_bits_is_used_and_kept(budget: float, shape: tuple[int, int]) -> None:
+    weight = low_rank_weight(0, *shape)
+    stored, tensors = svdquant.quantize_config(weight, SVDQuantConfig(weight_format="int4", branch_bits=budget))
+    rank = tensors["low_rank_down"].shape[0] if "low_rank_down" in tensors else 0
+    spent = LayerSpec(stored, rank=rank).bits_per_weight(shape) - LayerSpec(stored).bits_per_weight(shape)
+    assert budget - rank_bits(shape) < spent <= budget
+    with pytest.raises(ConfigError, match="goes without rank"):
+        SVDQuantConfig(branch_bits=budget, rank=2)
+
+
+@pytest.mark.parametrize("method", ["aq", "vq"])
+def test_the_residual_may_be_stored_in_codebooks(method: str) -> None:
+    weight = low_rank_weight(0, 128, 256)
+    plain = quantize_weight(weight, QDiffConfig(method, bits=2))
+    branch = quantize_weight(weight, SVDQuantConfig(bits=2, weight_format=method, rank=4))
+    assert (branch.spec.format, branch.spec.rotation, branch.spec.rank) == (plain.spec.format, plain.spec.rotation, 4)
+    assert branch.error < 0.6 * plain.error
+    with pytest.raises(ConfigError, match="AQConfig: bits must be one of"):
+        SVDQuantConfig(bits=8, weight_format="aq")
+
+
+def test_modulation_at_w4a16_is_what_nunchaku_has() -> None:
+    model = tiny_models.make("flux")
+    config = SVDQuantConfig(weight_format="int4", rank=2, activations="int4", adaln_w4a16=True)
+    quantize(model, config)
+    layers = {name: module.spec for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+    modulation = {
+        "transformer_blocks.0.norm1.linear",
+        "transformer_blocks.0.norm1_context.linear",
+        "single_transformer_blocks.0.norm.linear",
+    }
+    assert modulation < layers.keys()
+    for name, spec in layers.items():
+        assert kind_of(spec) == ("awq" if name in modulation else "int4"), name
 
 
 def test_same_seed_same_bits() -> None:
