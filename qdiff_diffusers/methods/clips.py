@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .grids import Grid
     from .scales import ScaleStore
 
+LOOK_UPS = 1 << 20  # at a time
+
 
 class ClipSearch(NamedTuple):
     """``steps`` clips, evenly spaced from ``low`` to ``high`` times the largest magnitude of a group; the paper's by default."""
@@ -40,13 +42,13 @@ class SortedGroups:
         self.squares = self.values.double().square_().sum(1)
 
     def errors(self, levels: Tensor, scale: Tensor) -> Tensor:
-        """Squared error float64 ``[count]`` of each group under its scale ``[count]`` of rising ``levels [n]``."""
-        thresholds = (levels[1:] + levels[:-1]) / 2
-        below = torch.searchsorted(self.values, (scale[:, None] * thresholds).contiguous())
+        """Squared error float64 ``[count, tried]`` of each group under its scales ``[count, tried]`` of rising ``levels [n]``."""
+        thresholds = scale[..., None] * (levels[1:] + levels[:-1]) / 2
+        below = torch.searchsorted(self.values, thresholds.flatten(1))
         wide, size = levels.double(), self.values.shape[1]
-        cross = wide[-1] * self.sums[:, -1] - (self.sums.gather(1, below) @ wide.diff())
-        norm = wide[-1] ** 2 * size - (below.double() @ wide.square().diff())
-        return self.squares - 2 * scale * cross + scale.double().square() * norm
+        cross = wide[-1] * self.sums[:, -1:] - self.sums.gather(1, below).view(thresholds.shape) @ wide.diff()
+        norm = wide[-1] ** 2 * size - below.view(thresholds.shape).double() @ wide.square().diff()
+        return self.squares[:, None] - 2 * scale * cross + scale.double().square() * norm
 
 
 def search_clips(
@@ -60,7 +62,7 @@ def search_clips(
         peak: largest magnitude of each group ``[count]``.
         sign: of the scale of each group ``[count]``; ``None`` for a grid that is its own mirror image.
         store: rounds scales to what is stored, before they are tried.
-        search: clips, in rising order; of equal errors the first counts.
+        search: clips.
 
     Returns:
         signed stored scales and squared errors, both float32 ``[count]``.
@@ -70,10 +72,11 @@ def search_clips(
     unit = peak / (max(grid.high, grid.low) * grid.unit)
     best_error = torch.full_like(peak, torch.inf, dtype=torch.float64)
     best_scale = torch.zeros_like(peak)
-    for clip in torch.linspace(search.low, search.high, search.steps).tolist():
-        scale = store.round(unit * clip)
-        error = sorted_groups.errors(levels, scale)
+    clips = torch.linspace(search.low, search.high, search.steps, device=groups.device)
+    for part in clips.split(max(1, LOOK_UPS // (len(groups) * len(levels)))):
+        scales = store.round(unit[:, None] * part)
+        error, chosen = sorted_groups.errors(levels, scales).min(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
+        best_scale = torch.where(better, scales.gather(1, chosen[:, None])[:, 0], best_scale)
     return best_scale if sign is None else best_scale * sign, best_error.clamp_min_(0).float()

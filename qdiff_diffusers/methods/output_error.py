@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-CHUNK = 128  # columns whose errors are passed on one by one, the rest of the matrix is brought up to date once per chunk
+CHUNK = 128  # columns whose errors are passed on one by one; those after them are brought up to date once per chunk
 DAMPING_TRIES = 8
 
 
@@ -78,16 +78,23 @@ def descend(weight: Tensor, hessian: Tensor, coder: Coder) -> None:
     residual = weight - coder.values
     gradient = residual @ hessian
     columns, step = weight.shape[1], coder.step
-    for first in range(0, columns, step):
-        part = slice(first, min(first + step, columns))
-        block = hessian[part, part]
-        old = coder.values[:, part].clone()
-        factor = torch.linalg.cholesky(block)
-        target = old + torch.cholesky_solve(gradient[:, part].T, factor).T
-        new = coder.choose(part, target, factor)
-        better = ((target - new) @ factor).square().sum(1) < ((target - old) @ factor).square().sum(1)
-        coder.accept(part, better)
-        gradient -= torch.where(better[:, None], new - old, 0) @ hessian[part]
+    chunk = max(step, CHUNK // step * step)
+    for start in range(0, columns, chunk):
+        stop = min(start + chunk, columns)
+        changes = torch.zeros(len(weight), stop - start, device=weight.device)
+        for first in range(start, stop, step):
+            part = slice(first, min(first + step, stop))
+            block = hessian[part, part]
+            old = coder.values[:, part].clone()
+            factor = torch.linalg.cholesky(block)
+            target = old + torch.cholesky_solve(gradient[:, part].T, factor).T
+            new = coder.choose(part, target, factor)
+            better = ((target - new) @ factor).square().sum(1) < ((target - old) @ factor).square().sum(1)
+            coder.accept(part, better)
+            change = torch.where(better[:, None], new - old, 0)
+            changes[:, first - start : part.stop - start] = change
+            gradient[:, part.stop : stop] -= change @ hessian[part, part.stop : stop]
+        gradient[:, stop:] -= changes @ hessian[start:stop, stop:]
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

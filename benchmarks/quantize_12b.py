@@ -1,0 +1,126 @@
+"""What quantizing FLUX.1's 11.8 billion weights takes: a layer of each of its shapes, counted as often as it occurs.
+
+    OMP_NUM_THREADS=1 python benchmarks/quantize_12b.py [--device cuda]
+
+Random weights at FLUX.1's real shapes; quantizing takes the same time whatever they are, but for SVDQuant's early stop. A layer is
+independent of all others, so the sum is what all layers take one after the other on this machine. Fitting layers to their inputs
+("Hessian") is measured on layers of 3072 columns only; wider ones take longer per weight: the sum is a lower bound. Recording
+trajectories and collecting second moments is not counted: that is the 16-bit model running, and depends on how much is asked for.
+
+Peak memory is that of one layer at work. The whole model adds what is packed already (its stored size) and, as a mapped file that is
+not kept, the dense checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+from common import RESULTS, write
+from quantize_speed import PeakMemory
+
+from qdiff_diffusers import FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig
+from qdiff_diffusers.methods import LayerInputs, quantize_weight
+
+# [out, in] -> how many: 19 double and 38 single blocks, 3072 wide.
+SHAPES = {
+    (3072, 3072): 19 * 8 + 38 * 3,  # queries, keys, values and outputs of both streams
+    (12288, 3072): 19 * 2 + 38,
+    (3072, 12288): 19 * 2,
+    (18432, 3072): 19 * 2,  # modulation
+    (9216, 3072): 38,
+    (3072, 15360): 38,
+}
+WEIGHTS = sum(rows * columns * count for (rows, columns), count in SHAPES.items())
+CONFIGS: dict[str, QDiffConfig] = {
+    "round-to-nearest 4-bit": RTNConfig(bits=4),
+    "FP 4-bit": FPConfig(bits=4),
+    "FP 4-bit, all 111 clips per row": FPConfig(bits=4, weight_format="exmy", group_size="row", scale_search="grid"),
+    "NVFP4": FPConfig(weight_format="nvfp4"),
+    "SVDQuant INT4 rank 32": SVDQuantConfig(weight_format="int4", rank=32),
+    "SVDQuant NVFP4 rank 32": SVDQuantConfig(weight_format="nvfp4", rank=32),
+    "NVFP4 + Hessian": FPConfig(weight_format="nvfp4"),
+    "SVDQuant INT4 rank 32 + Hessian": SVDQuantConfig(weight_format="int4", rank=32),
+}
+
+
+def measure(name: str, shape: tuple[int, int], device: str) -> dict[str, float]:
+    """Seconds, peak bytes and stored bits of one layer; run in a process of its own."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(shape, generator=generator)).to(torch.bfloat16).to(device)
+    inputs = None
+    if name.endswith("Hessian"):
+        x = torch.randn(2 * shape[1], shape[1], generator=generator).to(device) * torch.logspace(-1, 1, shape[1], device=device)
+        inputs = LayerInputs(x.T @ x / len(x))
+        del x
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        found = quantize_weight(weight, CONFIGS[name], inputs=inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else memory.peak
+    return {"seconds": seconds, "peak": peak, "bits": found.spec.bits_per_weight(shape)}
+
+
+def row(name: str, device: str) -> dict[str, object]:
+    """The whole model with one config, from a process per shape."""
+    hessian = name.endswith("Hessian")
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for shape in SHAPES:
+        if not hessian or shape == (3072, 3072):
+            command = [sys.executable, __file__, "--device", device, "--one", name, *map(str, shape)]
+            out = subprocess.run(command, capture_output=True, text=True)
+            if out.returncode:
+                raise SystemExit(out.stderr)
+            found[shape] = json.loads(out.stdout.splitlines()[-1])
+    measured = sum(shape[0] * shape[1] for shape in found)
+    if hessian:
+        per_weight = found[(3072, 3072)]["seconds"] / measured
+        total = per_weight * WEIGHTS
+    else:
+        total = sum(found[shape]["seconds"] * count for shape, count in SHAPES.items())
+    bits = sum(f["bits"] * s[0] * s[1] * SHAPES[s] for s, f in found.items()) / sum(s[0] * s[1] * SHAPES[s] for s in found)
+    peak = max(f["peak"] for f in found.values())
+    return {
+        "config": name,
+        "bits": bits,
+        "measured": measured / 1e6,
+        "rate": total / WEIGHTS * 1e9,
+        "minutes": total / 60,
+        "bound": "at least" if hessian else "",
+        "peak": peak / 1e9,
+        "model": (bits / 8 * WEIGHTS + peak) / 1e9,
+        "layers": {f"{s[0]}x{s[1]}": f for s, f in found.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", action="append", help="a config's name; the earlier results of others are kept")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one[0], (int(args.one[1]), int(args.one[2])), args.device)))
+        return
+    name = f"quantize_12b_{args.device}"
+    earlier = json.loads((RESULTS / f"{name}.json").read_text())["rows"] if args.only else []
+    kept = {found["config"]: found for found in earlier}
+    for config in args.only or CONFIGS:
+        kept[config] = row(config, args.device)
+        print({key: value for key, value in kept[config].items() if key != "layers"}, flush=True)
+    columns = [("config", "config", ""), ("bits", "stored bits", ".2f"), ("measured", "measured, M weights", ".0f")]
+    columns += [("rate", "s per billion weights", ".0f"), ("bound", "", ""), ("minutes", "minutes for FLUX.1", ".0f")]
+    columns += [("peak", "peak of a layer, GB", ".2f"), ("model", "with the packed model, GB", ".1f")]
+    write(name, [kept[config] for config in CONFIGS if config in kept], columns, weights=WEIGHTS)
+
+
+if __name__ == "__main__":
+    main()
