@@ -7,8 +7,8 @@ independent of all others, so the sum is what all layers take one after the othe
 ("Hessian") is measured on layers of 3072 columns only; wider ones take longer per weight: the sum is a lower bound. Recording
 trajectories and collecting second moments is not counted: that is the 16-bit model running, and depends on how much is asked for.
 
-Peak memory is that of one layer at work. The whole model adds what is packed already (its stored size) and, as a mapped file that is
-not kept, the dense checkpoint.
+Peak memory is that of one layer at work. The whole model adds what is packed already (its stored size) and, as a mapped file that
+is not kept, the dense checkpoint.
 """
 
 from __future__ import annotations
