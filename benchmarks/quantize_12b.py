@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/quantize_12b.py [--device cuda]
 
+On a CPU seconds are those that the process computes, so that other programs hardly count; on an idle machine a clock shows the same.
 Random weights at FLUX.1's real shapes; quantizing takes the same time whatever they are, but for SVDQuant's early stop. A layer is
 independent of all others, so the sum is what all layers take one after the other on this machine. Fitting layers to their inputs
 ("Hessian") is measured on layers of 3072 columns only; wider ones take longer per weight: the sum is a lower bound. Recording
@@ -57,14 +58,15 @@ def measure(name: str, shape: tuple[int, int], device: str) -> dict[str, float]:
         x = torch.randn(2 * shape[1], shape[1], generator=generator).to(device) * torch.logspace(-1, 1, shape[1], device=device)
         inputs = LayerInputs(x.T @ x / len(x))
         del x
+    clock = time.perf_counter if device == "cuda" else time.process_time
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with PeakMemory() as memory:
-        start = time.perf_counter()
+        start = clock()
         found = quantize_weight(weight, CONFIGS[name], inputs=inputs)
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else memory.peak
     return {"seconds": seconds, "peak": peak, "bits": found.spec.bits_per_weight(shape)}
 

@@ -87,6 +87,12 @@ class TestMistakes:
         line = fails(capsys, "quantize", DEMO_MODEL, "-o", tmp_path / "out", "--method", "aq", "--rank", "8")
         assert "--rank does not go with --method aq" in line
 
+    def test_what_needs_a_calibration(self, capsys, tmp_path):
+        for options in (["-m", "svdquant", "--smoothing"], ["-m", "rtn", "--activations", "int8", "--activation-scales", "static"]):
+            line = fails(capsys, "quantize", DEMO_MODEL, "-o", tmp_path / "out", *options)
+            assert "are found on the layers' inputs" in line and "--calibrate" in line
+        assert not (tmp_path / "out").exists()
+
     def test_unknown_dtype_and_device(self, capsys, tmp_path):
         assert "int3" in fails(capsys, "quantize", DEMO_MODEL, "-o", tmp_path / "out", "--dtype", "int3")
         assert "warp" in fails(capsys, "demo", "-o", tmp_path / "out", "--device", "warp")

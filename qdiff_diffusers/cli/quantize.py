@@ -25,6 +25,10 @@ def quantize(
     group_size: Annotated[str | None, typer.Option(help="Weights per scale: a number, row or tensor.")] = None,
     weight_format: Annotated[str | None, typer.Option(help="For fp and svdquant: e2m1, nvfp4, ...")] = None,
     activations: Annotated[str | None, typer.Option(help="int8, fp8 or int4 (svdquant).")] = None,
+    activation_scales: Annotated[
+        str | None, typer.Option(help="Of int8 and fp8: token, or with --calibrate static or timestep.")
+    ] = None,
+    smoothing: Annotated[bool | None, typer.Option("--smoothing", help="Of svdquant, with --calibrate.")] = None,
     rotation: Annotated[bool | None, typer.Option("--rotation/--no-rotation", help="Hadamard rotation.")] = None,
     effort: Annotated[int | None, typer.Option(help="Of aq: 0 is fast, 3 is thorough.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave layers with this in their name in 16 bits.")] = None,
@@ -60,6 +64,8 @@ def quantize(
         "group_size": int(group_size) if group_size and group_size.isdigit() else group_size,
         "weight_format": weight_format,
         "activations": activations,
+        "activation_scales": activation_scales,
+        "smoothing": smoothing,
         "rotation": rotation,
         "effort": effort,
         "modules_to_not_convert": skip or None,
