@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/quantize_12b.py [--device cuda]
 
-On a CPU seconds are those that the process computes, so that other programs hardly count; on an idle machine a clock shows the same.
+On a CPU seconds are those that the process computes, so that other programs hardly count; an idle machine's clock shows the same.
 Random weights at FLUX.1's real shapes; quantizing takes the same time whatever they are, but for SVDQuant's early stop. A layer is
 independent of all others, so the sum is what all layers take one after the other on this machine. Fitting layers to their inputs
 ("Hessian") is measured on layers of 3072 columns only; wider ones take longer per weight: the sum is a lower bound. Recording

@@ -3,8 +3,8 @@
     python benchmarks/shared_down.py      # results/shared_down.{json,md}
 
 The authors' program decomposes the three weights, one upon the other, and stores one ``low_rank_down`` for all. Stored once, it
-buys half as much rank again at equal bits. Here: the squared error of the three weights, branch and INT4 residual together, over that
-of branches of their own.
+buys half as much rank again at equal bits. Here: the squared error of the three weights, branch and INT4 residual together, over
+that of branches of their own.
 """
 
 from __future__ import annotations

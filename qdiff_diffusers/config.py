@@ -429,11 +429,13 @@ class SVDQuantConfig(QDiffConfig):
 
     def codebooks(self) -> QDiffConfig | None:
         """The method of a residual in codebooks, if ``weight_format`` asks for one."""
-        return METHODS[self.weight_format](bits=self.bits) if self.weight_format in ("aq", "vq") else None
+        if self.weight_format not in ("aq", "vq"):
+            return None
+        return METHODS[self.weight_format](bits=self.bits)  # type: ignore[call-arg]
 
     def modulation(self) -> QDiffConfig:
         """What ``adaln_w4a16`` makes of the linear layers inside adaptive norms."""
-        return RTNConfig(bits=4, group_size=64, seed=self.seed)
+        return RTNConfig(bits=4, group_size=64, seed=self.seed)  # type: ignore[call-arg]
 
 
 @dataclass(repr=False)

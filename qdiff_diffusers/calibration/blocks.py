@@ -111,8 +111,9 @@ def _tune_block(
     log = tune(packed, inside, seen, loss_of, calibration.tuning, dense, folder / f"{name}.snapshot.safetensors", f"Tuning {name}")
     shutil.rmtree(scratch, ignore_errors=True)
     for leaf, layer in packed.items():
-        if layer.spec.shift and (bias := inside.get(f"{leaf}.bias")) is not None:
-            bias.data = layer.dense_bias()  # packing the whole model takes up the shift again
+        bias, dense_bias = inside.get(f"{leaf}.bias"), layer.dense_bias()
+        if layer.spec.shift and bias is not None and dense_bias is not None:
+            bias.data = dense_bias  # packing the whole model takes up the shift again
     return TunedBlock(
         {leaf: {k: getattr(layer, k).detach().cpu() for k in layer.tensor_infos()} for leaf, layer in packed.items()},
         {key: p.detach().cpu() for key, p in inside.items()},

@@ -16,7 +16,17 @@ from qdiff_kernels.activations import dequantize_activations, quantize_activatio
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qdiff_diffusers import AQConfig, Calibration, CheckpointError, ConfigError, FPConfig, RTNConfig, SVDQuantConfig, quantize
+from qdiff_diffusers import (
+    AQConfig,
+    Calibration,
+    CheckpointError,
+    ConfigError,
+    FPConfig,
+    RTNConfig,
+    SVDQuantConfig,
+    Tuning,
+    quantize,
+)
 from qdiff_diffusers.calibration.store import Store
 from qdiff_diffusers.calibration.trajectories import call_model, record
 from qdiff_diffusers.layers import PackedLayer, dense_layer
@@ -127,6 +137,17 @@ def test_static_scales_serve_unseen_inputs_and_survive_saving(name: str, tmp_pat
         dense_layer(layer)  # takes the shift back out of the bias
     exact = error(model)
     assert exact < (0.03 if config.bits == 4 else 1e-3)
+
+
+@pytest.mark.parametrize("objective", ["model", "blocks"])
+def test_tuning_goes_on_from_shifted_inputs(objective: str) -> None:
+    """The bias takes up the shift once, whatever was tuned; the loss falls as without one."""
+    tuning = Tuning(steps=20, objective=objective, assignments="fixed", lr=3e-3)
+    config = RTNConfig(bits=2, activations="int8", activation_scales="static", unsigned=True)
+    plain = quantize(dit(), config, calibration=FEW).transformer
+    tuned = quantize(dit(), config, calibration=Calibration(**FEW, tuning=tuning)).transformer
+    assert any(layer.spec.shift for layer in packed(tuned).values())
+    assert error(tuned) < 0.9 * error(plain)
 
 
 def test_each_timestep_uses_its_own_scale_and_others_the_nearest(tmp_path: Path) -> None:
