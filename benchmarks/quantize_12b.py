@@ -50,7 +50,7 @@ CONFIGS: dict[str, QDiffConfig] = {
 
 
 def measure(name: str, shape: tuple[int, int], device: str) -> dict[str, float]:
-    """Seconds, peak bytes and stored bits of one layer; run in a process of its own."""
+    """Seconds, peak bytes and stored bits of one layer."""
     generator = torch.Generator().manual_seed(0)
     weight = (0.02 * torch.randn(shape, generator=generator)).to(torch.bfloat16).to(device)
     inputs = None
@@ -72,16 +72,12 @@ def measure(name: str, shape: tuple[int, int], device: str) -> dict[str, float]:
 
 
 def row(name: str, device: str) -> dict[str, object]:
-    """The whole model with one config, from a process per shape."""
+    """The whole model with one config, measured in a process of its own."""
     hessian = name.endswith("Hessian")
-    found: dict[tuple[int, int], dict[str, float]] = {}
-    for shape in SHAPES:
-        if not hessian or shape == (3072, 3072):
-            command = [sys.executable, __file__, "--device", device, "--one", name, *map(str, shape)]
-            out = subprocess.run(command, capture_output=True, text=True)
-            if out.returncode:
-                raise SystemExit(out.stderr)
-            found[shape] = json.loads(out.stdout.splitlines()[-1])
+    out = subprocess.run([sys.executable, __file__, "--device", device, "--one", name], capture_output=True, text=True)
+    if out.returncode:
+        raise SystemExit(out.stderr)
+    found = {tuple(shape): facts for shape, facts in json.loads(out.stdout.splitlines()[-1])}
     measured = sum(shape[0] * shape[1] for shape in found)
     if hessian:
         per_weight = found[(3072, 3072)]["seconds"] / measured
@@ -99,7 +95,7 @@ def row(name: str, device: str) -> dict[str, object]:
         "bound": "at least" if hessian else "",
         "peak": peak / 1e9,
         "model": (bits / 8 * WEIGHTS + peak) / 1e9,
-        "layers": {f"{s[0]}x{s[1]}": f for s, f in found.items()},
+        "layers": {f"{rows}x{columns}": facts for (rows, columns), facts in found.items()},
     }
 
 
@@ -107,10 +103,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", action="append", help="a config's name; the earlier results of others are kept")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one[0], (int(args.one[1]), int(args.one[2])), args.device)))
+        shapes = [(3072, 3072)] if args.one.endswith("Hessian") else list(SHAPES)
+        print(json.dumps([(shape, measure(args.one, shape, args.device)) for shape in shapes]))
         return
     name = f"quantize_12b_{args.device}"
     earlier = json.loads((RESULTS / f"{name}.json").read_text())["rows"] if args.only else []

@@ -413,7 +413,8 @@ class SVDQuantConfig(QDiffConfig):
 
     def _check(self) -> None:
         super()._check()
-        self.codebooks()  # raises if there are none of these bits
+        if (inner := self.codebooks()) is not None:  # raises if there are none of these bits
+            self.bit_choices = tuple(b for b in inner.bit_choices if b in type(self).bit_choices)  # type: ignore[misc]
         for flag in ("smoothing", "adaln_w4a16"):
             if not isinstance(getattr(self, flag), bool):
                 raise ConfigError(f"SVDQuantConfig: {flag} must be True or False, got {getattr(self, flag)!r}")

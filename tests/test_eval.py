@@ -495,6 +495,17 @@ class TestMistakes:
         with pytest.raises(ValueError, match=message):
             parse_rows([entry], subject_of(by_class, classes=[0]))
 
+    @pytest.mark.parametrize("name", ["fp", "svdquant"])
+    def test_the_lists_of_the_papers_tables_are_understood(self, name, by_class):
+        """Every row a config of its own under a name of its own; those on inputs say what to run."""
+        entries = read_row_file(Path(__file__).parents[1] / "benchmarks" / "quality" / f"{name}.yaml")["rows"]
+        rows = parse_rows(entries, subject_of(by_class, classes=range(10)))
+        assert [row.name for row in rows] == [entry["name"] for entry in entries] and len(rows) > 60
+        definitions = [json.dumps(row.definition(), sort_keys=True) for row in rows]
+        assert len(set(definitions)) == len(rows)
+        for row in rows:
+            assert row.calibration is not None or not row.config().needs_calibration
+
     def test_settings_in_brackets_keep_their_commas(self, by_class):
         (row,) = parse_rows(["rtn:bits=4,modules_to_not_convert=[attn1, ff],group_size=row"], subject_of(by_class, classes=[0]))
         assert row.config().modules_to_not_convert == ["attn1", "ff"] and row.config().group_size == "row"
