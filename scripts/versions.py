@@ -87,7 +87,6 @@ GPU = ("kernels/tests/test_gpu",)
 ROWS = {
     "oldest": Row("the oldest of everything", "torch==2.6.0", OLDEST),
     "torch-2.11": Row("torch 2.11, triton 3.6, huggingface_hub 1.x", "torch==2.11.0", NEWEST | BEFORE_HUB_2 | OLD_TRITON_NUMPY),
-    "libraries": Row("the oldest libraries, a recent torch", "torch==2.13.0", OLDEST),
     "diffusers": Row("the oldest diffusers", "torch==2.13.0", NEWEST | OLD_DIFFUSERS, ("tests/",)),
     "transformers": Row("the oldest transformers", "torch==2.13.0", NEWEST | OLD_TRANSFORMERS, TEXT),
     "peft": Row("the oldest peft and accelerate", "torch==2.13.0", NEWEST | OLD_PEFT, ADAPTERS),

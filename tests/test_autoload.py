@@ -110,6 +110,31 @@ def test_a_broken_package_is_an_error_and_never_a_silent_model(checkpoints, tmp_
     assert out.split() == ["True"] * 4
 
 
+def test_nothing_is_downloaded_or_started_that_nobody_asked_for(checkpoints):
+    """Quantizing, saving, describing, loading and running, with the Hub switched on."""
+    out = python(
+        f"""
+        import sys, tempfile, torch, diffusers, transformers, qdiff_diffusers
+        from qdiff_diffusers import SVDQuantConfig, inspect_checkpoint
+        def hook(event, arguments):
+            if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+                print("not asked for:", event, arguments)
+        sys.addaudithook(hook)
+        root = {str(checkpoints)!r}
+        for kind, name in ((diffusers.DiTTransformer2DModel, "dense"), (transformers.T5EncoderModel, "dense_encoder")):
+            model = kind.from_pretrained(root + "/" + name, quantization_config=SVDQuantConfig(bits=4, rank=2, rounds=1))
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                print(len(inspect_checkpoint(folder).layers) > 0)
+                model = kind.from_pretrained(folder)
+        with torch.no_grad():
+            model(torch.tensor({TOKENS}))
+        """,
+        HF_HUB_OFFLINE="0",
+    )
+    assert out.split() == ["True", "True"], out
+
+
 def test_with_an_old_transformers_a_quantized_text_encoder_is_refused(checkpoints, monkeypatch):
     """The package cannot load it there; transformers by itself would fill it with random numbers."""
     from transformers.quantizers import auto

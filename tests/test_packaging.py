@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from qdiff_diffusers.cli.comfy import PARTS
 
@@ -35,3 +39,19 @@ def test_the_wheel_has_the_node_pack():
         assert modules <= listed
         covered = {path for pattern in data[name] for path in folder.glob(pattern)}
         assert {path for path in files if path.suffix != ".py"} == covered
+
+
+def test_the_oldest_versions_stated_are_those_that_are_tested():
+    """docs/versions.md: ``scripts/versions.py`` installs these."""
+    spec = importlib.util.spec_from_file_location("versions", ROOT / "scripts" / "versions.py")
+    versions = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(versions)
+    tested = versions.OLDEST | {
+        "torch": versions.ROWS["oldest"].torch.removeprefix("torch"),
+        "triton": versions.OLD_TRITON["triton"],
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "dev"]
+    for requirement in map(Requirement, itertools.chain(project["dependencies"], *extras)):
+        (least,) = [part.version for part in requirement.specifier if part.operator == ">="]
+        assert Version(tested[requirement.name].removeprefix("==")) == Version(least), requirement
