@@ -1,4 +1,4 @@
-"""The model cards in docs/examples/: the demo model at 2 and 4 bits, measured, with samples, as `qdiff push` would upload them.
+"""The model cards in docs/examples/: the demo model at 2 and 4 bits, evaluated, as `qdiff push --eval` would upload them.
 
 python benchmarks/example_cards.py [--html FOLDER]
 """
@@ -6,74 +6,55 @@ python benchmarks/example_cards.py [--html FOLDER]
 from __future__ import annotations
 
 import argparse
-import shutil
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-from PIL import Image
 
-from qdiff_diffusers import AQConfig, QDiffConfig, SVDQuantConfig
+from qdiff_diffusers import AQConfig, SVDQuantConfig
 from qdiff_diffusers.evaluation.demo import DEMO_MODEL
-from qdiff_diffusers.evaluation.metrics import psnr, ssim
-from qdiff_diffusers.evaluation.sampling import image_labels, image_seeds, sample
-from qdiff_diffusers.hub import Result, Results, render_card, write_results
+from qdiff_diffusers.evaluation.evaluate import Settings, run_eval
+from qdiff_diffusers.evaluation.rows import parse_rows
+from qdiff_diffusers.evaluation.subject import find_subject
+from qdiff_diffusers.hub import read_evaluation, render_card
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 CONFIGS = {
     "fashion-dit-aq-2bit": AQConfig(bits=2, codebook="shared", effort=0, num_codebooks=3, codebook_bits=8, vector_size=10),
     "fashion-dit-svdquant-4bit": SVDQuantConfig(bits=4, activations="int8"),
 }
-IMAGES, SHOWN, STEPS = 10, 5, 20
-
-
-def images(pipe: DiffusionPipeline) -> torch.Tensor:
-    return sample(pipe, image_labels(IMAGES, 10), image_seeds(IMAGES), steps=STEPS)
-
-
-def strip(pictures: torch.Tensor, path: Path) -> None:
-    """The first images in a row, four times as large."""
-    row = torch.cat(list(pictures[:SHOWN]), dim=2)[0]
-    image = Image.fromarray((255 * row.clamp(0, 1)).round().byte().numpy())
-    image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST).save(path)
-
-
-def make(name: str, config: QDiffConfig, reference: torch.Tensor, folder: Path) -> str:
-    """Quantize, measure, and put everything that `qdiff push` uploads into ``folder``; the card."""
-    quantization = PipelineQuantizationConfig(quant_mapping={"transformer": config})
-    pipe = DiffusionPipeline.from_pretrained(DEMO_MODEL, quantization_config=quantization, dtype=torch.float16)
-    pipe.save_pretrained(folder)
-    pictures = images(DiffusionPipeline.from_pretrained(folder, dtype=torch.float32))
-    results = [
-        Result("psnr", "PSNR against the 16-bit images", round(psnr(pictures, reference).mean().item(), 2), "dB"),
-        Result("ssim", "SSIM against the 16-bit images", round(ssim(pictures, reference).mean().item(), 4)),
-    ]
-    protocol = f"{IMAGES} images, one per class, {STEPS} DDIM steps, guidance 2, seeds 0 to {IMAGES - 1}, the same for both models."
-    notes = {"command": "python benchmarks/example_cards.py", "date": date.today().isoformat()}
-    write_results(folder, Results(results, "zalando-datasets/fashion_mnist", "Fashion-MNIST", protocol, notes))
-    (folder / "samples").mkdir(exist_ok=True)
-    strip(pictures, folder / "samples" / "seeds-0-to-4.png")
-    strip(reference, folder / "samples" / "seeds-0-to-4-16bit.png")
-    return str(render_card(folder, f"your-name/{name}"))
+IMAGES = 50
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--html", type=Path, help="also write the cards as pages, to be looked at")
     arguments = parser.parse_args()
-    reference = images(DiffusionPipeline.from_pretrained(DEMO_MODEL, dtype=torch.float32))
     with tempfile.TemporaryDirectory() as workspace:
-        for name, config in CONFIGS.items():
-            folder, target = Path(workspace, name), EXAMPLES / name
-            card = make(name, config, reference, folder)
-            (target / "samples").mkdir(parents=True, exist_ok=True)
-            (target / "README.md").write_text(card)
-            for picture in (folder / "samples").iterdir():
-                shutil.copy(picture, target / "samples")
+        folders = {name: Path(workspace, name) for name in CONFIGS}
+        for name, folder in folders.items():
+            quantization = PipelineQuantizationConfig(quant_mapping={"transformer": CONFIGS[name]})
+            pipe = DiffusionPipeline.from_pretrained(DEMO_MODEL, quantization_config=quantization, dtype=torch.float16)
+            pipe.save_pretrained(folder)
+        subject, output = find_subject("dit"), Path(workspace, "out")
+        command = f"qdiff eval dit {' '.join(f'-c {name}' for name in folders)} --images {IMAGES} -o out"
+        rows = parse_rows([{"name": name, "folder": str(folder)} for name, folder in folders.items()], subject)
+        run_eval(subject, rows, output, Settings(images=IMAGES), command=command)
+        for name, folder in folders.items():
+            evaluated, target = read_evaluation(output, folder), EXAMPLES / name
+            card = str(render_card(folder, f"your-name/{name}", evaluated=evaluated))
+            write_example(target, {"README.md": card.encode(), **evaluated.files()})
             if arguments.html:
                 write_page(card, target, arguments.html / f"{name}.html")
+
+
+def write_example(target: Path, files: dict[str, bytes]) -> None:
+    """What `qdiff push` uploads beside the checkpoint."""
+    for name, content in files.items():
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def write_page(card: str, images_in: Path, path: Path) -> None:

@@ -209,7 +209,8 @@ def render(rows: dict[str, Any]) -> str:
         lines.append(
             f"| {' | '.join(map(str, [row['about'], *cells, counts.get('passed', 0), counts.get('skipped', 0), failed]))} |"
         )
-        notes += [f"- {row['about']}: {note}" for note in [row.get("problem"), *row.get("failures", [])] if note]
+        told = [row.get("problem"), *row.get("failures", []), *(f"skipped {line}" for line in row.get("skipped", ()))]
+        notes += [f"- {row['about']}: {note}" for note in told if note]
     body = "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
     return f"{HEADER}\n{body}\n"
 

@@ -18,6 +18,18 @@ from .results import RESULTS, Result, Results, results_text
 TABLE = "results.json"
 SHOWN = 4
 LEAST, MOST = 128, 512  # height of a sample: small pictures are enlarged by a whole number, large ones made smaller
+NAMES = {
+    "psnr": "PSNR against the 16-bit images",
+    "ssim": "SSIM against the 16-bit images",
+    "lpips": "LPIPS against the 16-bit images",
+    "frechet": "Fréchet distance to real images",
+    "frechet_16bit": "Fréchet distance to the 16-bit images",
+    "precision": "Precision among real images",
+    "recall": "Recall of real images",
+    "precision_16bit": "Precision among the 16-bit images",
+    "recall_16bit": "Recall of the 16-bit images",
+    "accuracy": "Recognised as what was asked for",
+}
 BUNDLED = {"dit": ("zalando-datasets/fashion_mnist", "Fashion-MNIST"), "unet": ("zalando-datasets/fashion_mnist", "Fashion-MNIST")}
 
 
@@ -77,24 +89,22 @@ def _row_of(rows: list[dict[str, Any]], output: Path, folder: Path) -> dict[str,
 
 
 def _results(row: dict[str, Any], reference: dict[str, Any], run: dict[str, Any]) -> Results:
-    from ..evaluation.tables import COLUMNS, about
+    from ..evaluation.tables import COLUMNS
 
     scores = []
     for column in COLUMNS:
         value, baseline = column.value(row), column.value(reference)
         if column.is_score and value is not None:
             unit = column.note if column.note in ("dB", "%") else ""
-            name = column.heading if unit else f"{column.heading} {column.note}".strip()
+            name = NAMES.get(column.key, column.heading)
             scores.append(Result(column.key, name, _short(value), unit, _short(baseline), _short(column.margin(row))))
     machine = row.get("machine", {})
     notes = {
         "command": _without_folders(run["command"]),
         "machine": machine.get("gpu") or machine.get("processor"),
-        "date": machine.get("date"),
+        "date": machine.get("date", "").split(" ")[0],
     }
-    told = about(run | {"model": _without_folders(run["model"])}).replace(" per row", " per model")
-    protocol = f"{told} Both models drew with the same seeds."
-    return Results(scores, *_dataset(run), protocol, {key: str(text) for key, text in notes.items() if text})
+    return Results(scores, *_dataset(run), _protocol(run), {key: str(text) for key, text in notes.items() if text})
 
 
 @overload
@@ -115,6 +125,20 @@ def _dataset(run: dict[str, Any]) -> tuple[str, str]:
         "classes": ("classes", f"{count} classes"),
         "nothing": ("noise", "Unconditional images"),
     }[run["asked for"]]
+
+
+def _protocol(run: dict[str, Any]) -> str:
+    images, paired = run["images"], min(run["paired"], run["images"])
+    parts = [f"{images} images per model, all of them" if paired == images else f"{images} images per model, the first {paired}"]
+    parts[0] += " compared one by one"
+    parts += [f"{run['steps']} steps"] if run["steps"] is not None else []
+    parts += [f"guidance {run['guidance_scale']:g}"] if run["guidance_scale"] is not None else []
+    parts += [
+        f"base seed {run['seed']}",
+        f"{run['dtype']} arithmetic",
+        "the same for both models; ± half of a 95 % bootstrap interval",
+    ]
+    return ", ".join(parts) + "."
 
 
 def _without_folders(text: str) -> str:

@@ -24,6 +24,14 @@ class Result(NamedTuple):
     baseline: float | None = None
     margin: float | None = None
 
+    @property
+    def text(self) -> str:
+        """The value with its margin, to the second digit of that."""
+        if not self.margin:
+            return f"{self.value:.4g}"
+        digits = max(0, 1 - math.floor(math.log10(self.margin)))
+        return f"{self.value:.{digits}f} ± {self.margin:.{digits}f}"
+
 
 class Results(NamedTuple):
     """What was measured, on which data and how."""

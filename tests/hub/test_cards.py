@@ -153,6 +153,20 @@ def test_results_become_a_table_and_the_model_index(folder):
     assert {(r.dataset_type, r.dataset_name) for r in results} == {("someone/pictures", "Pictures / of things")}
 
 
+@pytest.mark.parametrize(
+    ("value", "margin", "text"),
+    [
+        (25.823, 0.78, "25.82 ± 0.78"),
+        (2.868, 1.82, "2.9 ± 1.8"),
+        (0.99071, 0.0043, "0.9907 ± 0.0043"),
+        (1, 0, "1"),
+        (94.0, None, "94"),
+    ],
+)
+def test_a_value_is_shown_as_far_as_it_is_known(value, margin, text):
+    assert Result("psnr", "PSNR", value, margin=margin).text == text
+
+
 def test_results_survive_writing_and_reading(folder):
     write_results(folder, RESULTS)
     read = read_results(folder)
