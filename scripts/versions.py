@@ -1,6 +1,7 @@
 """Runs a quick part of the tests with the oldest and the newest versions of what the package stands on: docs/versions.md.
 
-python scripts/versions.py [ROW ...]      every row by default; rows that are not run keep their earlier outcome
+python scripts/versions.py [ROW ...]            every row by default; rows that are not run keep their earlier outcome
+python scripts/versions.py --failed [ROW ...]   only what failed before in those rows
 
 Needs the package index and, one torch at a time, about 8 GB of disk (CUDA builds come with their libraries). Each torch gets one
 environment under .venv-versions, made for its rows and deleted after the last of them; QDIFF_KEEP=1 leaves it there. PYTHON names
@@ -109,9 +110,9 @@ TESTS = {
     "tests/hub/test_push.py": "three_lines or fresh_process or push_to_hub",
     "kernels/tests/test_linear.py": "definition and plain or leading and int8",
     "kernels/tests/test_bitpack.py": "",
-    "kernels/tests/test_cpu.py": "compiled_on or low_rank and int4",
+    "kernels/tests/test_cpu.py": "compiled_on or definition_on and low_rank+smooth+rotation+int8 and (int4-g64 or e2m1-g16 or 2x8)",
     "kernels/tests/test_project.py": "beside or client",
-    "kernels/tests/test_gpu.py": "decoded_exactly or any_number or definition and int8 and rotation",
+    "kernels/tests/test_gpu.py": "any_number or definition and int8 and rotation",
 }
 
 
@@ -142,17 +143,16 @@ def make_environment(row: Row) -> tuple[Path, str]:
     return python, ""
 
 
-def selection(parts: tuple[str, ...]) -> tuple[list[str], str]:
-    """The files of ``TESTS`` that a row concerns, and one -k for all of them."""
+def selection(parts: tuple[str, ...]) -> list[str]:
+    """The files of ``TESTS`` that a row concerns, and one -k for all of them: pytest's arguments."""
     files = {path: chosen for path, chosen in TESTS.items() if path.startswith(parts)}
     terms = [f"({Path(path).name} and ({chosen}))" if chosen else f"({Path(path).name})" for path, chosen in files.items()]
-    return [*files], " or ".join(terms)
+    return [*files, "-k", " or ".join(terms)]
 
 
-def run_tests(python: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+def run_tests(python: Path, *chosen: str) -> dict[str, Any]:
     """Counts by outcome, tests that passed by file, and what failed or was skipped, with the reason."""
-    files, chosen = selection(parts)
-    command = (python, "-m", "pytest", *files, "-k", chosen, "-p", "no:cacheprovider", "-rpfEs")
+    command = (python, "-m", "pytest", *chosen, "-p", "no:cacheprovider", "-rpfEs")
     done = sh(*command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
     found = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1])
@@ -179,8 +179,8 @@ def installed(python: Path) -> dict[str, str]:
     return json.loads(sh(python, "-c", code, check=True).stdout)
 
 
-def run_row(name: str) -> dict[str, Any]:
-    """Install, test, describe."""
+def run_row(name: str, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Install, test, describe. Of an ``earlier`` outcome only what failed is run again."""
     row, start = ROWS[name], time.monotonic()
     print(f"{name}: {row.about}", flush=True)
     python, problem = make_environment(row)
@@ -190,11 +190,19 @@ def run_row(name: str) -> dict[str, Any]:
     return {
         "about": row.about,
         "versions": installed(python),
-        **run_tests(python, row.parts),
+        **(mended(earlier, python) if earlier else run_tests(python, *selection(row.parts))),
         "install_s": round(seconds),
         "test_s": round(time.monotonic() - start - seconds),
         "date": date.today().isoformat(),
     }
+
+
+def mended(earlier: dict[str, Any], python: Path) -> dict[str, Any]:
+    """An earlier outcome after what failed then was run again."""
+    again = run_tests(python, *(line.split()[1] for line in earlier["failures"]))
+    counts = Counter(earlier["counts"]) - Counter({"failed": len(earlier["failures"])}) + Counter(again["counts"])
+    passed = Counter(earlier["passed"]) + Counter(again["passed"])
+    return {"counts": dict(counts), "passed": dict(passed), "failures": again["failures"], "skipped": earlier["skipped"]}
 
 
 def render(rows: dict[str, Any]) -> str:
@@ -216,12 +224,16 @@ def render(rows: dict[str, Any]) -> str:
 
 
 def main(names: list[str]) -> int:
+    only_failed = "--failed" in names
+    names = [name for name in names if name != "--failed"]
     if unknown := sorted(set(names) - set(ROWS)):
         raise SystemExit(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    wanted = [name for name in ROWS if name in names or not names]
     record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    wanted = [name for name in ROWS if name in names or not names]
+    if only_failed:
+        wanted = [name for name in wanted if record.get(name, {}).get("failures")]
     for position, name in enumerate(wanted):
-        found = run_row(name)
+        found = run_row(name, record[name] if only_failed else None)
         record = {key: found if key == name else record[key] for key in ROWS if key in record or key == name}
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
         PAGE.write_text(render(record))

@@ -29,7 +29,7 @@ def python(code: str, *paths: Path, **environment: str) -> str:
     variables |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))} | environment
     command = [sys.executable, "-c", textwrap.dedent(code)]
     elsewhere = tempfile.gettempdir()  # python -c looks for modules in its folder first
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=elsewhere, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=elsewhere, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
