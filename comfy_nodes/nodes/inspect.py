@@ -117,13 +117,16 @@ class Compare(io.ComfyNode):
         gain: float,
     ) -> io.NodeOutput:
         require()
-        import nodes
+        import comfy.utils
 
         from ..report import compare_images, similarity
+        from ..sampling import sample_latent
+
+        bar = comfy.utils.ProgressBar(2 * steps)
 
         def sample(model: Any) -> Any:
             settings = (seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image)
-            images = vae.decode(nodes.common_ksampler(model, *settings)[0]["samples"])
+            images = vae.decode(sample_latent(model, *settings, on_step=lambda: bar.update(1)))
             return images.reshape(-1, *images.shape[-3:]).cpu()  # frames of a video one by one
 
         a, b = sample(model_a), sample(model_b)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfyui import host, tiny_families
+from comfyui import host, models_folder, tiny_families
+from comfyui.server import Server
 
 from qdiff_diffusers import QDiffConfig, RTNConfig, quantize
 
@@ -52,6 +54,16 @@ def quantized(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(dense: Any, quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running ComfyUI with the installed pack and tiny models."""
+    base = tmp_path_factory.mktemp("base")
+    models_folder.fill(base / "models", dense, quantized)
+    server = Server(base, "--preview-method", "latent2rgb")
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -13,7 +13,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from comfyui.host import FOLDER, ROOT
+from PIL import Image
+
+from qdiff_diffusers.cli.comfy import install_pack
 
 START = 240  # seconds; a slow machine with a cold disk
 RUN = 120
@@ -22,11 +26,15 @@ RUN = 120
 class Server:
     """Runs until :meth:`stop`. ``base`` gets ComfyUI's folders; what is in its models folder is offered by the nodes."""
 
-    def __init__(self, base: Path, *options: str) -> None:
+    def __init__(self, base: Path, *options: str, environment: dict[str, str] | None = None, clone: bool = False) -> None:
+        """``clone``: the repository itself is in custom_nodes, instead of what ``qdiff comfy install`` copies there."""
         self.base = base
         for name in ("custom_nodes", "models/qdiff", "models/loras", "input", "output", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / "qdiff").symlink_to(ROOT)
+        if clone:
+            (base / "custom_nodes" / "qdiff").symlink_to(ROOT)
+        else:
+            install_pack(base)
         (base / "custom_nodes" / "stand_ins").symlink_to(ROOT / "tests" / "comfyui" / "stand_ins")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -36,7 +44,7 @@ class Server:
         command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *options]
         with self.log.open("wb") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
             self.process = subprocess.Popen(command, cwd=FOLDER, stdout=log, stderr=log, env=environment)
         self._wait()
 
@@ -79,6 +87,13 @@ class Server:
                 return {"outputs": done["outputs"], "error": failures[0] if failures else None}
             time.sleep(0.1)
         raise TimeoutError(f"the graph did not finish:\n{self.log.read_text()[-3000:]}")
+
+
+def pictures(server: Server, result: dict[str, Any]) -> list[np.ndarray]:
+    """The images that a graph's nodes saved or show. It must not have failed."""
+    assert result["error"] is None, result["error"]
+    files = [f for out in result["outputs"].values() for f in out.get("images", ())]
+    return [np.asarray(Image.open(server.base / f["type"] / f["subfolder"] / f["filename"])) for f in files]
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_two_encoders_of_flux_encode_a_text_and_come_back_after_unloading(encode
     clip = load([encoder("clip_l"), encoder("t5")], "flux")
     tokens = clip.tokenize("a red fox in the snow")
     text, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
-    assert text.shape[-1] == MODEL_OPTIONS["t5xxl_model_config"]["d_model"] and pooled.shape[-1] == 32
+    assert text.shape[-1] == MODEL_OPTIONS["t5xxl_model_config"]["d_model"] and pooled.shape[-1] == 64
     assert torch.isfinite(text).all() and text.std() > 0 and pooled.std() > 0
     comfy.model_management.unload_all_models()
     assert torch.equal(clip.encode_from_tokens(tokens), text)
@@ -96,7 +96,7 @@ def test_a_lora_acts_on_a_packed_encoder(encoder, load):
     before = native_output(clip, "clip_l")
     torch.manual_seed(1)
     name = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
-    lora = {f"{name}.lora_up.weight": torch.randn(32, 4), f"{name}.lora_down.weight": torch.randn(4, 32)}
+    lora = {f"{name}.lora_up.weight": torch.randn(64, 4), f"{name}.lora_down.weight": torch.randn(4, 64)}
     _, patched = comfy.sd.load_lora_for_models(None, clip, lora, 0.0, 1.0)
     assert patched.patcher.patches
     changed = native_output(patched, "clip_l")

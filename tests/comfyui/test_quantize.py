@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from comfyui import host
+from comfyui.models_folder import native_tensors
 from comfyui.tiny_families import TINY
 
 from qdiff_diffusers import CheckpointError, ConfigError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
@@ -27,18 +28,8 @@ def native(dense, tiny):
     def load(family):
         tiny(family)
         import comfy.sd
-        from safetensors.torch import load_file
 
-        families = host.part("families")
-        tensors = load_file(dense(family) / "diffusion_pytorch_model.safetensors")
-        rules = families.family_of_class(TINY[family].diffusers_class).rules(tensors)
-        swap = host.part("loader").swap_halves
-        sources = {
-            key: torch.cat([swap(tensors[p.key]) if p.swapped else tensors[p.key] for p in parts])
-            if tensors[parts[0].key].ndim
-            else tensors[parts[0].key]
-            for key, parts in families.to_native(rules, tensors).items()
-        }
+        sources = native_tensors(dense(family), family)
         return comfy.sd.load_diffusion_model_state_dict(sources, model_options={"dtype": torch.float32})
 
     return load

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import struct
-
 import numpy as np
 import pytest
-from comfyui.server import Server, node
-from comfyui.tiny_families import TINY, make
-from PIL import Image
-from safetensors.torch import save_file
+from comfyui.models_folder import FAMILIES
+from comfyui.server import node, pictures
 
-from qdiff_diffusers import RTNConfig, quantize
-
-FAMILIES = ("flux", "sd3", "sdxl", "wan", "qwen")
 NODES = {
     "QDiffLoadModel",
     "QDiffLoadCLIP",
@@ -27,43 +18,6 @@ NODES = {
     "QDiffReport",
     "QDiffCompare",
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, quantized):
-    import tiny_models
-    from comfyui.test_patches import peft_lora
-
-    base = tmp_path_factory.mktemp("base")
-    models = base / "models" / "qdiff"
-    models.mkdir(parents=True)
-    for name in FAMILIES:
-        shutil.copytree(quantized(name), models / name)
-    (base / "models" / "loras").mkdir()
-    save_file(peft_lora("flux"), base / "models" / "loras" / "flux.safetensors")
-    tiny_models.make("dit").save_pretrained(base / "dit")
-    quantize(base / "dit", RTNConfig(bits=4), models / "dit")
-    make_bad_checkpoints(models, quantized("flux"))
-    server = Server(base)
-    yield server
-    server.stop()
-
-
-def make_bad_checkpoints(models, good):
-    shutil.copytree(good, models / "truncated")
-    weights = models / "truncated" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    shutil.copytree(good, models / "future")
-    config = json.loads((good / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 99
-    (models / "future" / "config.json").write_text(json.dumps(config))
-    shutil.copytree(good, models / "incomplete")
-    config = json.loads((good / "config.json").read_text())
-    config["quantization_config"]["layers"]["transformer_blocks.9.attn.to_q"] = [0, [128, 128], None]
-    (models / "incomplete" / "config.json").write_text(json.dumps(config))
-    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    (models / "other.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    (models / "text.safetensors").write_text("this is no safetensors file")
 
 
 def sampling(family, *, steps=2, model=("model", 0)):
@@ -86,12 +40,6 @@ def sampling(family, *, steps=2, model=("model", 0)):
         "decode": node("VAEDecode", samples=["sample", 0], vae=["stand", 2]),
         "save": node("SaveImage", images=["decode", 0], filename_prefix=f"test-{family}"),
     }
-
-
-def pictures(server, result):
-    assert result["error"] is None, result["error"]
-    files = [f for out in result["outputs"].values() for f in out.get("images", ())]
-    return [np.asarray(Image.open(server.base / f["type"] / f["subfolder"] / f["filename"])) for f in files]
 
 
 def shown(server, result, name):
@@ -127,14 +75,8 @@ def test_a_stock_lora_loader_changes_the_image_and_lets_go(server):
 
 
 def test_quantize_save_load_compare_and_report_in_one_graph(server):
-    import torch
-
-    dense = server.base / "models" / "diffusion_models"
-    dense.mkdir(exist_ok=True)
-    tensors = {key: value.to(torch.bfloat16) for key, value in make("flux").state_dict().items()}
-    save_file(tensors, dense / "dense.safetensors")
     graph = {
-        "dense": node("UNETLoader", unet_name="dense.safetensors", weight_dtype="default"),
+        "dense": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"),
         "quantized": node(
             "QDiffQuantizeModel",
             model=["dense", 0],
@@ -242,7 +184,3 @@ def test_an_unknown_class_and_a_second_quantization_are_readable_errors(server):
     twice["inputs"] |= {"method.bits": "4", "method.activations": "none"}
     graph = {"model": sampling("flux")["model"], "twice": twice, "info": node("QDiffModelInfo", model=["twice", 0])}
     assert "quantized already" in server.run(graph)["error"]
-
-
-def test_tiny_models_are_those_of_the_other_tests():
-    assert set(FAMILIES) <= set(TINY)

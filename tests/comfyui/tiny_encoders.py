@@ -23,19 +23,19 @@ class Encoder(NamedTuple):
     native: Callable[[nn.Module], Tensor]
 
 
-# CLIP's and T5's vocabularies are the published ones, for ComfyUI's own tokenizers.
+# CLIP's and T5's vocabularies are the published ones, for ComfyUI's own tokenizers; their widths are those the tiny Flux takes.
 CLIP = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "max_position_embeddings": 77,
     "vocab_size": 49408,
-    "projection_dim": 32,
+    "projection_dim": 64,
     "hidden_act": "quick_gelu",
     "eos_token_id": 49407,
 }
-T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 32128}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 32128}
 QWEN = {
     "vocab_size": 64,  # published, its table alone would be 300 MB
     "hidden_size": 512,

@@ -70,8 +70,9 @@ async def comfy_entrypoint() -> ComfyExtension:
 
 def _recognise_tiny_models() -> None:
     """Published sizes that ComfyUI's detection takes for granted, replaced wherever a tiny model is seen."""
+    import pytest
     from comfy import model_detection, supported_models
-    from comfyui import detection
+    from comfyui import detection, tiny_encoders
     from comfyui.tiny_families import TINY
 
     original = model_detection.detect_unet_config
@@ -84,3 +85,4 @@ def _recognise_tiny_models() -> None:
 
     model_detection.detect_unet_config = detect
     supported_models.models[:0] = detection.tiny_unets(supported_models)
+    tiny_encoders.shrink(pytest.MonkeyPatch())

@@ -1,0 +1,87 @@
+"""A models folder with everything that the example workflows and the tests name: tiny and random."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from comfyui import host, tiny_encoders
+from comfyui.tiny_families import TINY
+from safetensors.torch import load_file, save_file
+
+from qdiff_diffusers import RTNConfig, quantize
+
+FAMILIES = ("flux", "sd3", "sdxl", "wan", "qwen")
+
+
+def native_tensors(folder: Path, family: str) -> dict[str, torch.Tensor]:
+    """The tensors of a dense diffusers model under ComfyUI's names."""
+    families, swap = host.part("families"), host.part("loader").swap_halves
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    parts = families.to_native(families.family_of_class(TINY[family].diffusers_class).rules(tensors), tensors)
+    rows = {key: [swap(tensors[p.key]) if p.swapped else tensors[p.key] for p in sources] for key, sources in parts.items()}
+    return {key: torch.cat(values) if values[0].ndim else values[0] for key, values in rows.items()}
+
+
+def fill(models: Path, dense: Callable[[str], Path], quantized: Callable[[str], Path]) -> None:
+    """Write all of it."""
+    import tiny_models
+    from comfyui.test_patches import lora_file
+
+    for name in ("qdiff", "diffusion_models", "loras", "text_encoders", "vae"):
+        (models / name).mkdir(parents=True, exist_ok=True)
+    for family in FAMILIES:
+        shutil.copytree(quantized(family), models / "qdiff" / family)
+        save_file(native_tensors(dense(family), family), models / "diffusion_models" / f"{family}.safetensors")
+        save_file(lora_file(family), models / "loras" / f"{family}.safetensors")
+    tiny_models.make("dit").save_pretrained(models.parent / "dit")
+    quantize(models.parent / "dit", RTNConfig(bits=4), models / "qdiff" / "dit")
+    _bad_checkpoints(models / "qdiff", quantized("flux"))
+    _as_the_workflows_name_it(models)
+
+
+def _as_the_workflows_name_it(models: Path) -> None:
+    import comfy.taesd.taesd
+
+    shutil.copytree(models / "qdiff" / "flux", models / "qdiff" / "my-model-4bit")
+    shutil.copy(models / "diffusion_models" / "flux.safetensors", models / "diffusion_models" / "flux1-dev.safetensors")
+    shutil.copy(models / "loras" / "flux.safetensors", models / "loras" / "my-lora.safetensors")
+    torch.manual_seed(0)
+    vae = {
+        k: torch.randn(v.shape) * (v.shape[1:].numel() or 1) ** -0.5
+        for k, v in comfy.taesd.taesd.TAESD(latent_channels=16).state_dict().items()
+    }
+    vae["vae_scale"], vae["vae_shift"] = torch.tensor(1.0), torch.tensor(0.0)
+    save_file(vae, models / "vae" / "ae.safetensors")
+    encoders = models / "text_encoders"
+    for name, file in (("clip_l", "clip_l.safetensors"), ("t5", "t5xxl_fp16.safetensors")):
+        folder = models.parent / name
+        tiny_encoders.ENCODERS[name].make().save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        prefix = "text_model." if name == "clip_l" else ""  # which published files have
+        save_file({prefix + key: value for key, value in tensors.items()}, encoders / file)
+    config = RTNConfig(bits=4, group_size=16)
+    kind = tiny_encoders.transformers_model("t5")
+    model = kind.from_pretrained(models.parent / "t5", dtype=torch.float32, quantization_config=config)
+    model.save_pretrained(models / "qdiff" / "t5xxl-4bit")
+
+
+def _bad_checkpoints(folder: Path, good: Path) -> None:
+    shutil.copytree(good, folder / "truncated")
+    weights = folder / "truncated" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.copytree(good, folder / "future")
+    config = json.loads((good / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (folder / "future" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(good, folder / "incomplete")
+    config = json.loads((good / "config.json").read_text())
+    config["quantization_config"]["layers"]["transformer_blocks.9.attn.to_q"] = [0, [128, 128], None]
+    (folder / "incomplete" / "config.json").write_text(json.dumps(config))
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "other.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    (folder / "text.safetensors").write_text("this is no safetensors file")

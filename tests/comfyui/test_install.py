@@ -1,0 +1,69 @@
+"""A clone in custom_nodes with nothing of ours installed, and what is said when something is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from comfyui.host import FOLDER, ROOT
+from comfyui.server import Server, node, pictures
+
+HIDDEN = Path(__file__).parent / "hidden"
+OURS = "qdiff_diffusers,qdiff_kernels,qdiff_diffusers.hub_cards"
+
+
+def hide(names):
+    """Environment of a process in which these packages are not installed."""
+    return {"PYTHONPATH": str(HIDDEN), "QDIFF_TEST_HIDDEN": names, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+def test_a_clone_in_custom_nodes_needs_no_installation(quantized, tmp_path):
+    shutil.copytree(quantized("flux"), tmp_path / "models" / "qdiff" / "flux")
+    server = Server(tmp_path, environment=hide(OURS), clone=True)
+    try:
+        graph = {
+            "model": node("QDiffLoadModel", checkpoint="flux", dtype="auto", kernels="auto"),
+            "info": node("QDiffModelInfo", model=["model", 0]),
+            "pipe": node("QDiffLoadPipeline", pipeline="demo model (bundled)", quantize="as stored"),
+            "images": node("QDiffSamplePipeline", pipeline=["pipe", 0], prompt="0", seed=0, steps=2, guidance=1.0, images=1),
+            "save": node("SaveImage", images=["images", 0], filename_prefix="clone"),
+        }
+        result = server.run(graph)
+        assert pictures(server, result) and "packed layers" in result["outputs"]["info"]["text"][0]
+    finally:
+        server.stop()
+
+
+WHAT_COMFYUI_DOES = """
+import asyncio, sys
+sys.path.insert(0, {tests!r})
+from comfyui import host
+pack = host.pack()
+extension = asyncio.run(pack.comfy_entrypoint())
+nodes = asyncio.run(extension.get_node_list())
+print(len([n.GET_NODE_INFO_V1() for n in nodes]))
+from qdiff_pack.comfy_nodes.nodes import load, pipeline, clip, inspect
+print(load.LoadModel.validate_inputs("x"))
+print(pipeline.LoadPipeline.validate_inputs("x"))
+print(clip.LoadCLIP.validate_inputs("x"))
+try:
+    inspect.ModelInfo.execute(None)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_missing_package_is_a_message_and_not_a_missing_node():
+    missing = "diffusers"
+    code = WHAT_COMFYUI_DOES.format(tests=str(ROOT / "tests"))
+    environment = os.environ | hide(missing)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=FOLDER, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, *messages = done.stdout.strip().splitlines()[-5:]
+    assert count == "9"
+    assert len(messages) == 4
+    for message in messages:
+        assert f"No module named '{missing}'" in message and "pip install" in message and "start ComfyUI again" in message

@@ -1,0 +1,92 @@
+"""The example workflows as graphs for ComfyUI's API, made smaller, and with tiny random models in them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from comfyui.host import ROOT
+from comfyui.server import node
+
+FOLDER = ROOT / "example_workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+NOTES = ("Note", "MarkdownNote")
+SEEDS = ("seed", "noise_seed")
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+SMALL = {"steps": 2, "width": 64, "height": 64}  # instead of what a user would choose
+
+Graph = dict[str, dict[str, Any]]
+
+
+def workflow(name: str) -> dict[str, Any]:
+    """What the frontend opens."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def api_graph(ui: dict[str, Any], info: dict[str, Any]) -> Graph:
+    """What the frontend sends for a workflow; ``info`` is the server's ``/object_info``."""
+    origins = {link[0]: [str(link[1]), link[2]] for link in ui["links"]}
+    out = {}
+    for item in ui["nodes"]:
+        if item["type"] in NOTES:
+            continue
+        linked = {entry["name"]: origins[entry["link"]] for entry in item["inputs"] if entry["link"] is not None}
+        specs = info[item["type"]]["input"]
+        declared = {**specs.get("required", {}), **specs.get("optional", {})}
+        values = iter(item.get("widgets_values", []))
+        inputs = {}
+        for name, spec in declared.items():
+            if name in linked:
+                inputs[name] = linked[name]
+            elif isinstance(spec[0], list) or spec[0] in WIDGETS:
+                inputs |= _widget(name, spec, values)
+        assert not list(values), f"{item['type']} has more values than widgets"
+        out[str(item["id"])] = node(item["type"], **inputs)
+    return out
+
+
+def _widget(name: str, spec: list[Any], values: Any) -> dict[str, Any]:
+    """The value of an input, of what a dynamic one shows beside it, and past the one that counts seeds up."""
+    options = spec[1] if len(spec) > 1 else {}
+    out = {name: next(values)}
+    if options.get("control_after_generate", name in SEEDS):
+        next(values)
+    for choice in options.get("options", []) if spec[0] == "COMFY_DYNAMICCOMBO_V3" else []:
+        if choice["key"] == out[name]:
+            for inner, inner_spec in choice["inputs"].get("required", {}).items():
+                out |= _widget(f"{name}.{inner}", inner_spec, values)
+    return out
+
+
+def shrunk(graph: Graph) -> Graph:
+    """The same graph with few steps and small images."""
+    graph = copy.deepcopy(graph)
+    for item in graph.values():
+        for name, value in SMALL.items():
+            if name in item["inputs"] and item["class_type"] != "ImageScale":
+                item["inputs"][name] = value
+    return graph
+
+
+FILES = {
+    ("QDiffLoadModel", "checkpoint"): "{}",
+    ("UNETLoader", "unet_name"): "{}.safetensors",
+    ("LoraLoaderModelOnly", "lora_name"): "{}.safetensors",
+    ("QDiffSaveModel", "name"): "made/{}",
+}
+REPLACED = {"FluxGuidance": 0, "EmptySD3LatentImage": 1, "VAELoader": 2}  # by this output of the stand-ins
+DROPPED = (*REPLACED, "CLIPTextEncode", "DualCLIPLoader", "QDiffLoadCLIP")
+
+
+def for_family(graph: Graph, family: str) -> Graph:
+    """The same graph with the tiny model of a family; stand-ins make conditioning and decode."""
+    kinds = {key: item["class_type"] for key, item in graph.items()}
+    out = {key: item for key, item in shrunk(graph).items() if kinds[key] not in DROPPED}
+    for item in out.values():
+        for name, value in item["inputs"].items():
+            if isinstance(value, list) and kinds[value[0]] in REPLACED:
+                item["inputs"][name] = ["stand", REPLACED[kinds[value[0]]]]
+            elif pattern := FILES.get((item["class_type"], name)):
+                item["inputs"][name] = pattern.format(family)
+    return out | {"stand": node("QDiffTestStandIns", family=family)}
