@@ -1,6 +1,7 @@
-"""The table of ComfyUI versions, from the outcomes of their tests: called by scripts/comfy.sh, which runs them.
+"""A row of the table of ComfyUI versions, from the outcomes of its tests: called by scripts/comfy.sh, which runs them. The table
+also goes into docs/comfyui.md; rows of other versions keep their earlier outcome.
 
-python benchmarks/comfyui.py FOLDER VERSION ...      FOLDER has VERSION.xml (pytest's) and ComfyUI-VERSION for each
+python benchmarks/comfyui.py FOLDER VERSION      FOLDER has VERSION.xml (pytest's) and ComfyUI-VERSION
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "comfyui.md"
 REQUIRED = ("comfyui-frontend-package", "comfy-kitchen", "comfy-aimdo")  # pinned by ComfyUI
 OUTCOMES = ("passed", "failed", "skipped")
 
@@ -40,24 +42,25 @@ def row(folder: Path, version: str) -> dict[str, Any]:
 
 def render(record: dict[str, Any]) -> str:
     lines = ["| ComfyUI | frontend | comfy-kitchen | passed | failed | skipped |", "|---" * 6 + "|"]
-    for version, found in record["versions"].items():
+    for version, found in record.items():
         pins = [found["requires"].get(name, "-") for name in REQUIRED[:2]]
         lines.append(f"| {' | '.join(map(str, (version, *pins, *(found[kind] for kind in OUTCOMES))))} |")
-    notes = [f"- {version}: {name}" for version, found in record["versions"].items() for name in found["failures"]]
-    environment = ", ".join(f"{name} {value}" for name, value in record["environment"].items())
-    return "\n".join([*lines, "", *notes, *([""] if notes else []), f"{environment}, {record['date']}", ""])
+    notes = [f"- {version}: {name}" for version, found in record.items() for name in found["failures"]]
+    tested = sorted({found["with"] for found in record.values()})
+    return "\n".join([*lines, "", *notes, *([""] if notes else []), "; ".join(tested), ""])
 
 
-def main(folder: Path, versions: list[str]) -> None:
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
-    record = {
-        "date": date.today().isoformat(),
-        "environment": {"Python": platform.python_version()} | packages,
-        "versions": {version: row(folder, version) for version in versions},
-    }
-    (RESULTS / "comfyui.json").write_text(json.dumps(record, indent=1) + "\n")
+def main(folder: Path, version: str) -> None:
+    file = RESULTS / "comfyui.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers"))
+    record[version] = row(folder, version) | {"with": f"Python {platform.python_version()}, {packages}"}
+    record = dict(sorted(record.items()))
+    file.write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "comfyui.md").write_text(render(record))
+    content = f"<!-- table: versions -->\n{render(record)}<!-- end -->"
+    PAGE.write_text(re.sub(r"<!-- table: versions -->.*?<!-- end -->", lambda _: content, PAGE.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2])

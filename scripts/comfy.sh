@@ -52,7 +52,7 @@ END
 browser() { # whether there is one for tests/comfyui/test_browser.py, with what drives it
     local found="${QDIFF_CHROMIUM:-$(command -v chromium chromium-browser google-chrome | head -n 1)}"
     if [ -z "$found" ]; then
-        echo "No Chromium: the browser tests are skipped. Install it (Debian: apt-get install chromium) or name it in QDIFF_CHROMIUM."
+        echo "No Chromium: the browser tests are skipped. Install it (Debian: apt-get install chromium) or name it in QDIFF_CHROMIUM." >&2
         return 1
     fi
     "${pip[@]}" install playwright
@@ -74,8 +74,7 @@ comfyui() { # VERSION: unpack it, and install what it requires
     "${pip[@]}" install --constraint "$folder/constraints.txt" --requirement "$folder/requirements.txt"
 }
 
-run() { # VERSION [PYTEST OPTION ...]
-    comfyui "$1"
+run() { # VERSION
     local tests="${QDIFF_COMFY_TESTS:-tests/comfyui}"
     # The frontend changes with every version: it is driven in the newest only.
     [ "$1" = "$NEWEST" ] && browser || tests="$tests --ignore tests/comfyui/test_browser.py"
@@ -91,9 +90,8 @@ environment
 failed=0
 for version in "${versions[@]}"; do
     echo "== ComfyUI $version"
+    comfyui "$version" # outside of the || below, in which a wrong hash would not stop anything
     run "$version" || failed=1
+    if [ "${#versions[@]}" -gt 1 ]; then "$python" benchmarks/comfyui.py "$folder" "$version"; fi
 done
-if [ "${#versions[@]}" -gt 1 ]; then
-    "$python" benchmarks/comfyui.py "$folder" "${versions[@]}"
-fi
 exit "$failed"

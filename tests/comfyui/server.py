@@ -31,6 +31,9 @@ class Server:
         self.base = base
         for name in ("custom_nodes", "models/qdiff", "models/loras", "input", "output", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
+        settings = base / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir(exist_ok=True)
+        settings.write_text('{"Comfy.TutorialCompleted": true}')  # or a dialog opens over the first workflow
         if clone:
             (base / "custom_nodes" / "qdiff").symlink_to(ROOT)
         else:
