@@ -110,15 +110,19 @@ def main() -> None:
         print(json.dumps([(shape, measure(args.one, shape, args.device)) for shape in shapes]))
         return
     name = f"quantize_12b_{args.device}"
-    earlier = json.loads((RESULTS / f"{name}.json").read_text())["rows"] if args.only else []
+    path = RESULTS / f"{name}.json"
+    earlier = json.loads(path.read_text())["rows"] if args.only and path.is_file() else []
     kept = {found["config"]: found for found in earlier}
     for config in args.only or CONFIGS:
         kept[config] = row(config, args.device)
-        print({key: value for key, value in kept[config].items() if key != "layers"}, flush=True)
+        _write(name, [kept[known] for known in CONFIGS if known in kept])
+
+
+def _write(name: str, rows: list[dict[str, object]]) -> None:
     columns = [("config", "config", ""), ("bits", "stored bits", ".2f"), ("measured", "measured, M weights", ".0f")]
     columns += [("rate", "s per billion weights", ".0f"), ("bound", "", ""), ("minutes", "minutes for FLUX.1", ".0f")]
     columns += [("peak", "peak of a layer, GB", ".2f"), ("model", "with the packed model, GB", ".1f")]
-    write(name, [kept[config] for config in CONFIGS if config in kept], columns, weights=WEIGHTS)
+    write(name, rows, columns, weights=WEIGHTS)
 
 
 if __name__ == "__main__":
