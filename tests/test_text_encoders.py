@@ -11,6 +11,7 @@ import torch
 
 from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.layers import PackedLayer
+from qdiff_diffusers.stored import read_stored_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -104,6 +105,15 @@ def test_an_encoder_survives_quantizing_saving_and_reloading(name, method, folde
     assert reloaded.dtype == torch.bfloat16
     assert packed(reloaded) == packed(model)
     assert torch.equal(encode(reloaded), output)
+
+
+@pytest.mark.parametrize("name", ["clip", "t5", "qwen2_5_vl"])
+def test_a_saved_encoder_can_be_read_without_building_it(name, folder, tmp_path):
+    """Also where transformers gives layers other names in files than modules have."""
+    load(name, folder(name), RTNConfig(bits=4, group_size=16)).save_pretrained(tmp_path)
+    stored = read_stored_model(tmp_path)
+    assert len(stored.quantization.layers) >= 10
+    assert {f"{layer}.codes" for layer in stored.quantization.layers} <= set(stored.load())
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -37,6 +37,16 @@ def test_the_stock_sampler_gives_what_it_gives_with_decoded_weights(family, mode
     assert (output - wanted).abs().max() < TOLERANCE * wanted.abs().max()
 
 
+@torch.no_grad()
+def test_the_compare_node_samples_as_the_stock_sampler_does(models):
+    packed, _ = models("flux")
+    positive, latent = conditioning("flux")
+    steps = []
+    settings = (7, 2, 1.0, "euler", "simple", positive, positive, latent)
+    output = host.part("sampling").sample_latent(packed, *settings, on_step=lambda: steps.append(1))
+    assert torch.equal(output, sample(packed, "flux")) and len(steps) == 2
+
+
 @pytest.mark.parametrize("sampler, scheduler", [("dpmpp_2m", "karras"), ("heun", "normal"), ("uni_pc", "sgm_uniform")])
 def test_other_samplers_and_guidance_work(sampler, scheduler, models):
     packed, stock = models("sdxl")
