@@ -54,7 +54,6 @@ OLDEST = {
     "typer": "==0.12.0",
     "matplotlib": "==3.8.0",
     "numba": "==0.62.0",
-    "kernels": "==0.15.0",
 }
 NEWEST = dict.fromkeys(OLDEST, "")
 BEFORE_HUB_2 = {"huggingface-hub": "<2"}
@@ -92,7 +91,7 @@ ROWS = {
     "transformers": Row("the oldest transformers", "torch==2.13.0", NEWEST | OLD_TRANSFORMERS, TEXT),
     "peft": Row("the oldest peft and accelerate", "torch==2.13.0", NEWEST | OLD_PEFT, ADAPTERS),
     "triton": Row("the oldest triton", "torch==2.13.0", NEWEST | OLD_TRITON, GPU),
-    "newest": Row("the newest of everything", "torch", NEWEST | {"triton": ""}),
+    "newest": Row("the newest of everything", "torch", NEWEST | {"triton": "", "kernels": ""}),
 }
 FIVE = "aq-2-fp8 or vq-2-int8 or fp-nvfp4 or svdquant-4-int4 or rtn-4-int8"
 # What pytest's -k selects in each file: whatever rests on a library's version, once per method.
