@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -247,6 +248,19 @@ def test_conv2d_matches_the_definition(variant, extras, geometry):
 def test_importing_the_package_does_not_import_numba():
     code = "import sys, qdiff_kernels; assert 'numba' not in sys.modules and 'llvmlite' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_process_at_a_time_reads_and_writes_the_kernel_cache(monkeypatch, tmp_path):
+    from qdiff_kernels.cpu import _compile
+
+    lock = _compile.FileLock(tmp_path / "lock")
+    monkeypatch.setattr(_compile, "cache_lock", lambda: lock)
+    held = []
+    monkeypatch.setattr(
+        _compile, "cfunc", lambda *_, **__: lambda function: held.append(lock.is_locked) or SimpleNamespace(ctypes=function)
+    )
+    assert _compile.kernel(len) is len
+    assert held == [True] and not lock.is_locked
 
 
 def test_look_up_tables_give_the_products_and_count_their_operations():
