@@ -57,8 +57,8 @@ class QDiffConfig(QuantizationConfigMixin):
             numbers where that errs less; for "int4" activations and static scales, without rotation. Needs a calibration.
         modules_to_not_convert: substrings of module names to leave in 16 bits, besides the default ones.
         overrides: substring of a module name -> another config (or ``None`` for 16 bits) for those layers; the first match counts.
-        by_kind: let ``bits`` be the mean over all layers: fewer for kinds of layers whose errors the model's output shows least
-            (the modulation by time and class before all), more for the others. See docs/calibration.md.
+        by_kind: let ``bits`` be the mean over all layers, more for the kinds and levels whose errors the model's output shows most.
+            For UNets, whose narrow levels matter most; see docs/calibration.md.
         unbiased: rescale each packed weight so that it keeps its gain, at slightly more squared error (see methods/unbias.py).
         keep_outer_layers: leave the layers outside the repeated blocks (embedders, final norm and projection) in 16 bits.
         outer_bits: 8 (or another width of RTNConfig) rounds those outer layers to nearest instead of leaving them in 16 bits.
