@@ -63,6 +63,7 @@ class PackedLayer(nn.Module):
     """
 
     spec: LayerSpec
+    tensor_names: tuple[str, ...]
     compute_dtype: torch.dtype
     dense_class: type[nn.Module]
     bias: nn.Parameter | None
@@ -83,7 +84,7 @@ class PackedLayer(nn.Module):
         module._parameters.pop("weight", None)
         module.dense_class = type(module)  # type: ignore[assignment]
         module.__class__ = cls
-        module.spec = spec  # type: ignore[assignment]
+        cast(PackedLayer, module).describe(spec)
         module.compute_dtype = compute_dtype  # type: ignore[assignment]
         for name, tensor in tensors.items():
             if name == "codes":
@@ -98,14 +99,17 @@ class PackedLayer(nn.Module):
             module.register_buffer("codebooks", codebook_table(table).to(on, copy=True), persistent=False)
         return module
 
+    def describe(self, spec: LayerSpec) -> None:
+        """Take ``spec``, and the names of its tensors, which a traced forward pass had better not work out."""
+        self.spec, self.tensor_names = spec, (*spec.tensors(self.weight_shape), "codebooks")
+
     def tensor_infos(self) -> dict[str, TensorInfo]:
         """Name, shape and dtype of the stored tensors."""
         return self.spec.tensors(self.weight_shape)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name, and the shared codebooks if the format uses some."""
-        names = (*self.tensor_infos(), "codebooks")
-        return {name: tensor for name in names if (tensor := getattr(self, name, None)) is not None}
+        return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name, None)) is not None}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight this layer is equivalent to, in its logical shape."""
@@ -145,12 +149,12 @@ class PackedLayer(nn.Module):
             factor = factor.to(self.codes.device, EXTRAS_DTYPES[name]).contiguous()
             old = getattr(self, key, None)
             self.register_buffer(key, factor if old is None else torch.cat([old, factor], dim))
-        self.spec = replace(self.spec, rank=spec.rank + len(down))
+        self.describe(replace(self.spec, rank=spec.rank + len(down)))
 
     def drop_branch(self, rank: int, extras_dtype: str) -> None:
         """Undo the last :meth:`append_branch`, which added ``rank`` and found the branch in ``extras_dtype``."""
         left = self.spec.rank - rank
-        self.spec = replace(self.spec, rank=left)
+        self.describe(replace(self.spec, rank=left))
         if left:
             self.low_rank_down = self.low_rank_down[:left].clone()
             self.low_rank_up = self.low_rank_up[:, :left].contiguous()
@@ -163,7 +167,7 @@ class PackedLayer(nn.Module):
         for key in ("low_rank_down", "low_rank_up", "smooth", "shift"):
             if (tensor := getattr(self, key, None)) is not None:
                 self.register_buffer(key, tensor.to(EXTRAS_DTYPES[name]))
-        self.spec = replace(self.spec, extras_dtype=name)
+        self.describe(replace(self.spec, extras_dtype=name))
 
     def check_channels(self, given: int, expected: int) -> None:
         """Refuse inputs of another width: the kernels know only the packed bytes, which widths that round up alike share."""
