@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -34,6 +36,10 @@ def main() -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name, suffix in KEPT.items():
         shutil.copy(folder / name, target / f"{model}_{rows}{suffix}")
+    path = target / f"{model}_{rows}.json"
+    results = json.loads(path.read_text())
+    results["run"]["command"] = shlex.join(["python", "benchmarks/quality.py", model, rows, "WORK", *more])
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
