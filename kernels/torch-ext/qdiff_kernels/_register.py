@@ -17,10 +17,9 @@ from ._dispatch import implementation
 from ._ops import add_op_namespace_prefix
 from .reference import Extras, Window
 
-EXTRAS_SCHEMA = (
-    "Tensor? bias, Tensor? low_rank_down, Tensor? low_rank_up, Tensor? smooth, int rotation, str activations, Tensor? shift, "
-    "Tensor? input_scale"
-)
+GIVEN_SCHEMA = "Tensor? bias, Tensor? low_rank_down, Tensor? low_rank_up, Tensor? smooth, int rotation, str activations"
+EXTRAS_SCHEMA = f"{GIVEN_SCHEMA}, Tensor? shift, Tensor? input_scale"
+TRAILING_EXTRAS_SCHEMA = f"{GIVEN_SCHEMA}, Tensor? shift=None, Tensor? input_scale=None"  # a default needs a place at the end
 WINDOW_SCHEMA = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 Decoder = Callable[..., Tensor]
 
@@ -73,7 +72,7 @@ def _register_linear(name: str, weight_schema: str, decode: Decoder, count: int)
     def run(x: Tensor, *args: Any) -> Tensor:
         return _dispatch.run(op, x.device.type, x, *args)
 
-    custom = _custom_op(op, f"(Tensor x, {weight_schema}, {EXTRAS_SCHEMA}=None) -> Tensor", run)
+    custom = _custom_op(op, f"(Tensor x, {weight_schema}, {TRAILING_EXTRAS_SCHEMA}) -> Tensor", run)
 
     @custom.register_fake
     def _(x: Tensor, codes: Tensor, *args: Any) -> Tensor:
