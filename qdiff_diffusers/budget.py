@@ -37,8 +37,8 @@ SENSITIVITY = {
     "convolution": 1.0,
     "other": 1.0,
 }
-# The narrow levels of a UNet work at its highest resolution and stand nearest to its output: there each halving of the width made
-# a weight count 60 times as much. They hold few weights, so that too high an exponent costs little; a transformer has one width.
+# The narrow levels of a UNet work at its highest resolution and stand nearest to its output: each halving of the width made a
+# convolution's weight count 25 to 55 times as much. 2**4 is on the safe side of that; a transformer has one width.
 WIDTH_EXPONENT = 4
 
 
