@@ -25,12 +25,13 @@ LISTS = ("dit_calibrated", "dit_low_bit_peers")
 
 
 def main() -> None:
+    runs = {name: json.loads(path.read_text()) for name in LISTS if (path := RESULTS / "quality" / f"{name}.json").is_file()}
+    if not runs:
+        raise SystemExit(
+            f"{RESULTS / 'quality'} holds neither of {', '.join(LISTS)}: python benchmarks/quality.py dit calibrated WORK"
+        )
     rows, seen = [], set()
-    for name in LISTS:
-        path = RESULTS / "quality" / f"{name}.json"
-        if not path.is_file():
-            continue
-        results = json.loads(path.read_text())
+    for results in runs.values():
         for row in results["rows"]:
             if row["name"] in seen or "failed" in row:
                 continue
@@ -39,9 +40,9 @@ def main() -> None:
             seconds = row.get("quantize_seconds")
             rows.append(scores | {"name": row["name"], "bits": row["bits_per_weight"], "minutes": seconds and seconds / 60})
     rows.sort(key=lambda row: (-row["bits"], row.get("psnr", 99)))
-    run = results["run"]
+    run = next(iter(runs.values()))["run"]
     about = f"{run['images']} images per row, PSNR and SSIM on {run['paired']} of them; every score with its interval: "
-    links = ", ".join(f"[{name}](benchmarks/results/quality/{name}.md)" for name in LISTS)
+    links = ", ".join(f"[{name}](benchmarks/results/quality/{name}.md)" for name in runs)
     (RESULTS / "calibrated.md").write_text(f"{markdown(rows, COLUMNS)}\n\n{about}{links}\n")
 
 

@@ -14,7 +14,6 @@ from qdiff_diffusers.cli.eval import parse_classes
 from qdiff_diffusers.evaluation.rows import parse_rows, read_row_file
 from qdiff_diffusers.evaluation.subject import find_subject
 
-
 LISTS = Path(__file__).parents[2] / "benchmarks" / "quality"
 
 
