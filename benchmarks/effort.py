@@ -16,6 +16,8 @@ from common import RESULTS, markdown
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "effort.png"
 COLUMNS = [("name", "setting", ""), ("bits", "stored bits", ".2f"), ("minutes", "minutes", ".1f"), ("psnr", "PSNR dB", ".1f")]
 
+TICKS = (0.2, 0.5, 1, 2, 5, 10)
+
 
 def main() -> None:
     results = json.loads((RESULTS / "quality" / "dit_effort.json").read_text())
@@ -37,7 +39,9 @@ def main() -> None:
         axes.annotate(row["name"], (row["minutes"], row["psnr"]), xytext=(6, -10), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", xlabel="minutes to quantize (one core)", ylabel="PSNR against 16 bits, dB")
     axes.set_title("AQ at 2 bits: quality against quantization time", fontsize=11)
-    axes.margins(x=0.25, y=0.12)
+    axes.margins(x=0.3, y=0.12)
+    axes.set_xticks(TICKS, [f"{minutes:g}" for minutes in TICKS])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
