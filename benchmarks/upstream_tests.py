@@ -1,8 +1,9 @@
 """diffusers' own quantization tests over eight models and every method: benchmarks/results/upstream_tests.md.
 
-QDIFF_DIFFUSERS_CHECKOUT=path/to/diffusers python benchmarks/upstream_tests.py [pytest arguments, for example -k Flux-rtn]
+QDIFF_DIFFUSERS_CHECKOUT=path/to/diffusers python benchmarks/upstream_tests.py [--missing] [pytest arguments, for example -k rtn]
 
-Outcomes are added to those of earlier runs of the same versions, so that a slow machine may go in steps.
+Outcomes are added to those of earlier runs of the same versions, so that a slow machine may go in steps (Ctrl-C keeps what has
+run); with --missing only what has no outcome yet is run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,14 @@ OUTCOMES = ("passed", "failed", "upstream", "skipped")
 
 
 class Results:
-    """A pytest plugin that notes every test's outcome."""
+    """A pytest plugin that notes every test's outcome, and leaves out those that ``known`` has."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Collection[str]) -> None:
+        self.known = known
         self.tests: dict[str, dict[str, str]] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if cell(getattr(item, "callspec", None)) not in self.known]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found: dict[str, Any] = dict(report.user_properties)
@@ -44,7 +50,13 @@ class Results:
             outcome, reason = "skipped", str(report.longrepr[-1]).removeprefix("Skipped: ")  # type: ignore[index]
         elif report.failed:
             outcome, reason = "failed", str(report.longrepr).strip().splitlines()[-1]
-        self.tests[f"{found['row']} | {found['model']} | {found['method']}"] = {"outcome": outcome, "reason": reason}
+        self.tests[" | ".join(found[part] for part in ("row", "model", "method"))] = {"outcome": outcome, "reason": reason}
+
+
+def cell(callspec: Any) -> str:
+    """Where a parametrized test's outcome is filed."""
+    found = callspec.params if callspec else {}
+    return " | ".join(found.get(part, "") for part in ("test", "model", "method"))
 
 
 def versions() -> dict[str, str]:
@@ -92,9 +104,12 @@ def render(tests: dict[str, dict[str, str]], current: dict[str, str]) -> str:
 def main() -> int:
     if mixins.checkout() is None:
         raise SystemExit(f"set {mixins.VARIABLE} to a checkout of diffusers' repository")
-    plugin, current = Results(), versions()
-    code = pytest.main([str(ROOT / "tests" / "upstream"), "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[plugin])
-    tests = load(current) | plugin.tests
+    arguments, current = sys.argv[1:], versions()
+    earlier = load(current)
+    plugin = Results(earlier if "--missing" in arguments else ())
+    arguments = [argument for argument in arguments if argument != "--missing"]
+    code = pytest.main([str(ROOT / "tests" / "upstream"), "-p", "no:cacheprovider", *arguments], plugins=[plugin])
+    tests = earlier | plugin.tests
     FILE.write_text(json.dumps({"facts": facts(), "versions": current, "tests": tests}, indent=1) + "\n")
     (RESULTS / "upstream_tests.md").write_text(render(tests, current))
     return int(code)

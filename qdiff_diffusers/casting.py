@@ -21,11 +21,15 @@ from .errors import ConfigError
 from .packing import packed_layers
 
 
-def guard_models(module: ModuleType) -> None:
-    """Wrap ``module.ModelMixin.to``; calling it again changes nothing. Models without packed layers are left alone."""
-    kind = module.ModelMixin
+def guard_casts(module: ModuleType, name: str) -> None:
+    """Wrap ``to`` of one of ``GUARDED``'s classes, which ``module`` defines; calling it again changes nothing.
+
+    Models and pipelines without packed layers are left alone.
+    """
+    kind = getattr(module, name)
     if not hasattr(kind.to, "of_qdiff"):
-        kind.to = _same_dtype(kind.to)
+        kind.to = GUARDED[name](kind.to)
+        kind.to.of_qdiff = True
 
 
 def _same_dtype(original: Any) -> Any:
@@ -41,7 +45,6 @@ def _same_dtype(original: Any) -> Any:
             return self if dtype is None else nn.Module.to(self, dtype)  # packed tensors keep theirs
         return original(self, *args, **kwargs)
 
-    to.of_qdiff = True  # type: ignore[attr-defined]
     return to
 
 
@@ -52,13 +55,6 @@ def _dtype_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | No
 def _without_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     left = {key: value for key, value in kwargs.items() if key != "dtype"}
     return tuple(value for value in args if not isinstance(value, torch.dtype)), left
-
-
-def guard_pipelines(module: ModuleType) -> None:
-    """Wrap ``module.DiffusionPipeline.to``; calling it again changes nothing. Pipelines without packed layers are left alone."""
-    kind = module.DiffusionPipeline
-    if not hasattr(kind.to, "of_qdiff"):
-        kind.to = _all_or_nothing(kind.to)
 
 
 def _all_or_nothing(original: Any) -> Any:
@@ -78,7 +74,6 @@ def _all_or_nothing(original: Any) -> Any:
                 part.to(dtype)
         return self
 
-    to.of_qdiff = True  # type: ignore[attr-defined]
     return to
 
 
@@ -89,3 +84,6 @@ def _check_dtype(name: str, part: Any, dtype: torch.dtype) -> None:
             f"changed. Pass dtype={dtype} to from_pretrained; from_pipe(pipe, torch_dtype={part.dtype}) and "
             "Pipeline(**pipe.components) take the components as they are"
         )
+
+
+GUARDED = {"ModelMixin": _same_dtype, "DiffusionPipeline": _all_or_nothing}

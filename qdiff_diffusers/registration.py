@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.quantizers import auto as diffusers_auto
 from diffusers.utils import is_transformers_available, is_transformers_version, logging
 
-from .casting import guard_models, guard_pipelines
+from .casting import guard_casts
 from .config import QDiffConfig, QDiffMethod
 from .errors import ConfigError
 from .guards import check_files, check_indices
@@ -70,13 +70,13 @@ class _Refusal:
 
 
 def _guard_pipelines() -> None:
-    guard_pipelines(sys.modules["diffusers.pipelines.pipeline_utils"])
+    guard_casts(sys.modules["diffusers.pipelines.pipeline_utils"], "DiffusionPipeline")
 
 
 def _guard_diffusers() -> None:
     check_indices(sys.modules["diffusers.models.modeling_utils"], "_get_checkpoint_shard_files")
     check_files(sys.modules["diffusers.models.modeling_utils"])
-    guard_models(sys.modules["diffusers.models.modeling_utils"])
+    guard_casts(sys.modules["diffusers.models.modeling_utils"], "ModelMixin")
 
 
 def _guard_single_files() -> None:

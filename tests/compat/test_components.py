@@ -165,14 +165,18 @@ class _Config:
     mesh = None
 
 
+def add_lora(model: nn.Module, beside: str = "proj_mlp") -> None:
+    """A random adapter on the queries and one more kind of layer."""
+    peft = pytest.importorskip("peft")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", beside], init_lora_weights=False))
+
+
 @pytest.mark.row("LoRA: load, switch, unload")
 @pytest.mark.parametrize("name", ["flux", "sdxl_unet"])
 def test_lora(load, name):
-    peft = pytest.importorskip("peft")
     model = load(name)
     before = tiny_models.run(model, name)
-    targets = {"flux": ["to_q", "proj_mlp"], "sdxl_unet": ["to_q", "conv1"]}[name]
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    add_lora(model, {"flux": "proj_mlp", "sdxl_unet": "conv1"}[name])
     active = tiny_models.run(model, name)
     assert distance(active, before) > 1e-2
     model.disable_adapters()
@@ -185,9 +189,8 @@ def test_lora(load, name):
 
 @pytest.mark.row("LoRA: fuse, unfuse, save")
 def test_fused_lora(load, tmp_path):
-    peft = pytest.importorskip("peft")
     model = load()
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+    add_lora(model)
     active = run(model)
     model.fuse_lora()
     assert distance(run(model), active) < 1e-2  # a last bit may flip a level of 4-bit activations
@@ -199,9 +202,8 @@ def test_fused_lora(load, tmp_path):
 
 @pytest.mark.row("save_lora_adapter, load_lora_adapter")
 def test_lora_file(load, tmp_path):
-    peft = pytest.importorskip("peft")
     model = load()
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+    add_lora(model)
     active = run(model)
     model.save_lora_adapter(tmp_path)
     other = load()
