@@ -21,7 +21,7 @@ from qdiff_diffusers.hub import read_evaluation, render_card
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 CONFIGS = {
-    "fashion-dit-aq-2bit": AQConfig(bits=2, codebook="shared", effort=0, num_codebooks=3, codebook_bits=8, vector_size=10),
+    "fashion-dit-aq-2bit": AQConfig(bits=2),
     "fashion-dit-svdquant-4bit": SVDQuantConfig(bits=4, activations="int8"),
 }
 IMAGES = 50
@@ -65,7 +65,7 @@ def write_page(card: str, images_in: Path, path: Path) -> None:
 
     _, metadata, text = card.split("---\n", 2)
     style = "body{font:16px sans-serif;max-width:900px;margin:2em auto}td,th{border:1px solid #ccc;padding:4px 8px}"
-    style += "table{border-collapse:collapse}pre{background:#f4f4f4;padding:8px;overflow:auto}img{max-width:100%}"
+    style += "table{border-collapse:collapse;margin:1em 0}pre{background:#f4f4f4;padding:8px;overflow:auto}img{max-width:100%}"
     base = f'<base href="{images_in.resolve().as_uri()}/">'
     page = f"<meta charset=utf-8>{base}<style>{style}</style><pre>{escape(metadata)}</pre>"
     path.parent.mkdir(parents=True, exist_ok=True)

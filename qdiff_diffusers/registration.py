@@ -8,8 +8,10 @@ from typing import Any
 
 from diffusers.quantizers import auto as diffusers_auto
 from diffusers.utils import is_transformers_available, is_transformers_version, logging
+from diffusers.utils.hub_utils import PushToHubMixin
 
 from .casting import guard_casts
+from .components import leave_decoders
 from .config import QDiffConfig, QDiffMethod
 from .errors import ConfigError
 from .guards import check_files, check_indices
@@ -31,15 +33,17 @@ def register() -> None:
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QDiffConfig
     diffusers_auto.AUTO_QUANTIZER_MAPPING[QDiffMethod.NUNCHAKU.value] = NunchakuQuantizer
     read_nunchaku(diffusers_auto.DiffusersAutoQuantizer)
-    write_cards_on_upload()
+    write_cards_on_upload(PushToHubMixin, "_upload_folder")
     after_import("peft.tuners.lora", _register_with_peft)
     after_import("diffusers.loaders.lora_pipeline", _register_with_flux_loras)
     after_import("diffusers.models.controlnets", _register_with_controlnets)
     after_import("diffusers.loaders.single_file_model", _explain_single_files)
     after_import("diffusers.pipelines.pipeline_utils", _guard_pipelines)
+    after_import("diffusers.quantizers.pipe_quant_config", _leave_decoders)
     after_import("diffusers.models.modeling_utils", _guard_diffusers)
     after_import("diffusers.loaders.single_file_utils", _guard_single_files)
     after_import("transformers.modeling_utils", _guard_transformers)
+    after_import("transformers.utils.hub", _write_cards_of_transformers)
     if not is_transformers_available():
         return
     if is_transformers_version("<", "5.0"):
@@ -73,6 +77,10 @@ def _guard_pipelines() -> None:
     guard_casts(sys.modules["diffusers.pipelines.pipeline_utils"], "DiffusionPipeline")
 
 
+def _leave_decoders() -> None:
+    leave_decoders(sys.modules["diffusers.quantizers.pipe_quant_config"])
+
+
 def _guard_diffusers() -> None:
     check_indices(sys.modules["diffusers.models.modeling_utils"], "_get_checkpoint_shard_files")
     check_files(sys.modules["diffusers.models.modeling_utils"])
@@ -85,6 +93,10 @@ def _guard_single_files() -> None:
 
 def _guard_transformers() -> None:
     check_indices(sys.modules["transformers.modeling_utils"], "get_checkpoint_shard_files")
+
+
+def _write_cards_of_transformers() -> None:
+    write_cards_on_upload(sys.modules["transformers.utils.hub"].PushToHubMixin, "_upload_modified_files")
 
 
 def _explain_single_files() -> None:

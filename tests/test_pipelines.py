@@ -283,11 +283,12 @@ def test_components_are_quantized_through_a_backend_name(kwargs, dit_pipeline):
     assert "qdiff" in repr(config)
 
 
-def test_a_backend_name_without_components_quantizes_everything_it_can(dit_pipeline):
-    config = PipelineQuantizationConfig(quant_backend="qdiff", quant_kwargs={"method": "rtn", "bits": 8})
+@pytest.mark.parametrize(("named", "with_vae"), [({}, False), ({"components_to_quantize": ["transformer", "vae"]}, True)], ids=str)
+def test_a_backend_name_without_components_means_everything_but_the_vae(named, with_vae, dit_pipeline):
+    config = PipelineQuantizationConfig(quant_backend="qdiff", quant_kwargs={"method": "rtn", "bits": 8}, **named)
     pipe = DiTPipeline.from_pretrained(dit_pipeline, quantization_config=config)
     assert packed(pipe.transformer)
-    assert packed(pipe.vae)
+    assert bool(packed(pipe.vae)) is with_vae
     assert torch.isfinite(generate_dit(pipe)).all()
 
 

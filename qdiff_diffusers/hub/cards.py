@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils.hub_utils import PushToHubMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -83,9 +82,9 @@ def is_handwritten(path: Path) -> bool:
     return TAG not in tags and "has been automatically generated" not in path.read_text(encoding="utf-8")
 
 
-def write_cards_on_upload() -> None:
-    """Make ``push_to_hub`` of models and pipelines put our card in place of diffusers' generic one."""
-    original = PushToHubMixin._upload_folder
+def write_cards_on_upload(mixin: Any, method: str) -> None:
+    """Make a library's ``push_to_hub`` send our card; its ``mixin`` uploads by ``method(folder, repo_id, ...)``."""
+    original = getattr(mixin, method)
     if getattr(original, "writes_qdiff_cards", False):
         return
 
@@ -97,12 +96,15 @@ def write_cards_on_upload() -> None:
         return original(self, working_dir, repo_id, *args, **kwargs)
 
     upload.writes_qdiff_cards = True  # type: ignore[attr-defined]
-    PushToHubMixin._upload_folder = upload  # type: ignore[method-assign]
+    setattr(mixin, method, upload)
 
 
 def _is_quantized(folder: Path) -> bool:
+    """Whether a checkpoint of ours lies there; a description without weights (``config.push_to_hub``) is none."""
     configs = (*folder.glob("config.json"), *folder.glob("*/config.json"))
-    return any('"quant_method": "qdiff"' in path.read_text(encoding="utf-8") for path in configs)
+    return any(
+        '"quant_method": "qdiff"' in path.read_text(encoding="utf-8") and any(path.parent.glob("*.safetensors")) for path in configs
+    )
 
 
 def _metadata(

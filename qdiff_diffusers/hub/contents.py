@@ -72,20 +72,35 @@ def _row(kind: str, layers: list[LayerInfo]) -> dict[str, Any]:
 
 def legend(components: list[CheckpointInfo]) -> str:
     """What the short names of the formats in use mean."""
-    formats = [layer.spec.format for c in components for layer in c.config.layers.values()]
-    texts = []
-    if any(isinstance(f, CodebookFormat) for f in formats):
-        texts.append("`3x8 d10`: 3 codebooks of 2^8 entries for vectors of 10 weights (shared: they come with the package).")
-    if any(isinstance(f, MinifloatFormat) for f in formats):
-        texts.append("`e2m1`: a sign, 2 bits of exponent and 1 of mantissa (uz: the code of negative zero is one more level).")
-    if any(isinstance(getattr(f, "group_size", None), int) for f in formats):
-        texts.append("`g64`: 64 weights share a scale.")
-    return " ".join(texts)
+    specs = [layer.spec for c in components for layer in c.config.layers.values()]
+    formats = [spec.format for spec in specs]
+    books = next((f for f in formats if isinstance(f, CodebookFormat)), None)
+    floats = [f for f in formats if isinstance(f, MinifloatFormat)]
+    groups = next((f.group_size for f in formats if isinstance(getattr(f, "group_size", None), int)), None)
+    rank, rotation = (next((value for spec in specs if (value := getattr(spec, name))), 0) for name in ("rank", "rotation"))
+    texts = {
+        f"`{books and books.describe()}`": books and _explain_codebooks(books),
+        "`e2m1`": floats and "a sign, 2 bits of exponent and 1 of mantissa (uz: the code of negative zero is one more level)",
+        "`a/b`": any(len(f.encodings) > 1 for f in floats) and "each group of weights has the one of the two that is closer",
+        f"`g{groups}`": groups and f"{groups} weights share a scale",
+        "`per row`": any(getattr(f, "group_size", None) == "row" for f in formats) and "one scale for each output row",
+        f"`rank {rank}`": rank and f"a low-rank branch of width {rank} runs beside the packed weights",
+        f"`rotated {rotation}`": rotation and f"weights and inputs are turned by Hadamard matrices of {rotation} x {rotation}",
+        "`smoothed`": any(spec.smooth for spec in specs) and "each input channel is divided by a factor that its weights carry",
+    }
+    return " ".join(f"{name}: {text}." for name, text in texts.items() if text)
+
+
+def _explain_codebooks(f: CodebookFormat) -> str:
+    origin = "which come with the package" if f.table else "which the layer brings"
+    count = "a codebook" if f.num_codebooks == 1 else f"{f.num_codebooks} codebooks"
+    return f"{count} of 2^{f.codebook_bits} entries for vectors of {f.vector_size} weights, {origin}"
 
 
 def facts(config: QDiffConfig, components: list[CheckpointInfo]) -> list[tuple[str, str]]:
     """The card's first table."""
     packed, weights = sum(c.packed_bytes for c in components), sum(c.packed_weights for c in components)
+    total = sum(c.total_bytes for c in components)
     kinds = sorted({layer.spec.activations for c in components for layer in c.config.layers.values()})
     activations = ", ".join("16-bit" if kind == "none" else kind for kind in kinds)
     return [
@@ -94,7 +109,7 @@ def facts(config: QDiffConfig, components: list[CheckpointInfo]) -> list[tuple[s
         ("packed weights", f"{weights / 1e6:.1f} M in {sum(len(c.layers) for c in components)} layers"),
         ("their size", f"{human_size(packed)} (16-bit: {human_size(2 * weights)})"),
         ("layers left as they were", str(sum(len(c.config.skipped) for c in components))),
-        ("size of the quantized parts on disk", human_size(sum(c.total_bytes for c in components))),
+        ("on disk with those", f"{human_size(total)} (16-bit: {human_size(total - packed + 2 * weights)})"),
         ("activations", activations),
     ]
 

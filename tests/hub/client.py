@@ -77,3 +77,17 @@ class Client:
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait(timeout=60)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(client: Client, folder: Path, name: str, *options: str) -> str:
+    """Push in vain: the one line that says why. Nothing may have changed on this side."""
+    before = snapshot(folder)
+    done = client.qdiff("push", folder, name, *options)
+    lines = [line for line in done.err.splitlines() if line.startswith("qdiff: ")]
+    assert done.code == 2 and len(lines) == 1 and "Traceback" not in done.err, done.err
+    assert snapshot(folder) == before
+    return lines[0]

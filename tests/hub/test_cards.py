@@ -95,6 +95,25 @@ def test_the_table_adds_up_by_kind_of_layer(folders):
     assert {"attention, query key value", "attention, output", "feed-forward"} <= kinds.keys()
 
 
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_short_name_in_the_table_is_explained_below_it(method, folders):
+    text = render_card(folders[method], "a/b").text
+    formats = " ".join(re.findall(r"^\|[^|]+\| \d+ \| ([^|]+) \|", text, re.MULTILINE))
+    legend = re.search(r"^(`.*) Weight error: ", text, re.MULTILINE)[1]
+    explained = re.sub(r"\d+", "0", " ".join(re.findall(r"`([^`]+)`: ", legend)))
+    used = {re.sub(r"\d+", "0", name) for name in re.findall(r"rank \d+|rotated \d+|per row|g\d+|smoothed|\d+x\d+ d\d+", formats)}
+    assert used and all(name in explained for name in used)
+
+
+def test_the_size_on_disk_is_compared_with_that_of_16_bits(folders):
+    text = render_card(folders["rtn"], "a/b").text
+    on_disk, dense = re.search(r"^\| on disk with those \| ([\d.]+) KB \(16-bit: ([\d.]+) KB\) \|$", text, re.MULTILINE).groups()
+    file = next(folders["rtn"].glob("*.safetensors"))
+    assert abs(1000 * float(on_disk) - file.stat().st_size) < 60
+    model = tiny_models.make("dit").half()
+    assert abs(1000 * float(dense) - sum(t.nbytes for t in model.state_dict().values())) < 0.1 * 1000 * float(dense)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
