@@ -303,14 +303,6 @@ def _download(name: str, revision: str | None) -> Path:
         raise CheckpointError(f"{name} is no local folder, and the Hub could not be reached: {error}") from error
 
 
-def hub_name(path: str | Path) -> str | None:
-    """``org/name`` of a file in the Hub's cache (``.../models--org--name/snapshots/...``); ``None`` for any other file."""
-    for part in Path(path).parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/", 1)
-    return None
-
-
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name}")

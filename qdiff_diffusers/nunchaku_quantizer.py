@@ -82,7 +82,7 @@ class NunchakuQuantizer(QDiffQuantizer):
         self.source = Source(map(Path, checkpoint_files))
         if lost := sorted(set(loaded_keys) - self.source.infos.keys()):
             raise CheckpointError(f"no file holds {', '.join(lost[:5])}, which the index lists; the checkpoint is incomplete")
-        self.base_model, self.base_card = None, {}
+        self.origin = {}
         targets = set(self.targets_of_lite)
         kept = [key for key in loaded_keys if key.rpartition(".")[0] not in targets]
         return kept + [f"{name}.{leaf}" for name in self.targets_of_lite for leaf in self._leaves(name)]

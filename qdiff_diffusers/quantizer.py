@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from .checkpoint import check_shapes, check_tensors, hub_name, read_headers
+from .checkpoint import check_shapes, check_tensors, read_headers
 from .config import FORMAT_VERSION, QDiffConfig
 from .errors import CheckpointError, ConfigError
 from .formats import TensorInfo
-from .hub.origin import is_hub_name, local_card
+from .hub.origin import origin_of, origin_of_model
 from .packing import (
     check_loaded,
     dequantize_model,
@@ -55,9 +54,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         quantizer.quantization_config = config
         quantizer.update_torch_dtype(next(p.dtype for p in model.parameters() if p.is_floating_point()))
         keep = [name for name in getattr(model, "_keep_in_fp32_modules", None) or () if name]
-        base = str(getattr(model.config, "_name_or_path", None) or "")
-        quantizer.base_model = base if is_hub_name(base) and not Path(base).exists() else hub_name(f"{base}/config.json")
-        quantizer.base_card = local_card(Path(base, "config.json")) if base else {}
+        quantizer.origin = origin_of_model(str(getattr(model.config, "_name_or_path", None) or ""))
         quantizer._select(model, keep)
         return quantizer
 
@@ -98,12 +95,11 @@ class QDiffQuantizer(DiffusersQuantizer):
             check_tensors(self.quantization_config.layers, headers)
             if len(checkpoint_files) > 1 and (lost := sorted(set(loaded_keys) - headers.keys())):
                 raise CheckpointError(f"no shard holds {', '.join(lost[:5])}, which the index lists; the checkpoint is incomplete")
-        self.base_model = hub_name(checkpoint_files[0])
-        self.base_card = {} if self.pre_quantized else local_card(checkpoint_files[0])
+        self.origin = {} if self.pre_quantized else origin_of(checkpoint_files[0])
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if not hasattr(self, "base_model"):  # from_single_file, whose first sight of a checkpoint this is
+        if not hasattr(self, "origin"):  # from_single_file, whose first sight of a checkpoint this is
             self._check_single_file(state_dict)
         return state_dict
 
@@ -134,7 +130,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         keep = [name for name in kwargs.get("keep_in_fp32_modules") or () if name]
-        if not hasattr(self, "base_model") and "held_back" not in self.__dict__:
+        if not hasattr(self, "origin") and "held_back" not in self.__dict__:
             self._check_single_file(kwargs["state_dict"])  # diffusers before 0.42 shows a single file here for the first time
         if self.pre_quantized:
             if "held_back" in self.__dict__:
@@ -156,10 +152,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         self.targets, config.skipped = select_layers(model, config, keep)
         if not self.targets:
             logger.warning("qdiff found no layer to quantize in %s", type(model).__name__)
-        config.provenance = new_provenance(type(model).__name__)
-        if base := getattr(self, "base_model", None):
-            config.provenance["base_model"] = base
-        config.provenance |= getattr(self, "base_card", {})
+        config.provenance = new_provenance(type(model).__name__) | getattr(self, "origin", {})
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any

@@ -15,11 +15,13 @@ from transformers.quantizers import HfQuantizer
 from .checkpoint import check_tensors, read_headers
 from .config import QDiffConfig
 from .errors import CheckpointError
+from .hub.origin import origin_of
 from .layers import PackedLayer
 from .packing import (
     check_loaded,
     dequantize_model,
     describe_layers,
+    new_provenance,
     packed_layers,
     prepare_packed_layers,
     quantize_layer,
@@ -72,9 +74,10 @@ class QDiffTransformersQuantizer(HfQuantizer):
         return self.compute_dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files") or ()
         if self.pre_quantized:
             layers = self.quantization_config.layers
-            headers = read_headers(kwargs.get("checkpoint_files") or ())
+            headers = read_headers(files)
             # transformers renames the modules of some models when it saves them: those layers are checked once loaded.
             check_tensors({name: layer for name, layer in layers.items() if f"{name}.codes" in headers}, headers)
             prepare_packed_layers(model, layers, self.compute_dtype)
@@ -82,6 +85,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
             return
         keep = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) or []
         targets, self.quantization_config.skipped = select_layers(model, self.quantization_config, list(keep))
+        self.quantization_config.provenance = new_provenance(type(model).__name__) | (origin_of(files[0]) if files else {})
         # Of layers that share a weight the file holds one.
         self.targets = {leader(model, name): config for name, config in targets.items()}
         for name in self.targets:

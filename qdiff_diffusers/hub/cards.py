@@ -117,7 +117,8 @@ def _metadata(
 ) -> ModelCardData:
     base = config.provenance.get("base_model")
     base = base if is_hub_name(base) else None
-    task = known.get("pipeline_tag") or task_of(folder)
+    inherited = known.get("pipeline_tag") if _library(folder) == "diffusers" else None  # an encoder draws no pictures
+    task = inherited or task_of(folder)
     packed, weights = sum(c.packed_bytes for c in components), sum(c.packed_weights for c in components)
     return ModelCardData(
         library_name=_library(folder),

@@ -23,6 +23,27 @@ TASKS = (
 )
 
 
+def _hub_name(path: str | Path) -> str | None:
+    """``org/name`` of a file in the Hub's cache (``.../models--org--name/snapshots/...``); ``None`` for any other file."""
+    for part in Path(path).parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return None
+
+
+def origin_of(checkpoint_file: str | Path) -> dict[str, str]:
+    """What a checkpoint's provenance tells of the model that it was made from: name on the Hub, licence and task."""
+    name = _hub_name(checkpoint_file)
+    return ({"base_model": name} if name else {}) | local_card(checkpoint_file)
+
+
+def origin_of_model(name_or_path: str) -> dict[str, str]:
+    """The same of a model in memory, from the name or folder that it was loaded by ("" if nobody knows)."""
+    if is_hub_name(name_or_path) and not Path(name_or_path).exists():
+        return {"base_model": name_or_path}
+    return origin_of(Path(name_or_path, "config.json")) if name_or_path else {}
+
+
 def local_card(checkpoint_file: str | Path) -> dict[str, str]:
     """Licence and task according to the card (README.md) in a checkpoint's folder, or in the pipeline folder around it."""
     folder = Path(checkpoint_file).parent

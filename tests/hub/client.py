@@ -76,6 +76,7 @@ class Client:
     def __exit__(self, *_: Any) -> None:
         assert self.process.stdin
         self.process.stdin.close()
+        self.process.kill()  # it has nothing left to save, and torch takes its time to go
         self.process.wait(timeout=60)
 
 

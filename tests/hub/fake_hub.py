@@ -15,6 +15,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -111,6 +112,14 @@ class FakeHub(ThreadingHTTPServer):
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         found = self.repos[repo]
         return {path: blob.content for path, blob in found.commits[found.resolve(revision)].items()}
+
+    def publish(self, repo: str, folder: Path) -> None:
+        """Put the files of a folder into a new repository of someone else."""
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        blobs = {name: Blob(path.read_bytes(), name.endswith(LFS_SUFFIXES)) for name, path in files.items()}
+        self.objects |= {blob.sha256: blob.content for blob in blobs.values() if blob.lfs}
+        self.repos[repo] = Repo(private=False)
+        self.repos[repo].commit("main", blobs, "upload")
 
     def requests(self, pattern: str) -> list[str]:
         return [line for line in self.log if re.search(pattern, line)]

@@ -133,6 +133,34 @@ def test_push_to_hub_of_a_text_encoder_writes_the_card_of_transformers_models(hu
     assert done.out == "T5EncoderModel QDiffLinear\n", done.err
 
 
+BASE_CARD = "---\nlicense: other\nlicense_name: a-name\nlicense_link: LICENSE.md\npipeline_tag: text-to-image\n---\nTheirs.\n"
+
+
+def test_what_is_loaded_by_name_passes_on_its_name_and_licence(hub, client, tmp_path):
+    """A pipeline on the Hub, its transformer and its text encoder quantized one by one, as far as their cards."""
+    shutil.copytree(DEMO_MODEL, tmp_path / "base")
+    (tmp_path / "base/README.md").write_text(BASE_CARD)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    transformers = pytest.importorskip("transformers")
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "base/text_encoder")
+    hub.publish("maker/base", tmp_path / "base")
+    done = client.run(
+        """
+        import diffusers, transformers, qdiff_diffusers
+        kinds = {"transformer": diffusers.DiTTransformer2DModel, "text_encoder": transformers.T5EncoderModel}
+        for name, kind in kinds.items():
+            config = qdiff_diffusers.RTNConfig(bits=4)
+            model = kind.from_pretrained("maker/base", subfolder=name, quantization_config=config)
+            model.push_to_hub(f"someone/base-{name}")
+        """
+    )
+    assert done.code == 0, done.err
+    for name, task in (("transformer", "text-to-image"), ("text_encoder", "feature-extraction")):
+        data = yaml.safe_load(hub.files(f"someone/base-{name}")["README.md"].decode().split("---")[1])
+        assert (data["base_model"], data["base_model_relation"]) == ("maker/base", "quantized")
+        assert (data["license"], data["license_name"], data["pipeline_tag"]) == ("other", "a-name", task)
+
+
 @pytest.fixture(scope="module")
 def evaluation(pipeline, tmp_path_factory) -> Path:
     """What ``qdiff eval`` makes of that pipeline."""
