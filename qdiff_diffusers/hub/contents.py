@@ -76,7 +76,7 @@ def legend(components: list[CheckpointInfo]) -> str:
     formats = [spec.format for spec in specs]
     books = next((f for f in formats if isinstance(f, CodebookFormat)), None)
     floats = [f for f in formats if isinstance(f, MinifloatFormat)]
-    groups = next((f.group_size for f in formats if isinstance(getattr(f, "group_size", None), int)), None)
+    groups = next((size for f in formats if isinstance(size := getattr(f, "group_size", None), int)), None)
     rank, rotation = (next((value for spec in specs if (value := getattr(spec, name))), 0) for name in ("rank", "rotation"))
     texts = {
         f"`{books and books.describe()}`": books and _explain_codebooks(books),
