@@ -32,6 +32,7 @@ TOKENIZERS = {
     "Gemma3ForConditionalGeneration": ("spiece_model", "tokenizer.model"),
     "Mistral3ForConditionalGeneration": ("tekken_model", "tekken.json"),
 }
+SAME_TYPES = {"sdxl": "stable_diffusion"}  # which ComfyUI tells apart by the number of encoders
 PROJECTION = "text_projection.weight"  # CLIP models without one are run with the identity
 GENERATION = "lm_head.weight"  # not needed to encode
 
@@ -41,12 +42,12 @@ def load_clip(paths: list[Path], clip_type: str) -> Any:
 
     Args:
         paths: model folders or files, in the order of ComfyUI's own loaders.
-        clip_type: name of a ``comfy.sd.CLIPType``, lower case.
+        clip_type: name of a ``comfy.sd.CLIPType`` in lower case, or "sdxl".
 
     Raises:
         CheckpointError: a file is damaged or incomplete, or this ComfyUI does not know the type.
     """
-    kind = getattr(comfy.sd.CLIPType, clip_type.upper(), None)
+    kind = getattr(comfy.sd.CLIPType, SAME_TYPES.get(clip_type, clip_type).upper(), None)
     if kind is None:
         raise CheckpointError(f"this ComfyUI knows no text encoder type {clip_type!r}")
     stored = [read_stored_model(path) if stored_settings(path) else None for path in paths]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,10 +153,3 @@ def packed_weights(model: Any) -> dict[str, Any]:
     """The packed weights of a MODEL by the name of their module."""
     modules = model.model.diffusion_model.named_modules()
     return {name: module.weight for name, module in modules if is_packed(getattr(module, "weight", None))}
-
-
-def bits_per_weight(weights: Mapping[str, Any]) -> float:
-    """Stored bits per packed weight."""
-    blocks = [block for weight in weights.values() for block in weight._params.blocks if block.spec]
-    count = sum(math.prod(block.shape) for block in blocks)
-    return 8 * sum(block.spec.nbytes(block.shape) for block in blocks) / max(1, count)

@@ -89,6 +89,8 @@ _ADOPTED: dict[type, type] = {}
 def adopt(patcher: Any) -> Any:
     """Make a model patcher keep its hands off packed weights. It stays of its own class, static or dynamic, which is extended."""
     kind = type(patcher)
+    if issubclass(kind, PackedPatcher):
+        return patcher
     if kind not in _ADOPTED:
         _ADOPTED[kind] = type(f"QDiff{kind.__name__}", (PackedPatcher, kind), {})
     patcher.__class__ = _ADOPTED[kind]
@@ -97,6 +99,10 @@ def adopt(patcher: Any) -> Any:
 
 class PackedPatcher:
     """Mixin of ComfyUI's model patchers."""
+
+    def clone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI makes a patcher of its own class where a node wants one without dynamic VRAM."""
+        return adopt(super().clone(*args, **kwargs))
 
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._without_packed_patches() as held:

@@ -19,7 +19,7 @@ from qdiff_diffusers.errors import ConfigError
 from .folders import DEMO
 
 DENOISERS = ("transformer", "unet")
-Step = Callable[[int, Image.Image], None]
+Step = Callable[[int, Callable[[], Image.Image]], None]
 
 
 def load_pipeline(name: str, folder: Path | None, config: Any | None = None) -> Any:
@@ -49,7 +49,7 @@ def generate(pipe: Any, prompt: str, *, seed: int, steps: int, guidance: float, 
         pipe: a text-to-image or class-conditional pipeline.
         prompt: the text, or classes separated by commas, which the images go through in turn.
         seed: of the first image; each has its own, counted up.
-        on_step: called after every step with its number and a rough preview; it may raise to interrupt.
+        on_step: called after every step with its number and what draws a rough preview; it may raise to interrupt.
 
     Returns:
         ``[images, height, width, 3]`` in [0, 1].
@@ -72,7 +72,7 @@ def generate(pipe: Any, prompt: str, *, seed: int, steps: int, guidance: float, 
         result = step(*args, **kwargs)
         done += 1
         latents = result[0] if isinstance(result, tuple) else result.prev_sample
-        on_step(done, rough_preview(getattr(result, "pred_original_sample", None), latents))
+        on_step(done, lambda: rough_preview(getattr(result, "pred_original_sample", None), latents))
         return result
 
     pipe.scheduler.step = watched

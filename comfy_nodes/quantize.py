@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff_diffusers import QDiffConfig
+from qdiff_diffusers.config import StoredLayer
 from qdiff_diffusers.errors import ConfigError
 from qdiff_diffusers.packing import new_provenance, quantize_named
 from qdiff_diffusers.stored import write_stored_model
@@ -27,7 +28,7 @@ from .ops import Operations
 from .patches import adopt
 from .settings import diffusers_settings
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[Mapping[str, StoredLayer], int], None]
 IN_BLOCKS = re.compile(r"\.\d+\.|\.net\.\d+$")  # what diffusers keeps in an nn.ModuleList, by its name
 
 
@@ -37,7 +38,8 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     Args:
         patcher: any MODEL. LoRAs and merges on it are baked in.
         config: method and settings.
-        progress: called with (layers done, layers in all); it may raise to interrupt.
+        progress: called before the first layer and after every one with the layers done and how many there will be; it may raise to
+            interrupt.
 
     Raises:
         ConfigError: the model is quantized by us already, or the settings leave no layer.
@@ -56,17 +58,25 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     if not targets:
         raise ConfigError("nothing to quantize: the settings leave every layer as it is")
     dtype = patcher.model.get_dtype()
+    total = sum(_module_name(part) not in config.skipped for slices in targets.values() for part in slices)
     pieces: dict[str, list[Piece]] = {}
-    for done, (native, slices) in enumerate(targets.items()):
-        progress(done, len(targets))
+    progress(config.layers, total)
+    for native, slices in targets.items():
         weight = _patched(patcher, native, weights[native])
-        pieces[native] = [_piece(weight[part.start : part.stop], part, config, dtype) for part in slices]
-    progress(len(targets), len(targets))
+        pieces[native] = []
+        for part in slices:
+            pieces[native].append(_piece(weight[part.start : part.stop], part, config, dtype))
+            progress(config.layers, total)
     tensors = {key: pieces[key] if key in pieces else _patched(patcher, key, value) for key, value in weights.items()}
     native = {key: assemble(value, dtype) if isinstance(value, list) else value for key, value in tensors.items()}
     config.compute_dtype = str(dtype).removeprefix("torch.")
     config.provenance = new_provenance(family.classes[0] if family else type(patcher.model).__name__)
     return _rebuild(patcher, native, config, family, names)
+
+
+def _module_name(part: Slice) -> str:
+    """diffusers' name of the layer whose weight it is."""
+    return part.key.removesuffix(".weight")
 
 
 def _weights(patcher: Any) -> dict[str, Tensor]:
@@ -97,9 +107,9 @@ def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig
             continue
         chosen = False
         for part in names[key]:
-            reason = _reason_to_skip(part.key.removesuffix(".weight"), module, config, keep)
+            reason = _reason_to_skip(_module_name(part), module, config, keep)
             if reason:
-                config.skipped[part.key.removesuffix(".weight")] = reason
+                config.skipped[_module_name(part)] = reason
             chosen = chosen or reason is None
         if chosen:
             out[key] = names[key]
@@ -129,8 +139,7 @@ def _kept_in_float32(family: Family | None) -> list[str]:
 
 def _piece(rows: Tensor, part: Slice, config: QDiffConfig, dtype: torch.dtype) -> Piece:
     """Some rows of a weight as a piece of the packed one; quantized in diffusers' order of rows."""
-    name = part.key.removesuffix(".weight")
-    shape = tuple(rows.shape)
+    name, shape = _module_name(part), tuple(rows.shape)
     layer_config = config.config_for(name)
     if name in config.skipped or layer_config is None:
         return Piece(None, name, shape, {"weight": rows.to(dtype).cpu()}, part.swapped)
@@ -147,16 +156,33 @@ def _rebuild(patcher: Any, tensors: dict[str, Tensor], config: QDiffConfig, fami
     model_config.__dict__.update(patcher.model.model_config.__dict__)
     model_config.custom_operations = Operations
     model_config.quant_config = None
-    model = model_config.get_model(dict(tensors), "", device=None)
-    new = comfy.model_patcher.CoreModelPatcher(model, load_device=patcher.load_device, offload_device=patcher.offload_device)
-    model.load_model_weights(dict(tensors), "", **({"assign": True} if new.is_dynamic() else {}))
-    model.model_sampling = copy.deepcopy(patcher.model.model_sampling)
+    parts = (model_config, tensors, patcher.model.model_sampling, patcher.load_device, patcher.offload_device)
+    new = _patcher(*parts)
+    if new.is_dynamic():  # such a one shares its tensors; some nodes want it once more without dynamic VRAM
+        new.cached_patcher_init = (_patcher, parts)
     new.model_options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
     new.object_patches = dict(patcher.object_patches)
     shapes = {part.key: (part.stop - part.start, *tensors[key].shape[1:]) for key, parts in names.items() for part in parts}
     settings = diffusers_settings(family, shapes, model_config) if family else None
     settings = settings or {NATIVE: type(patcher.model).__name__}
     new.set_attachments(ATTACHMENT, {"settings": settings, "quantization": config, "path": ""})
+    return new
+
+
+def _patcher(
+    model_config: Any,
+    tensors: dict[str, Tensor],
+    sampling: Any,
+    load_device: Any,
+    offload_device: Any,
+    disable_dynamic: bool = False,
+) -> Any:
+    """ComfyUI's model patcher around a new model with these tensors."""
+    model = model_config.get_model(dict(tensors), "", device=None)
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    new = kind(model, load_device=load_device, offload_device=offload_device)
+    model.load_model_weights(dict(tensors), "", **({"assign": True} if new.is_dynamic() else {}))
+    model.model_sampling = copy.deepcopy(sampling)
     return adopt(new)
 
 

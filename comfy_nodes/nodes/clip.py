@@ -19,8 +19,8 @@ def clip_types() -> list[str]:
     """The types that this ComfyUI knows, the most used first."""
     import comfy.sd
 
-    names = [name.lower() for name in comfy.sd.CLIPType.__members__]
-    first = ["flux", "sd3", "qwen_image", "wan", "stable_diffusion"]
+    names = ["sdxl", *(name.lower() for name in comfy.sd.CLIPType.__members__)]
+    first = ["flux", "sd3", "sdxl", "qwen_image", "wan", "stable_diffusion"]
     return [name for name in first if name in names] + sorted(set(names) - set(first))
 
 

@@ -53,7 +53,8 @@ class Report(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
         require()
-        from ..report import error_plot, to_tensor
+        from ..plots import error_plot
+        from ..report import to_tensor
 
         image = to_tensor(error_plot(model))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from comfy_api.latest import io
@@ -90,12 +91,13 @@ class SamplePipeline(io.ComfyNode):
         import comfy.utils
 
         from ..pipeline import generate
+        from ..previews import preview
 
         bar = comfy.utils.ProgressBar(steps)
 
-        def on_step(done: int, preview: Any) -> None:
+        def on_step(done: int, picture: Callable[[], Any]) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, max(steps, done), ("JPEG", preview, 512))
+            bar.update_absolute(done, max(steps, done), preview(picture))
 
         result = generate(pipeline, prompt, seed=seed, steps=steps, guidance=guidance, images=images, on_step=on_step)
         return io.NodeOutput(result)

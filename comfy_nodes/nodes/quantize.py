@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,15 @@ class QuantizeModel(io.ComfyNode):
         import comfy.model_management
         import comfy.utils
 
+        from ..plots import GrowingPlot
+        from ..previews import preview
         from ..quantize import quantize_model
 
-        bar = comfy.utils.ProgressBar(1)
+        bar, plot = comfy.utils.ProgressBar(1), GrowingPlot()
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: Mapping[str, Any], total: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, total)
+            bar.update_absolute(len(done), total, preview(lambda: plot(done, total)))
 
         return io.NodeOutput(quantize_model(model, make_config(method, skip, outer_layers, seed), progress))
 

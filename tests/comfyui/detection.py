@@ -33,9 +33,8 @@ def recognise(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def tiny_unets(supported_models: Any) -> list[type]:
     """Descriptions by which ComfyUI recognises the tiny UNets."""
-    sizes = {"model_channels": 32, "context_dim": 32}
-    xl = sizes | {"use_linear_in_transformer": True, "adm_in_channels": 32 + 6 * 256}
-    plain = sizes | {"use_linear_in_transformer": False, "adm_in_channels": None}
+    xl = {"model_channels": 32, "context_dim": 128, "use_linear_in_transformer": True, "adm_in_channels": 64 + 6 * 256}
+    plain = {"model_channels": 32, "context_dim": 32, "use_linear_in_transformer": False, "adm_in_channels": None}
     return [
         type("TinySDXL", (supported_models.SDXL,), {"unet_config": xl}),
         type("TinySD15", (supported_models.SD15,), {"unet_config": plain}),

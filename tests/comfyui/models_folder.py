@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from comfyui import host, tiny_encoders
+from comfyui import conditioned, host, tiny_encoders
 from comfyui.tiny_families import TINY
 from safetensors.torch import load_file, save_file
 
@@ -45,29 +45,23 @@ def fill(models: Path, dense: Callable[[str], Path], quantized: Callable[[str], 
 
 
 def _as_the_workflows_name_it(models: Path) -> None:
-    import comfy.taesd.taesd
-
     shutil.copytree(models / "qdiff" / "flux", models / "qdiff" / "my-model-4bit")
     shutil.copy(models / "diffusion_models" / "flux.safetensors", models / "diffusion_models" / "flux1-dev.safetensors")
     shutil.copy(models / "loras" / "flux.safetensors", models / "loras" / "my-lora.safetensors")
-    torch.manual_seed(0)
-    vae = {
-        k: torch.randn(v.shape) * (v.shape[1:].numel() or 1) ** -0.5
-        for k, v in comfy.taesd.taesd.TAESD(latent_channels=16).state_dict().items()
-    }
-    vae["vae_scale"], vae["vae_shift"] = torch.tensor(1.0), torch.tensor(0.0)
-    save_file(vae, models / "vae" / "ae.safetensors")
-    encoders = models / "text_encoders"
-    for name, file in (("clip_l", "clip_l.safetensors"), ("t5", "t5xxl_fp16.safetensors")):
-        folder = models.parent / name
+    for name, tensors in conditioned.vaes().items():
+        save_file(tensors, models / "vae" / name)
+    dense = {"clip_l": "clip_l.safetensors", "t5": "t5xxl_fp16.safetensors"}
+    for name in tiny_encoders.ENCODERS:
+        folder, kind = models.parent / name, tiny_encoders.transformers_model(name)
         tiny_encoders.ENCODERS[name].make().save_pretrained(folder)
-        tensors = load_file(folder / "model.safetensors")
-        prefix = "text_model." if name == "clip_l" else ""  # which published files have
-        save_file({prefix + key: value for key, value in tensors.items()}, encoders / file)
-    config = RTNConfig(bits=4, group_size=16)
-    kind = tiny_encoders.transformers_model("t5")
-    model = kind.from_pretrained(models.parent / "t5", dtype=torch.float32, quantization_config=config)
-    model.save_pretrained(models / "qdiff" / "t5xxl-4bit")
+        packed = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=RTNConfig(bits=4, group_size=16))
+        packed.save_pretrained(models / "qdiff" / "text" / name)
+        if name in dense:
+            tensors = load_file(folder / "model.safetensors")
+            prefix = "text_model." if name == "clip_l" else ""  # which published files have
+            save_file({prefix + key: value for key, value in tensors.items()}, models / "text_encoders" / dense[name])
+    (models / "qdiff" / "text" / "umt5" / "spiece.model").write_bytes(tiny_encoders.tokenizer_model())
+    shutil.copytree(models / "qdiff" / "text" / "t5", models / "qdiff" / "t5xxl-4bit")
 
 
 def _bad_checkpoints(folder: Path, good: Path) -> None:

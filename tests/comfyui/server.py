@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import aiohttp
 import numpy as np
 from comfyui.host import FOLDER, ROOT
 from PIL import Image
 
 from qdiff_diffusers.cli.comfy import install_pack
 
+LAST = ("execution_success", "execution_error", "execution_interrupted")
 START = 240  # seconds; a slow machine with a cold disk
 RUN = 120
+PREVIEW_WITH_METADATA = 4  # ComfyUI's number of this kind of binary message
+
+
+class Message(NamedTuple):
+    """What the server says over its websocket: a kind with data, or a "preview" with what it is of and the picture."""
+
+    kind: str
+    data: dict[str, Any]
+    picture: Image.Image | None = None
+
+
+def _message(received: aiohttp.WSMessage) -> Message:
+    if received.type == aiohttp.WSMsgType.TEXT:
+        content = json.loads(received.data)
+        return Message(content["type"], content["data"])
+    kind, length = struct.unpack(">II", received.data[:8])
+    assert kind == PREVIEW_WITH_METADATA, kind
+    return Message("preview", json.loads(received.data[8 : 8 + length]), Image.open(io.BytesIO(received.data[8 + length :])))
 
 
 class Server:
     """Runs until :meth:`stop`. ``base`` gets ComfyUI's folders; what is in its models folder is offered by the nodes."""
 
-    def __init__(self, base: Path, *options: str, environment: dict[str, str] | None = None, clone: bool = False) -> None:
-        """``clone``: the repository itself is in custom_nodes, instead of what ``qdiff comfy install`` copies there."""
+    def __init__(
+        self, base: Path, *options: str, environment: dict[str, str] | None = None, pack: str | None = "installed"
+    ) -> None:
+        """``pack``: what is put into custom_nodes, "installed" by ``qdiff comfy install`` or a "clone" of the repository."""
         self.base = base
         for name in ("custom_nodes", "models/qdiff", "models/loras", "input", "output", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(exist_ok=True)
         settings.write_text('{"Comfy.TutorialCompleted": true}')  # or a dialog opens over the first workflow
-        if clone:
+        if pack == "clone":
             (base / "custom_nodes" / "qdiff").symlink_to(ROOT)
-        else:
+        elif pack == "installed":
             install_pack(base)
-        (base / "custom_nodes" / "stand_ins").symlink_to(ROOT / "tests" / "comfyui" / "stand_ins")
+        (base / "custom_nodes" / "tiny_sizes").symlink_to(ROOT / "tests" / "comfyui" / "tiny_sizes")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -80,16 +106,39 @@ class Server:
 
     def run(self, graph: dict[str, Any]) -> dict[str, Any]:
         """Queue a graph and wait. ``{"outputs": ..}``, with "error" where it was refused or failed."""
-        answer = self.post("/prompt", {"prompt": graph, "client_id": "test"})
+        answer = self.queue(graph)
         if "prompt_id" not in answer or answer.get("node_errors"):  # what is not wrong runs all the same
             return {"outputs": {}, "error": json.dumps(answer)}
+        return self.result(answer["prompt_id"])
+
+    def queue(self, graph: dict[str, Any], client: str = "test", **extra: Any) -> dict[str, Any]:
+        """The server's answer; ``extra`` is what the frontend adds from its settings."""
+        return self.post("/prompt", {"prompt": graph, "client_id": client, "extra_data": extra})
+
+    def result(self, prompt: str) -> dict[str, Any]:
+        """Wait for a prompt and give what :meth:`run` gives."""
         end = time.monotonic() + RUN
         while time.monotonic() < end:
-            if done := self.get(f"/history/{answer['prompt_id']}").get(answer["prompt_id"]):
+            if done := self.get(f"/history/{prompt}").get(prompt):
                 failures = [m[1]["exception_message"] for m in done["status"]["messages"] if m[0] == "execution_error"]
                 return {"outputs": done["outputs"], "error": failures[0] if failures else None}
             time.sleep(0.1)
         raise TimeoutError(f"the graph did not finish:\n{self.log.read_text()[-3000:]}")
+
+    def watch(self, graph: dict[str, Any], at: Callable[[Message], None] = lambda message: None, **extra: Any) -> list[Message]:
+        """Run a graph as a frontend does: with an open websocket. All its messages, each also given to ``at`` when it arrives."""
+        return asyncio.run(self._watch(graph, at, extra))
+
+    async def _watch(self, graph: dict[str, Any], at: Callable[[Message], None], extra: dict[str, Any]) -> list[Message]:
+        out = []
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId=watcher") as socket:
+            await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+            answer = await asyncio.to_thread(self.queue, graph, "watcher", **extra)
+            assert "prompt_id" in answer, answer
+            while not out or out[-1].kind not in LAST:
+                out.append(_message(await socket.receive(timeout=RUN)))
+                await asyncio.to_thread(at, out[-1])
+        return out
 
 
 def pictures(server: Server, result: dict[str, Any]) -> list[np.ndarray]:

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 from comfyui import host
-from comfyui.tiny_encoders import ENCODERS, MODEL_OPTIONS, shrink, tokenizer_model, transformers_model
+from comfyui.conditioned import CONDITIONED, PROMPT
+from comfyui.tiny_encoders import ENCODERS, T5, shrink, tokenizer_model, transformers_model
 
 from qdiff_diffusers import CheckpointError, RTNConfig
 
@@ -76,13 +77,29 @@ def test_an_encoder_computes_what_it_computes_in_transformers(name, kind, encode
     assert len(packed(clip)) >= 10
 
 
+@pytest.mark.parametrize("family", CONDITIONED)
+@torch.no_grad()
+def test_a_text_becomes_the_conditioning_that_diffusers_makes_of_it(family, encoder, load):
+    """From the text on: the tokenizers, Qwen's template and what is cut off it, the layer that is taken, the pooled vector."""
+    kind, names, *_, reference = CONDITIONED[family]
+    paths = [encoder(name) for name in names]
+    wanted, pooled = reference(
+        *(transformers_model(name).from_pretrained(path).eval() for name, path in zip(names, paths, strict=True))
+    )
+    clip = load(paths, kind)
+    text, short = clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)
+    assert text.shape == wanted.shape
+    assert (text - wanted).abs().max() < TOLERANCE * wanted.abs().max()
+    assert pooled is None or (short - pooled).abs().max() < TOLERANCE * pooled.abs().max()
+
+
 def test_two_encoders_of_flux_encode_a_text_and_come_back_after_unloading(encoder, load):
     import comfy.model_management
 
     clip = load([encoder("clip_l"), encoder("t5")], "flux")
     tokens = clip.tokenize("a red fox in the snow")
     text, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
-    assert text.shape[-1] == MODEL_OPTIONS["t5xxl_model_config"]["d_model"] and pooled.shape[-1] == 64
+    assert text.shape[-1] == T5["d_model"] and pooled.shape[-1] == 64
     assert torch.isfinite(text).all() and text.std() > 0 and pooled.std() > 0
     comfy.model_management.unload_all_models()
     assert torch.equal(clip.encode_from_tokens(tokens), text)

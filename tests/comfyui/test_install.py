@@ -22,7 +22,7 @@ def hide(names):
 
 def test_a_clone_in_custom_nodes_needs_no_installation(quantized, tmp_path):
     shutil.copytree(quantized("flux"), tmp_path / "models" / "qdiff" / "flux")
-    server = Server(tmp_path, environment=hide(OURS), clone=True)
+    server = Server(tmp_path, environment=hide(OURS), pack="clone")
     try:
         graph = {
             "model": node("QDiffLoadModel", checkpoint="flux", dtype="auto", kernels="auto"),

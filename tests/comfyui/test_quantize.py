@@ -122,7 +122,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(native):
         pass
 
     def progress(done, total):
-        if done == 3:
+        if len(done) == 3:
             raise Interrupted
 
     model = native("flux")
@@ -158,3 +158,26 @@ def test_the_node_offers_what_the_methods_take():
         for choice in by_name["format"].options if "format" in by_name else by_name["bits"].options:
             shown = {"method": method, "format" if "format" in by_name else "bits": choice, "activations": "int8"}
             assert node.make_config(shown, "a, b", False, 3).modules_to_not_convert == ["a", "b"]
+
+
+def test_the_growing_plot_takes_a_hundredth_of_the_time_at_most(quantized):
+    """With a clock on which a plot takes a second and a layer five hundredths of one."""
+    layers = list(read_stored_model(quantized("flux")).quantization.layers.items())
+    now = 0.0
+
+    def clock():
+        nonlocal now
+        now += 0.5
+        return now
+
+    plots = host.part("plots")
+    grow, drawn, total = plots.GrowingPlot(clock), [], 1000
+    for done in range(total + 1):
+        now += 0.05
+        drawn += [done] if grow(dict(layers[: min(done, 20)]), total) else []
+    assert grow({}, total) is None
+    assert drawn[0] == 1
+    assert len(drawn) > 3 and 0.5 * (len(drawn) - 1) <= 0.01 * now
+    assert grow({str(i): layers[0][1] for i in range(total)}, total).size == plots.SMALL
+    with pytest.raises(ValueError, match="before the first layer"):
+        plots.progress_plot([], 5)

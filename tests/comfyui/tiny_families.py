@@ -28,6 +28,9 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 IMAGE, CONTEXT, POOLED = noise(1, 16, 8, 8), noise(1, 8, 64), noise(1, 64)
 VIDEO = noise(1, 16, 2, 8, 8)
+SD3_CONTEXT, SD3_POOLED = noise(1, 8, 4096) / 8, noise(1, 128)  # ComfyUI pads the texts of its CLIPs to this width
+XL_CONTEXT, XL_POOLED = noise(1, 6, 128), noise(1, 64)  # two encoders of width 64
+QWEN_CONTEXT = noise(1, 8, 128)
 
 
 def patches(x: Tensor) -> Tensor:
@@ -89,15 +92,18 @@ def chroma_reference(model: nn.Module) -> Tensor:
 
 
 def unet_reference(model: nn.Module) -> Tensor:
-    extra = {"text_embeds": noise(1, 32), "time_ids": torch.ones(1, 6)} if model.config.addition_embed_type else None
-    return model(noise(1, 4, 8, 8), torch.tensor(500), noise(1, 6, 32), added_cond_kwargs=extra, return_dict=False)[0]
+    x, step = noise(1, 4, 8, 8), torch.tensor(500)
+    if model.config.addition_embed_type is None:
+        return model(x, step, noise(1, 6, 32), return_dict=False)[0]
+    extra = {"text_embeds": XL_POOLED, "time_ids": torch.ones(1, 6)}
+    return model(x, step, XL_CONTEXT, added_cond_kwargs=extra, return_dict=False)[0]
 
 
 def sdxl_native(model: nn.Module) -> Tensor:
     from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 
     sizes = timestep_embedding(torch.ones(6), 256).reshape(1, -1)
-    return model(noise(1, 4, 8, 8), torch.tensor([500]), context=noise(1, 6, 32), y=torch.cat([noise(1, 32), sizes], 1))
+    return model(noise(1, 4, 8, 8), torch.tensor([500]), context=XL_CONTEXT, y=torch.cat([XL_POOLED, sizes], 1))
 
 
 def pixart_reference(model: nn.Module) -> Tensor:
@@ -195,8 +201,8 @@ TINY = {
             "num_layers": 2,
             "num_attention_heads": 2,
             "caption_projection_dim": 128,
-            "joint_attention_dim": 64,
-            "pooled_projection_dim": 64,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 128,
             "sample_size": 16,
             "pos_embed_max_size": 16,
             "out_channels": 16,
@@ -204,8 +210,8 @@ TINY = {
             "dual_attention_layers": (0,),
             "qk_norm": "rms_norm",
         },
-        lambda m: m(IMAGE, CONTEXT, POOLED, torch.tensor([700]), return_dict=False)[0],
-        lambda m: m(IMAGE, torch.tensor([700]), context=CONTEXT, y=POOLED),
+        lambda m: m(IMAGE, SD3_CONTEXT, SD3_POOLED, torch.tensor([700]), return_dict=False)[0],
+        lambda m: m(IMAGE, torch.tensor([700]), context=SD3_CONTEXT, y=SD3_POOLED),
     ),
     "sdxl": Tiny(
         "UNet2DConditionModel",
@@ -215,7 +221,8 @@ TINY = {
             "use_linear_projection": True,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 32 + 6 * 256,
+            "projection_class_embeddings_input_dim": 64 + 6 * 256,
+            "cross_attention_dim": 128,
             "norm_num_groups": 32,
         },
         unet_reference,
@@ -302,11 +309,11 @@ TINY = {
     ),
     "qwen": Tiny(
         "QwenImageTransformer2DModel",
-        {"num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64},
+        {"num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 128},
         lambda m: unpatches(
             m(
                 patches(IMAGE),
-                CONTEXT,
+                QWEN_CONTEXT,
                 torch.ones(1, 8),
                 torch.tensor([0.7]),
                 img_shapes=[(1, 4, 4)],
@@ -315,8 +322,8 @@ TINY = {
             8,
             8,
         )[:, :, None],
-        lambda m: m(IMAGE[:, :, None], torch.tensor([0.7]), CONTEXT),
-        {"num_attention_heads": 1, "joint_attention_dim": 64},
+        lambda m: m(IMAGE[:, :, None], torch.tensor([0.7]), QWEN_CONTEXT),
+        {"num_attention_heads": 1, "joint_attention_dim": 128},
     ),
     "hidream": Tiny(
         "HiDreamImageTransformer2DModel",

@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+from comfyui.conditioned import CONDITIONED, clip_node, latent_node
 from comfyui.host import ROOT
 from comfyui.server import node
 
@@ -75,18 +76,20 @@ FILES = {
     ("LoraLoaderModelOnly", "lora_name"): "{}.safetensors",
     ("QDiffSaveModel", "name"): "made/{}",
 }
-REPLACED = {"FluxGuidance": 0, "EmptySD3LatentImage": 1, "VAELoader": 2}  # by this output of the stand-ins
-DROPPED = (*REPLACED, "CLIPTextEncode", "DualCLIPLoader", "QDiffLoadCLIP")
+CLIP_LOADERS = ("DualCLIPLoader", "QDiffLoadCLIP")
 
 
 def for_family(graph: Graph, family: str) -> Graph:
-    """The same graph with the tiny model of a family; stand-ins make conditioning and decode."""
-    kinds = {key: item["class_type"] for key, item in graph.items()}
-    out = {key: item for key, item in shrunk(graph).items() if kinds[key] not in DROPPED}
-    for item in out.values():
-        for name, value in item["inputs"].items():
-            if isinstance(value, list) and kinds[value[0]] in REPLACED:
-                item["inputs"][name] = ["stand", REPLACED[kinds[value[0]]]]
-            elif pattern := FILES.get((item["class_type"], name)):
+    """The same graph with the tiny model of a family, and the text encoders, latent and VAE that belong to it."""
+    out = shrunk(graph)
+    for key, item in out.items():
+        for name in item["inputs"]:
+            if pattern := FILES.get((item["class_type"], name)):
                 item["inputs"][name] = pattern.format(family)
-    return out | {"stand": node("QDiffTestStandIns", family=family)}
+        if item["class_type"] in CLIP_LOADERS:
+            out[key] = clip_node(family)
+        elif item["class_type"] == "EmptySD3LatentImage":
+            out[key] = latent_node(family)
+        elif item["class_type"] == "VAELoader":
+            item["inputs"]["vae_name"] = CONDITIONED[family].vae
+    return out
