@@ -46,6 +46,7 @@ END
     cp tests/comfyui/qdiff_test_torchvision.py "$site/"
     echo "import qdiff_test_torchvision" > "$site/qdiff_test_torchvision.pth"
     "$python" -c "import torchaudio" 2> /dev/null || rm -f "$site"/torchaudio/lib/*.so
+    "${pip[@]}" install "comfy-cli==1.23.0" # checks and packs the pack as the registry does
     touch "$folder/ready"
 }
 
