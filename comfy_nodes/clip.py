@@ -16,7 +16,7 @@ from qdiff_diffusers.errors import CheckpointError
 from qdiff_diffusers.stored import StoredModel, read_stored_model, stored_settings
 
 from .families import Family
-from .loader import native_tensors
+from .loader import is_text_encoder, native_tensors
 from .ops import Operations
 from .patches import adopt
 
@@ -45,12 +45,12 @@ def load_clip(paths: list[Path], clip_type: str) -> Any:
         clip_type: name of a ``comfy.sd.CLIPType`` in lower case, or "sdxl".
 
     Raises:
-        CheckpointError: a file is damaged or incomplete, or this ComfyUI does not know the type.
+        CheckpointError: a file is damaged, incomplete or no text encoder, or this ComfyUI does not know the type.
     """
     kind = getattr(comfy.sd.CLIPType, SAME_TYPES.get(clip_type, clip_type).upper(), None)
     if kind is None:
         raise CheckpointError(f"this ComfyUI knows no text encoder type {clip_type!r}")
-    stored = [read_stored_model(path) if stored_settings(path) else None for path in paths]
+    stored = [read_encoder(path) if stored_settings(path) else None for path in paths]
     tensors = [_tensors(path, model) for path, model in zip(paths, stored, strict=True)]
     clip = comfy.sd.load_text_encoder_state_dicts(
         tensors,
@@ -62,6 +62,20 @@ def load_clip(paths: list[Path], clip_type: str) -> Any:
     _check_names(clip.cond_stage_model, tensors)
     adopt(clip.patcher)
     return clip
+
+
+def read_encoder(path: Path) -> StoredModel:
+    """What is stored of a quantized text encoder; no weight is read.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete or no text encoder.
+    """
+    stored = read_stored_model(path)
+    if not is_text_encoder(stored):
+        raise CheckpointError(
+            f"{path.name} is no text encoder but a {stored.model_class}; load it with Load Quantized Model (qdiff)"
+        )
+    return stored
 
 
 def tokenizer_files(folder: Path, model_class: str) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ def checkpoints(*kinds: str) -> dict[str, Path]:
     for kind in kinds:
         for base in map(Path, folder_paths.get_folder_paths(kind)):
             for path in _models(base):
-                if kind == OURS or _is_ours(path, path.stat().st_mtime_ns):
+                if kind == OURS or _is_ours(path, _modified(path)):
                     out.setdefault(path.relative_to(base).as_posix(), path)
     return dict(sorted(out.items()))
 
@@ -46,15 +46,25 @@ def fingerprint(path: Path) -> str:
 
 def _models(base: Path) -> list[Path]:
     """Model folders (those with a config.json) and the safetensors files outside of them."""
-    found = []
+    found, seen = [], {os.path.realpath(base)}
     for folder, subfolders, files in os.walk(base, followlinks=True):
         if "config.json" in files and Path(folder) != base:
             found.append(Path(folder))
             subfolders.clear()
-        else:
-            found += [Path(folder, name) for name in files if name.endswith(".safetensors")]
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            continue
+        found += [path for name in files if name.endswith(".safetensors") and (path := Path(folder, name)).is_file()]
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders if not name.startswith(".")}
+        subfolders[:] = [name for name in real if real[name] not in seen]  # links may lead in circles
+        seen.update(real.values())
     return found
+
+
+def _modified(path: Path) -> int:
+    """When a file, or what says what a model folder is, was last changed."""
+    try:
+        return (path / "config.json" if path.is_dir() else path).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 @lru_cache(maxsize=4096)

@@ -54,10 +54,19 @@ def stored_family(stored: StoredModel) -> Family | None:
         return None
     if family := family_of_class(stored.model_class):
         return family
+    if is_text_encoder(stored):
+        raise CheckpointError(
+            f"{stored.path.name} is the text encoder {stored.model_class}; load it with Load Quantized CLIP (qdiff)"
+        )
     raise CheckpointError(
         f"{stored.path.name} is a {stored.model_class or 'model without a class name'}, which ComfyUI has no native class for. "
         f"Native are {', '.join(f.name for f in FAMILIES)}; everything else runs in the qdiff pipeline nodes"
     )
+
+
+def is_text_encoder(stored: StoredModel) -> bool:
+    """Whether transformers has saved it."""
+    return "architectures" in stored.settings
 
 
 def native_tensors(stored: StoredModel, family: Family | None, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -57,17 +57,17 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     targets = _choose(patcher.model.diffusion_model, names, config, _kept_in_float32(family))
     if not targets:
         raise ConfigError("nothing to quantize: the settings leave every layer as it is")
-    dtype = patcher.model.get_dtype()
+    dtype = _computing_dtype(patcher.model)
     total = sum(_module_name(part) not in config.skipped for slices in targets.values() for part in slices)
     pieces: dict[str, list[Piece]] = {}
     progress(config.layers, total)
     for native, slices in targets.items():
-        weight = _patched(patcher, native, weights[native])
+        weight = _patched(patcher, native, weights[native], dtype)
         pieces[native] = []
         for part in slices:
             pieces[native].append(_piece(weight[part.start : part.stop], part, config, dtype))
             progress(config.layers, total)
-    tensors = {key: pieces[key] if key in pieces else _patched(patcher, key, value) for key, value in weights.items()}
+    tensors = {key: pieces[key] if key in pieces else _patched(patcher, key, value, dtype) for key, value in weights.items()}
     native = {key: assemble(value, dtype) if isinstance(value, list) else value for key, value in tensors.items()}
     config.compute_dtype = str(dtype).removeprefix("torch.")
     config.provenance = new_provenance(family.classes[0] if family else type(patcher.model).__name__)
@@ -86,10 +86,17 @@ def _weights(patcher: Any) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
-def _patched(patcher: Any, key: str, weight: Tensor) -> Tensor:
+def _computing_dtype(model: Any) -> torch.dtype:
+    """The dtype of the model, unless it is one of 8 bits, in which weights are only stored."""
+    dtype = model.get_dtype()
+    return dtype if dtype.itemsize > 1 else model.manual_cast_dtype or torch.bfloat16
+
+
+def _patched(patcher: Any, key: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor, decoded, with the patches on it baked in."""
     weight = weight.detach()
     weight = weight.dequantize() if hasattr(weight, "_layout_cls") else weight
+    weight = weight.to(dtype) if weight.is_floating_point() and weight.dtype.itemsize == 1 else weight
     patches = patcher.patches.get(f"diffusion_model.{key}")
     if patches is None:
         return weight
@@ -156,6 +163,8 @@ def _rebuild(patcher: Any, tensors: dict[str, Tensor], config: QDiffConfig, fami
     model_config.__dict__.update(patcher.model.model_config.__dict__)
     model_config.custom_operations = Operations
     model_config.quant_config = None
+    if _computing_dtype(patcher.model) != patcher.model.get_dtype():
+        model_config.set_inference_dtype(_computing_dtype(patcher.model), None)
     parts = (model_config, tensors, patcher.model.model_sampling, patcher.load_device, patcher.offload_device)
     new = _patcher(*parts)
     if new.is_dynamic():  # such a one shares its tensors; some nodes want it once more without dynamic VRAM
@@ -193,7 +202,7 @@ def save_model(patcher: Any, folder: Path) -> Path:
         The weight file, which is complete in itself.
 
     Raises:
-        ConfigError: the model is not quantized by us.
+        ConfigError: the model is not quantized by us, or there are LoRAs on it, which would be lost.
         CheckpointError: ``folder`` exists already.
     """
     info = patcher.get_attachment(ATTACHMENT)
@@ -201,6 +210,8 @@ def save_model(patcher: Any, folder: Path) -> Path:
         raise ConfigError(
             "this MODEL is not quantized by qdiff; connect one from Quantize Model (qdiff) or Load Quantized Model (qdiff)"
         )
+    if patcher.patches:
+        raise ConfigError("LoRAs and merges on a quantized MODEL cannot be saved into it; put them before Quantize Model (qdiff)")
     settings = {key: value for key, value in info["settings"].items() if key != "quantization_config"}
     return write_stored_model(folder, settings, info["quantization"], _stored(patcher, NATIVE in settings))
 

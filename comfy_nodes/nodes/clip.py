@@ -61,7 +61,9 @@ class LoadCLIP(io.ComfyNode):
     def validate_inputs(cls, encoder: str, encoder_2: str = NONE, encoder_3: str = NONE) -> bool | str:
         if reason := problem():
             return reason
-        from qdiff_diffusers.stored import read_stored_model, stored_settings
+        from qdiff_diffusers.stored import stored_settings
+
+        from ..clip import read_encoder
 
         for name in (encoder, encoder_2, encoder_3):
             path = encoders().get(name)
@@ -69,7 +71,7 @@ class LoadCLIP(io.ComfyNode):
                 return f"There is no text encoder {name!r} in models/qdiff or models/text_encoders"
             try:
                 if path and (name == encoder or stored_settings(path)):
-                    read_stored_model(path)
+                    read_encoder(path)
             except (ValueError, OSError) as error:
                 return str(error)
         return True

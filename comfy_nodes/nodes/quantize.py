@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from comfy_api.latest import io
 from ..folders import OURS
 from ..package import problem, require
 
-NAME = re.compile(r"[\w][\w .+/-]{0,200}")
+NAME = re.compile(r"[\w][\w .+()\[\]-]*(/[\w][\w .+()\[\]-]*)*")  # no folder begins with a dot: those are not searched
+LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 
 def _bits(*choices: str, default: str = "4") -> io.Input:
@@ -164,15 +164,11 @@ class SaveModel(io.ComfyNode):
     def validate_inputs(cls, name: str) -> bool | str:
         if reason := problem():
             return reason
-        if not NAME.fullmatch(name) or ".." in Path(name).parts or Path(name).is_absolute():
-            return f"name must be a folder inside models/qdiff, made of letters, digits, spaces and . _ - +, got {name!r}"
-        if _target(name).exists():
-            return f"{_target(name)} exists already; choose another name, or delete it"
-        return True
+        return _problem_with(name) or True
 
     @classmethod
     def fingerprint_inputs(cls, name: str, **kwargs: Any) -> bool:
-        return _target(name).exists()
+        return _problem_with(name) is None
 
     @classmethod
     def execute(cls, model: Any, name: str) -> io.NodeOutput:
@@ -186,4 +182,19 @@ class SaveModel(io.ComfyNode):
 
 
 def _target(name: str) -> Path:
-    return Path(os.path.join(folder_paths.get_folder_paths(OURS)[0], name))
+    return Path(folder_paths.models_dir, OURS, name)
+
+
+def _problem_with(name: str) -> str | None:
+    """Why no model can be saved under a name; ``None`` if one can."""
+    parts = name.split("/")
+    if not NAME.fullmatch(name) or any(part.endswith((" ", ".")) for part in parts):
+        return f"name must be a folder inside models/qdiff, made of letters, digits, spaces and . _ - + ( ) [ ], got {name!r}"
+    if any(len(part.encode()) > LONGEST for part in parts):
+        return f"name is too long for a folder: {name!r}"
+    if _target(name).exists():
+        return f"{_target(name)} exists already; choose another name, or delete it"
+    for parent in list(_target(name).parents)[: len(parts) - 1]:
+        if (parent / "config.json").exists() or parent.is_file():
+            return f"{parent} is a model itself; choose another folder than {name!r}"
+    return None

@@ -61,7 +61,7 @@ def server(dense: Any, quantized: Any, tmp_path_factory: pytest.TempPathFactory)
     """A running ComfyUI with the installed pack and tiny models."""
     base = tmp_path_factory.mktemp("base")
     models_folder.fill(base / "models", dense, quantized)
-    server = Server(base, "--preview-method", "latent2rgb")
+    server = Server(base, "--preview-method", "latent2rgb", "--extra-model-paths-config", str(base / "extra.yaml"))
     yield server
     server.stop()
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from qdiff_diffusers import RTNConfig, quantize
 
 FAMILIES = ("flux", "sd3", "sdxl", "wan", "qwen")
+ODD = "große Modelle/flux (4 bit) [v2] 模型"
+ELSEWHERE = "on another disk"  # in a folder that extra_model_paths.yaml names
 
 
 def native_tensors(folder: Path, family: str) -> dict[str, torch.Tensor]:
@@ -40,7 +42,13 @@ def fill(models: Path, dense: Callable[[str], Path], quantized: Callable[[str], 
         save_file(lora_file(family), models / "loras" / f"{family}.safetensors")
     tiny_models.make("dit").save_pretrained(models.parent / "dit")
     quantize(models.parent / "dit", RTNConfig(bits=4), models / "qdiff" / "dit")
+    shutil.copytree(quantized("flux"), models / "qdiff" / ODD)
+    shutil.copytree(quantized("flux"), models.parent / "disk" / ELSEWHERE)
+    (models.parent / "extra.yaml").write_text(f"mine:\n  base_path: {models.parent}\n  qdiff: disk\n")
     _bad_checkpoints(models / "qdiff", quantized("flux"))
+    for kind in ("qdiff", "diffusion_models"):
+        (models / kind / "gone.safetensors").symlink_to(models / "a file that was deleted.safetensors")
+        (models / kind / "circle").symlink_to(models / kind)
     _as_the_workflows_name_it(models)
 
 

@@ -55,7 +55,7 @@ class Server:
     ) -> None:
         """``pack``: what is put into custom_nodes, "installed" by ``qdiff comfy install`` or a "clone" of the repository."""
         self.base = base
-        for name in ("custom_nodes", "models/qdiff", "models/loras", "input", "output", "temp", "user"):
+        for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(exist_ok=True)

@@ -93,6 +93,25 @@ def lokr(model):
     return out
 
 
+def loha(model):
+    """A LoHa patch, a product of two low-rank ones."""
+    torch.manual_seed(5)
+    weights = {n: w for n, w in host.part("loader").packed_weights(model).items() if w.ndim == 2}
+    out = {}
+    for name, weight in weights.items():
+        for factor in ("w1", "w2"):
+            out[f"diffusion_model.{name}.hada_{factor}_a"] = torch.randn(weight.shape[0], 3) * 0.2
+            out[f"diffusion_model.{name}.hada_{factor}_b"] = torch.randn(3, weight.shape[1]) * 0.2
+    return out
+
+
+def difference(model):
+    """What is to be added to every weight, as extracted from a fine-tuned model."""
+    torch.manual_seed(6)
+    weights = host.part("loader").packed_weights(model)
+    return {f"diffusion_model.{name}.diff": torch.randn(weight.shape) * 0.02 for name, weight in weights.items()}
+
+
 def with_lora(model, lora, strength):
     import comfy.sd
 
@@ -151,10 +170,13 @@ def test_two_loras_add_up(models):
     assert (outputs[0] - outputs[1]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["dora", "lokr"])
+ADAPTERS = {"dora": lambda model: peft_lora("flux", dora=True), "lokr": lokr, "loha": loha, "difference": difference}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_other_adapters_act_on_the_decoded_weight(kind, models):
     packed, stock = models("flux")
-    lora = peft_lora("flux", dora=True) if kind == "dora" else lokr(packed)
+    lora = ADAPTERS[kind](packed)
     before = run(packed, "flux")
     outputs = [run(with_lora(model, lora, 0.7), "flux") for model in (packed, stock)]
     assert (outputs[1] - before).abs().max() > 100 * TOLERANCE

@@ -25,12 +25,12 @@ SAVED = ("flux", "flux2", "sd3", "sdxl", "sd15", "pixart", "wan", "wan_i2v", "qw
 def native(dense, tiny):
     """``native(family)``: the tiny dense model, loaded by stock ComfyUI."""
 
-    def load(family):
+    def load(family, dtype=torch.float32):
         tiny(family)
         import comfy.sd
 
         sources = native_tensors(dense(family), family)
-        return comfy.sd.load_diffusion_model_state_dict(sources, model_options={"dtype": torch.float32})
+        return comfy.sd.load_diffusion_model_state_dict(sources, model_options={"dtype": dtype})
 
     return load
 
@@ -106,6 +106,22 @@ def test_a_lora_is_baked_in(native):
     wanted = run(model, "flux")
     packed = host.part("quantize").quantize_model(model, RTNConfig(bits=8, group_size=32))
     assert (run(packed, "flux") - wanted).abs().max() < 0.02 * wanted.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16])
+@torch.no_grad()
+def test_a_model_that_is_stored_in_fewer_bits_can_be_quantized_and_saved(dtype, native, tmp_path):
+    """As UNETLoader's weight_dtype has it. Eight bits only store: what stays dense is kept in the dtype that computes."""
+    from comfyui.test_stock_nodes import sample
+
+    quantize, dense = host.part("quantize"), native("flux", dtype)
+    model = quantize.quantize_model(dense, RTNConfig(bits=8, group_size=32))
+    output, wanted = sample(model, "flux"), sample(dense, "flux")
+    assert (output - wanted).norm() < 0.02 * wanted.norm()
+    quantize.save_model(model, tmp_path / "saved")
+    assert torch.equal(sample(host.part("loader").load_model(tmp_path / "saved"), "flux"), output)
+    made = read_stored_model(tmp_path / "saved").quantization.compute_dtype
+    assert made == ("float16" if dtype == torch.float16 else "float32")
 
 
 def test_skip_patterns_and_overrides_hold_inside_fused_layers(native):

@@ -42,3 +42,36 @@ def test_no_preview_is_drawn_where_the_user_wants_none(server):
     assert messages[-1].kind == "execution_success"
     assert not of("preview", messages)
     assert of("progress", messages)[-1].data["value"] == of("progress", messages)[-1].data["max"] > 10
+
+
+def test_a_cancelled_quantization_can_be_run_again(server):
+    graph = quantizing("aq", bits="2", effort=1)
+    messages = server.watch(graph, at=lambda message: message.kind == "preview" and server.post("/interrupt", {}))
+    assert messages[-1].kind == "execution_interrupted"
+    done = of("progress", messages)[-1].data
+    assert done["value"] < done["max"]
+    assert "aq: " in table(server.run(graph))
+
+
+def test_methods_are_switched_from_run_to_run(server):
+    methods = {"vq": {"bits": "3"}, "fp": {"format": "nvfp4"}, "rtn": {"bits": "2"}}
+    runs = [(name, table(server.run(quantizing(name, **methods[name])))) for name in ("vq", "fp", "rtn", "vq")]
+    assert all(f", {name}: " in text for name, text in runs)
+    assert runs[0] == runs[3] and len(set(runs)) == 3
+
+
+def test_queued_prompts_get_their_own_results(server):
+    graphs = [quantizing("rtn", bits="3"), quantizing("rtn", bits="6"), quantizing("svdquant", model="sdxl", bits="4", rank=2)]
+    queued = [server.queue(graph)["prompt_id"] for graph in graphs]
+    tables = [table(server.result(prompt)) for prompt in queued]
+    bits = [float(text.split(" bits per weight")[0].split()[-1]) for text in tables]
+    assert bits[0] < 4 < 6 < bits[1] and tables[2].startswith("SDXL, svdquant")
+
+
+def test_of_two_prompts_that_save_under_one_name_the_first_wins(server):
+    name = "made/once"
+    graphs = [quantizing("rtn", bits=bits) | {"save": node("QDiffSaveModel", model=["packed", 0], name=name)} for bits in "48"]
+    first, second = [server.result(prompt) for prompt in [server.queue(graph)["prompt_id"] for graph in graphs]]
+    assert first["error"] is None and "exists already" in second["error"]
+    graph = {"model": node("QDiffLoadModel", checkpoint=name, dtype="auto", kernels="auto")}
+    assert table(server.run(graph | {"info": node("QDiffModelInfo", model=["model", 0])})) == first["outputs"]["info"]["text"][0]

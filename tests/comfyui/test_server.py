@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import urllib.request
+
 import numpy as np
 import pytest
 from comfyui.conditioned import around
-from comfyui.models_folder import FAMILIES
+from comfyui.models_folder import ELSEWHERE, FAMILIES, ODD
 from comfyui.server import node, pictures
 
 NODES = {
@@ -57,10 +59,57 @@ def test_every_node_is_there_with_help(server):
         assert inputs
 
 
+@pytest.mark.parametrize("locale", ["de", "fr"])
+def test_every_node_speaks_three_languages(locale, server):
+    """Names, tooltips and help pages; a page is headed by what the node is called."""
+    info, words = server.get("/object_info"), server.get("/i18n")[locale]["nodeDefs"]
+    for name in NODES:
+        said = words[name]
+        inputs = {**info[name]["input"].get("required", {}), **info[name]["input"].get("optional", {})}
+        assert set(said["inputs"]) == set(inputs)
+        for key, spec in inputs.items():
+            assert said["inputs"][key]["name"] and ("tooltip" in said["inputs"][key]) == (
+                "tooltip" in (spec[1] if spec[1:] else {})
+            )
+        titles = {f"{name}.md": info[name]["display_name"], f"{name}/{locale}.md": said["display_name"]}
+        for page, title in titles.items():
+            with urllib.request.urlopen(f"{server.url}/extensions/qdiff/docs/{page}", timeout=30) as answer:
+                assert answer.read().decode().startswith(f"# {title}\n\n")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_quantized_model_samples_with_the_stock_sampler(family, server):
     image = pictures(server, server.run(sampling(family)))[0]
     assert image.std() > 5
+
+
+@pytest.mark.parametrize("checkpoint", [ODD, ELSEWHERE])
+def test_checkpoints_are_found_by_odd_names_and_in_other_folders(checkpoint, server):
+    loader = server.get("/object_info/QDiffLoadModel")["QDiffLoadModel"]["input"]["required"]
+    offered = loader["checkpoint"][1]["options"]
+    assert checkpoint in offered and "gone.safetensors" not in offered
+    assert not [name for name in offered if name.startswith("circle")]
+    graph = {"model": node("QDiffLoadModel", checkpoint=checkpoint, dtype="auto", kernels="auto")}
+    result = server.run(graph | {"info": node("QDiffModelInfo", model=["model", 0])})
+    assert result["error"] is None and "Flux" in result["outputs"]["info"]["text"][0]
+
+
+@pytest.mark.parametrize("kind", ["QDiffModelInfo", "QDiffReport"])
+def test_what_is_not_quantized_is_said_to_be_so(kind, server):
+    graph = {"dense": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"), "x": node(kind, model=["dense", 0])}
+    assert "no layer that qdiff has quantized" in server.run(graph)["error"]
+    graph["x"] = node("QDiffSaveModel", model=["dense", 0], name="made/never")
+    assert "not quantized by qdiff" in server.run(graph)["error"]
+
+
+def test_a_lora_is_not_lost_silently_when_a_model_is_saved(server):
+    graph = {
+        "model": node("QDiffLoadModel", checkpoint="flux", dtype="auto", kernels="auto"),
+        "lora": node("LoraLoaderModelOnly", model=["model", 0], lora_name="flux.safetensors", strength_model=1.0),
+        "save": node("QDiffSaveModel", model=["lora", 0], name="made/with-lora"),
+    }
+    assert "cannot be saved into it" in server.run(graph)["error"]
+    assert not (server.base / "models" / "qdiff" / "made" / "with-lora").exists()
 
 
 def test_a_stock_lora_loader_changes_the_image_and_lets_go(server):
@@ -87,7 +136,7 @@ def test_quantize_save_load_compare_and_report_in_one_graph(server):
             outer_layers=False,
             seed=0,
         ),
-        "save": node("QDiffSaveModel", model=["quantized", 0], name="made/here"),
+        "save": node("QDiffSaveModel", model=["quantized", 0], name="große Modelle/made here [4-bit] 模型"),
         "info": node("QDiffModelInfo", model=["quantized", 0]),
         "report": node("QDiffReport", model=["quantized", 0]),
         **around("flux"),
@@ -114,10 +163,12 @@ def test_quantize_save_load_compare_and_report_in_one_graph(server):
     assert report.shape == (640, 1200, 3) and comparison.shape == (64, 3 * 64 + 16, 3)
     assert "svdquant" in result["outputs"]["info"]["text"][0] and "PSNR" in result["outputs"]["compare"]["text"][0]
     loader = server.get("/object_info/QDiffLoadModel")["QDiffLoadModel"]["input"]["required"]
-    assert "made/here" in loader["checkpoint"][1]["options"]
-    again = sampling("flux") | {"model": node("QDiffLoadModel", checkpoint="made/here", dtype="auto", kernels="torch")}
+    assert "große Modelle/made here [4-bit] 模型" in loader["checkpoint"][1]["options"]
+    again = sampling("flux") | {
+        "model": node("QDiffLoadModel", checkpoint="große Modelle/made here [4-bit] 模型", dtype="auto", kernels="torch")
+    }
     assert pictures(server, server.run(again))
-    assert "made/here exists already" in server.run(graph)["error"]
+    assert "exists already" in server.run(graph)["error"]
 
 
 @pytest.mark.parametrize("method", ["as stored", "vq"])
@@ -142,6 +193,8 @@ def test_the_demo_pipeline_makes_images(method, server):
         ("future", "format version 99"),
         ("incomplete", "lacks tensor transformer_blocks.9.attn.to_q.codes"),
         ("dit", "DiTTransformer2DModel, which ComfyUI has no native class for"),
+        ("text/t5", "is the text encoder T5EncoderModel; load it with Load Quantized CLIP"),
+        ("gone.safetensors", "There is no quantized model 'gone.safetensors'"),
     ],
 )
 def test_a_bad_checkpoint_is_refused_before_anything_runs(checkpoint, message, server):
@@ -154,11 +207,33 @@ def test_a_bad_checkpoint_is_refused_before_anything_runs(checkpoint, message, s
     "change, message",
     [
         ({"model": node("QDiffLoadModel", checkpoint="flux", dtype="auto", kernels="triton")}, "needs a GPU"),
-        ({"info": node("QDiffSaveModel", model=["model", 0], name="../outside")}, "must be a folder inside models/qdiff"),
+        *(
+            ({"info": node("QDiffSaveModel", model=["model", 0], name=name)}, "must be a folder inside models/qdiff")
+            for name in (
+                "../outside",
+                "/absolute",
+                "a/../b",
+                "a//b",
+                "a/",
+                "",
+                ".hidden",
+                "a/.hidden",
+                "ends with a dot.",
+                "con:",
+                "a\\b",
+            )
+        ),
+        ({"info": node("QDiffSaveModel", model=["model", 0], name="模" * 70)}, "name is too long for a folder"),
+        ({"info": node("QDiffSaveModel", model=["model", 0], name="flux/inside")}, "flux is a model itself"),
+        ({"info": node("QDiffSaveModel", model=["model", 0], name="flux")}, "flux exists already"),
         ({"pipe": node("QDiffLoadPipeline", pipeline="nothing", quantize="as stored")}, "There is no pipeline 'nothing'"),
         (
             {"clip": node("QDiffLoadCLIP", encoder="x", encoder_2="none", encoder_3="none", type="flux")},
             "There is no text encoder 'x'",
+        ),
+        (
+            {"clip": node("QDiffLoadCLIP", encoder="flux", encoder_2="none", encoder_3="none", type="flux")},
+            "flux is no text encoder but a FluxTransformer2DModel; load it with Load Quantized Model",
         ),
     ],
 )
