@@ -7,10 +7,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .config import AQConfig, QDiffConfig, VQConfig
-from .errors import ConfigError
 from .formats import LayerSpec
 from .methods import aq, vq
 
@@ -43,17 +42,17 @@ WIDTH_EXPONENT = 4
 
 
 class Choice(NamedTuple):
-    """One width that a layer can have.
+    """One width, or rank, that a layer can have.
 
     Attributes:
         stored: bits per weight, everything counted.
         loss: that the model would have from this layer.
-        bits: nominal, as a config asks for it.
+        settings: of its config, one of ``config.alternatives()``.
     """
 
     stored: float
     loss: float
-    bits: float
+    settings: dict[str, Any]
 
 
 def kind_of(name: str) -> str:
@@ -75,45 +74,43 @@ def spread_by_kind(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tupl
         targets: config of each layer.
         shapes: of their weights.
 
-    Raises:
-        ConfigError: a config leaves its bits to other settings.
     """
     chosen = {name: config for name, config in targets.items() if config.by_kind}
-    check_bits(chosen)
     choices, budget = {}, 0.0
     sizes = {name: math.prod(shapes[name]) for name in chosen}
     widest = max((width_of(shapes[name]) for name in chosen), default=1)
     for name, config in chosen.items():
         unit = SENSITIVITY[kind_of(name)] * (widest / width_of(shapes[name])) ** WIDTH_EXPONENT * sizes[name]
         offers = {bits: _stored(replace(config, bits=bits), shapes[name]) for bits in config.bit_choices}
-        choices[name] = sorted(Choice(stored, unit * 4**-bits, bits) for bits, stored in offers.items())
+        choices[name] = [Choice(stored, unit * 4**-bits, {"bits": bits}) for bits, stored in offers.items()]
         budget += offers[float(config.bits or 0)] * sizes[name]
-    bits = spend(choices, sizes, budget)
-    return {name: with_bits(config, bits[name]) if name in bits else config for name, config in targets.items()}
+    return with_settings(targets, spend(choices, sizes, budget))
 
 
-def check_bits(targets: Mapping[str, QDiffConfig]) -> None:
-    """Raises :class:`ConfigError` if the bits of a config are left to other settings."""
-    if fixed := [name for name, config in targets.items() if config.bits is None]:
-        raise ConfigError(f"mixed bits need a config with bits, which {fixed[0]} has not")
+def with_settings(targets: Mapping[str, QDiffConfig], settings: Mapping[str, dict[str, Any]]) -> dict[str, QDiffConfig]:
+    """Configs with other settings; those that have them already, and those of other layers, are the very same."""
+    return {
+        name: config if has_settings(config, settings.get(name, {})) else replace(config, **settings[name])
+        for name, config in targets.items()
+    }
 
 
-def with_bits(config: QDiffConfig, bits: float) -> QDiffConfig:
-    """The same config, the very same if it has those bits."""
-    return config if bits == config.bits else replace(config, bits=bits)
+def has_settings(config: QDiffConfig, settings: Mapping[str, Any]) -> bool:
+    return all(getattr(config, key) == value for key, value in settings.items())
 
 
-def spend(choices: Mapping[str, Sequence[Choice]], sizes: Mapping[str, int], budget: float) -> dict[str, float]:
+def spend(choices: Mapping[str, Sequence[Choice]], sizes: Mapping[str, int], budget: float) -> dict[str, dict[str, Any]]:
     """Give every layer the fewest bits, then more where they lower the expected loss most per stored bit.
 
     Args:
-        choices: of each layer, their stored bits rising.
+        choices: of each layer, in any order.
         sizes: weights of each layer.
         budget: stored bits of all weights together.
 
     Returns:
-        nominal bits of each layer.
+        the settings of each layer's choice.
     """
+    choices = {name: sorted(offers, key=lambda choice: choice[:2]) for name, offers in choices.items()}
     level = dict.fromkeys(choices, 0)
     left = budget - sum(choices[name][0].stored * sizes[name] for name in choices)
     queue: list[tuple[float, str, int]] = []
@@ -139,7 +136,7 @@ def spend(choices: Mapping[str, Sequence[Choice]], sizes: Mapping[str, int], bud
             left -= price
             level[name] = i
             offer(name)
-    return {name: choices[name][level[name]].bits for name in choices}
+    return {name: choices[name][level[name]].settings for name in choices}
 
 
 def _stored(config: QDiffConfig, shape: tuple[int, ...]) -> float:

@@ -21,6 +21,7 @@ from .formats.spec import STATIC
 FORMAT_VERSION = 1
 ACTIVATION_SCALES = ("token", "static", "timestep")
 SCALE_SEARCHES = ("fast", "grid", "absmax")
+RANK_SHARES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of a mean rank, what a layer can have
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -157,6 +158,16 @@ class QDiffConfig(QuantizationConfigMixin):
         return self.unsigned or self.activation_scales != "token"
 
     @property
+    def takes_samples(self) -> bool:
+        """Whether a calibration should keep some of the layers' inputs."""
+        return self.needs_samples or self.has_noisy_inputs
+
+    @property
+    def has_noisy_inputs(self) -> bool:
+        """Whether activations have so few bits that it matters to the choice of codes; those of 8 bits err a hundred times less."""
+        return self.activations is not None and self.activations not in STATIC
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether some layer needs samples of its inputs."""
         return any(config is not None and config.needs_samples for config in (self, *(self.overrides or {}).values()))
@@ -191,6 +202,16 @@ class QDiffConfig(QuantizationConfigMixin):
             if pattern in module_name:
                 return config
         return self
+
+    def alternatives(self) -> list[dict[str, Any]]:
+        """Settings among which mixed precision may choose for one layer, what is asked for among them.
+
+        Raises:
+            ConfigError: the bits are left to other settings.
+        """
+        if self.bits is None:
+            raise ConfigError(f"{type(self).__name__}: mixed precision needs bits, which other settings replace here")
+        return [{"bits": bits} for bits in self.bit_choices]
 
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, JSON-able, ``method`` always among them."""
@@ -391,7 +412,8 @@ class SVDQuantConfig(QDiffConfig):
         bits: of the residual, 2, 3, 4 or 8; the format follows unless ``weight_format`` is given.
         weight_format: of the residual: "int4", "nvfp4", an encoding such as "e2m1", ...; "aq" or "vq" for codebooks of ``bits``.
         rank: of the branch; ``None`` scales it with the layer (24 at 3072 x 3072).
-        branch_bits: instead of ``rank``, what the branch may cost in bits per weight: each layer's rank follows from its shape.
+        branch_bits: instead of ``rank``, what the branch may cost in bits per weight: each layer's rank follows from its shape, and
+            with ``Calibration(mixed=True)`` from what rank is worth there, ``branch_bits`` being the mean.
         rounds: most rounds of alternating SVD and residual quantization; the first that does not lower the error ends them.
         smoothing: divide the inputs by a vector of which 39 are tried on each layer. Needs a calibration; worth it or not, see
             docs/calibration.md.
@@ -427,6 +449,12 @@ class SVDQuantConfig(QDiffConfig):
     @property
     def needs_samples(self) -> bool:
         return super().needs_samples or self.smoothing
+
+    def alternatives(self) -> list[dict[str, Any]]:
+        """Widths of the residual; or, where ``branch_bits`` is given, ranks."""
+        if self.branch_bits is None:
+            return super().alternatives()
+        return [{"branch_bits": share * self.branch_bits} for share in RANK_SHARES]
 
     def codebooks(self) -> QDiffConfig | None:
         """The method of a residual in codebooks, if ``weight_format`` asks for one."""

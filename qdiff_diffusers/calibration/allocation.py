@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..budget import Choice, check_bits, spend, with_bits
-from ..config import QDiffConfig
+from ..budget import Choice, has_settings, spend, with_settings
+from ..config import QDiffConfig, SVDQuantConfig
 from ..methods import quantize_weight
 from . import parallel
 from .settings import Calibration
@@ -26,25 +28,27 @@ SAMPLE_ROWS = 64  # of a weight, on which the errors of all bit widths are compa
 def allocate(
     model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, calibration: Calibration, folder: Path
 ) -> dict[str, QDiffConfig]:
-    """Choose the bits of each layer, so that their mean over all weights stays what the layers' configs ask for.
+    """Choose the bits of each layer, so that their mean over all weights stays what the layers' configs ask for; or the rank of its
+    low-rank branch, whichever ``config.alternatives()`` offers.
 
     Each layer in turn is quantized by itself, as its config says, and the model's loss on a few calls taken. A layer's loss at
     other bits is that loss times the ratio of its weight errors. Bits then go, step by step, where one takes off most loss.
 
     Args:
         model: in full precision; it is the same afterwards.
-        targets: config of each layer, with ``bits``.
+        targets: config of each layer.
         calls: recorded calls.
         folder: of the workspace, for the finished choice.
 
     Returns:
-        ``targets`` with other ``bits``.
+        ``targets`` with other ``bits``, or ranks.
 
     Raises:
         ConfigError: a config leaves its bits to other settings.
     """
-    check_bits(targets)
-    path = folder / "allocation.json"
+    for config in targets.values():
+        config.alternatives()  # whether there are any, before any work
+    path = folder / "choices.json"
     if not parallel.share(path.is_file(), 0):
         chosen = _choose(model, targets, calls, calibration) if parallel.rank() == 0 else {}
         chosen = parallel.share(chosen, 0)
@@ -53,23 +57,26 @@ def allocate(
             path.write_text(json.dumps(chosen))
     else:
         chosen = parallel.share(json.loads(path.read_text()) if parallel.rank() == 0 else {}, 0)
-    return {name: with_bits(config, chosen[name]) for name, config in targets.items()}
+    return with_settings(targets, chosen)
 
 
-def _choose(model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, calibration: Calibration) -> dict[str, float]:
+def _choose(model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, calibration: Calibration) -> dict[str, dict[str, Any]]:
     choices: dict[str, list[Choice]] = {}
     sizes: dict[str, int] = {}
     budget = 0.0
     losses = sensitivities(model, targets, calls, calibration.guidance_scale)
-    for name, config in targets.items():
+    for name, config in logging.tqdm(targets.items(), desc="Weighing widths", unit="layer", delay=2):
         weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor) and config.bits is not None
+        assert isinstance(weight, Tensor)
         sizes[name] = weight.numel()
-        sample = weight.detach()[:: max(1, len(weight) // SAMPLE_ROWS)]
-        found = {bits: quantize_weight(sample, with_bits(config, bits), config.seed) for bits in config.bit_choices}
-        stored = {bits: one.spec.bits_per_weight(tuple(weight.shape)) for bits, one in found.items()}
-        budget += stored[config.bits] * sizes[name]
-        choices[name] = sorted(Choice(stored[bits], losses[name] * one.error, bits) for bits, one in found.items())
+        # A few rows tell the error of codes; but of a low-rank branch they are not typical, which fits few rows too well.
+        rows = 1 if isinstance(config, SVDQuantConfig) else max(1, len(weight) // SAMPLE_ROWS)
+        choices[name] = []
+        for settings in config.alternatives():
+            found = quantize_weight(weight.detach()[::rows], replace(config, **settings), config.seed)
+            stored = found.spec.bits_per_weight(tuple(weight.shape))
+            choices[name].append(Choice(stored, losses[name] * found.error, settings))
+            budget += stored * sizes[name] if has_settings(config, settings) else 0
     return spend(choices, sizes, budget)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -70,9 +71,9 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
-def output_error(pipe: DiTPipeline) -> float:
+def output_error(pipe: DiTPipeline, exact: DiTPipeline | None = None) -> float:
     """On a trajectory that calibration has not seen."""
-    exact, error, size = dit(), 0.0, 0.0
+    exact, error, size = exact or dit(), 0.0, 0.0
     store = Store(Path("unused"), 1 << 30)
     record(exact, {"transformer": exact.transformer}, Calibration(**FEW, seed=7), {"transformer": store})
     for call in store:
@@ -330,32 +331,52 @@ def test_steps_and_minutes_together_are_refused():
         Tuning(steps=3, minutes=2)
 
 
+def mean_bits(pipe) -> float:
+    """Stored, per packed weight."""
+    layers = [module for module in pipe.transformer.modules() if isinstance(module, PackedLayer)]
+    sizes = [torch.Size(layer.weight_shape).numel() for layer in layers]
+    return sum(layer.bits_per_weight * n for layer, n in zip(layers, sizes, strict=True)) / sum(sizes)
+
+
 def test_mixed_bits_cost_no_more_and_err_less():
     uniform = quantize(dit(), RTNConfig(bits=3), calibration=FEW | {"hessian": False})
     mixed = quantize(dit(), RTNConfig(bits=3), calibration=FEW | {"hessian": False, "mixed": True})
-
-    def stored_bits(pipe):
-        layers = [module for module in pipe.transformer.modules() if isinstance(module, PackedLayer)]
-        sizes = [torch.Size(layer.weight_shape).numel() for layer in layers]
-        return sum(layer.bits_per_weight * n for layer, n in zip(layers, sizes, strict=True)) / sum(sizes)
-
-    assert stored_bits(mixed) <= stored_bits(uniform)
+    assert mean_bits(mixed) <= mean_bits(uniform)
     assert output_error(mixed) < 0.9 * output_error(uniform)
     layers = mixed.transformer.config.quantization_config.layers.values()
     assert len({layer.spec.format.bits for layer in layers}) > 1
 
 
 def test_bits_are_spent_where_they_gain_most():
-    loud, quiet = [(1, 8.0, 1), (2, 4.0, 2), (4, 1.0, 4)], [(1, 1.0, 1), (2, 0.5, 2), (4, 0.1, 4)]
-    costs = {"loud": [Choice(*c) for c in loud], "quiet": [Choice(*c) for c in quiet]}
-    assert spend(costs, {"loud": 10, "quiet": 10}, 40) == {"loud": 2, "quiet": 2}
-    assert spend(costs, {"loud": 10, "quiet": 10}, 50) == {"loud": 4, "quiet": 1}
-    assert spend(costs, {"loud": 10, "quiet": 10}, 80) == {"loud": 4, "quiet": 4}
-    assert spend(costs, {"loud": 10, "quiet": 10}, 0) == {"loud": 1, "quiet": 1}
+    offered = {"loud": [(1, 8.0, 1), (2, 4.0, 2), (4, 1.0, 4)], "quiet": [(1, 1.0, 1), (2, 0.5, 2), (4, 0.1, 4)]}
+    costs = {name: [Choice(stored, loss, {"bits": bits}) for stored, loss, bits in offers] for name, offers in offered.items()}
+
+    def spent(budget: float) -> dict[str, float]:
+        return {name: chosen["bits"] for name, chosen in spend(costs, {"loud": 10, "quiet": 10}, budget).items()}
+
+    assert spent(40) == {"loud": 2, "quiet": 2}
+    assert spent(50) == {"loud": 4, "quiet": 1}
+    assert spent(80) == {"loud": 4, "quiet": 4}
+    assert spent(0) == {"loud": 1, "quiet": 1}
+
+
+def test_rank_goes_where_it_gains_most():
+    """A layer of rank 1 gets no more than that; others share the rest."""
+    pipe = dit()
+    low = pipe.transformer.transformer_blocks[0].attn1.to_q.weight.data
+    low.copy_(0.3 * torch.randn(len(low), 1) @ torch.randn(1, low.shape[1]))
+    config = SVDQuantConfig(bits=4, branch_bits=1.0)
+    uniform = quantize(copy.deepcopy(pipe), config, calibration=FEW | {"hessian": False})
+    mixed = quantize(copy.deepcopy(pipe), config, calibration=FEW | {"hessian": False, "mixed": True})
+    layers = mixed.transformer.config.quantization_config.layers
+    assert layers["transformer_blocks.0.attn1.to_q"].spec.rank <= 1 < max(layer.spec.rank for layer in layers.values())
+    assert len({layer.spec.format.bits for layer in layers.values()}) == 1
+    assert mean_bits(mixed) <= mean_bits(uniform)
+    assert output_error(mixed, pipe) < output_error(uniform, pipe)
 
 
 def test_mixed_bits_need_bits():
-    with pytest.raises(ConfigError, match="need a config with bits"):
+    with pytest.raises(ConfigError, match="mixed precision needs bits"):
         quantize(dit(), AQConfig(num_codebooks=1, codebook_bits=4, vector_size=4), calibration=FEW | {"mixed": True})
 
 
