@@ -1,4 +1,5 @@
-"""Put the committed result tables into README.md, between its ``<!-- table: NAME -->`` and ``<!-- end -->`` marks.
+"""Put the committed result tables into README.md and docs/results.md, between their ``<!-- table: NAME -->`` and ``<!-- end -->``
+marks.
 
 python benchmarks/update_readme.py [--check]
 """
@@ -10,12 +11,12 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def filled(text: str) -> str:
-    """The README with every marked table as ``results/<name>.md`` has it."""
+    """The page with every marked table as ``results/<name>.md`` has it."""
 
     def table(match: re.Match[str]) -> str:
         content = (RESULTS / f"{match[1]}.md").read_text().strip()
@@ -26,12 +27,13 @@ def filled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail if the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="fail if a page is not up to date")
     args = parser.parse_args()
-    text = README.read_text()
-    if args.check and filled(text) != text:
-        raise SystemExit("README.md does not show the committed results; run python benchmarks/update_readme.py")
-    README.write_text(filled(text))
+    for page in PAGES:
+        text = page.read_text()
+        if args.check and filled(text) != text:
+            raise SystemExit(f"{page.name} does not show the committed results; run python benchmarks/update_readme.py")
+        page.write_text(filled(text))
 
 
 if __name__ == "__main__":
