@@ -37,6 +37,18 @@ def test_a_growing_plot_is_shown_while_a_model_is_quantized(server):
     assert (first[70:, right] < 200).sum() == 0 < (last[70:, right] < 200).sum()
 
 
+def test_a_pipeline_shows_every_step(server):
+    graph = {
+        "pipe": node("QDiffLoadPipeline", pipeline="demo model (bundled)", quantize="as stored"),
+        "images": node("QDiffSamplePipeline", pipeline=["pipe", 0], prompt="0", seed=0, steps=3, guidance=1.0, images=1),
+        "save": node("SaveImage", images=["images", 0], filename_prefix="previewed"),
+    }
+    shown = of("preview", server.watch(graph))
+    assert [message.data["node_id"] for message in shown] == ["images"] * 3
+    pictures = [np.asarray(message.picture) for message in shown]
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
 def test_no_preview_is_drawn_where_the_user_wants_none(server):
     messages = server.watch(quantizing("rtn", bits="5"), preview_method="none")
     assert messages[-1].kind == "execution_success"
