@@ -205,7 +205,12 @@ def mended(earlier: dict[str, Any], python: Path) -> dict[str, Any]:
     again = run_tests(python, *(line.split()[1] for line in earlier["failures"]))
     counts = Counter(earlier["counts"]) - Counter({"failed": len(earlier["failures"])}) + Counter(again["counts"])
     passed = Counter(earlier["passed"]) + Counter(again["passed"])
-    return {"counts": dict(counts), "passed": dict(passed), "failures": again["failures"], "skipped": earlier["skipped"]}
+    return {
+        "counts": dict(counts),
+        "passed": dict(passed),
+        "failures": again["failures"],
+        "skipped": [*earlier["skipped"], *again["skipped"]],
+    }
 
 
 def render(rows: dict[str, Any]) -> str:
