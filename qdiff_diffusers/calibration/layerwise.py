@@ -20,7 +20,7 @@ from .settings import Calibration
 from .statistics import InputStatistics, collect, groups_within
 from .store import Store, read_tensors, write_tensors
 
-SAMPLES = 2048  # of each layer's inputs, where a config needs more of them than second moments
+SAMPLES = 2048  # of each layer's inputs, where a config asks for more of them than second moments
 
 
 class FinishedLayer(NamedTuple):
@@ -61,7 +61,7 @@ def quantize_layers(
     for index, group in enumerate(groups):
         found: dict[str, FinishedLayer] = {}
         if parallel.is_mine(index):
-            keep = SAMPLES if any(targets[name].needs_samples for name in group) else 0
+            keep = SAMPLES if any(targets[name].takes_samples for name in group) else 0
             statistics = collect(model, group, calls, keep) if calls is not None else {}
             for name in group:
                 found[name] = _quantize(model.get_submodule(name), name, targets[name], calibration, statistics.pop(name, None))
@@ -83,7 +83,9 @@ def _quantize(
     inputs = None
     if statistics and statistics.tokens:
         hessian = statistics.hessian if calibration.hessian else None
-        inputs = LayerInputs(hessian, calibration.damping, errors, statistics.rows, _is_shiftable(layer))
+        inputs = LayerInputs(
+            hessian, calibration.damping, errors, statistics.rows, _is_shiftable(layer), calibration.noise_share
+        )
     try:
         spec, tensors, error = quantize_weight(layer.weight, config, seed, inputs)
     except ValueError as failure:

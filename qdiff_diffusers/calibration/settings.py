@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..methods.inputs import NOISE_SHARE
 
 OBJECTIVES = ("model", "blocks")
 ASSIGNMENTS = ("pv", "candidates", "rounding", "fixed")
@@ -87,7 +88,10 @@ class Calibration:
         batch_size: trajectories that run together.
         timesteps: steps of each trajectory to keep, evenly spaced; ``None`` for all.
         hessian: quantize each layer against its inputs' second moments rather than against its weights alone.
-        mixed: let ``bits`` be the mean over all layers, and give more to those whose errors the model's output shows most.
+        noise_share: where activations have 4 bits, how far codes make up for the noise that this adds to the inputs: from 0, not at
+            all, to 1, least error of every layer, but with its weak directions weakened at every step; see docs/calibration.md.
+        mixed: let ``bits`` be the mean over all layers, and give more to those whose errors the model's output shows most; or
+            ``branch_bits`` and the rank.
         damping: added to a Hessian's diagonal, relative to its mean.
         tuning: the second stage.
         seed: of noise and of everything else random.
@@ -105,6 +109,7 @@ class Calibration:
     batch_size: int = 8
     timesteps: int | None = None
     hessian: bool = True
+    noise_share: float = NOISE_SHARE
     mixed: bool = False
     damping: float = 0.01
     tuning: Tuning = field(default_factory=Tuning)
@@ -126,6 +131,8 @@ class Calibration:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"calibration: {name} must be a whole number above 0, got {value!r}")
+        if not 0 <= self.noise_share <= 1:
+            raise ConfigError(f"calibration: noise_share must lie between 0 and 1, got {self.noise_share!r}")
         if not self.damping > 0:
             raise ConfigError(f"calibration: damping must be above 0, got {self.damping!r}")
 

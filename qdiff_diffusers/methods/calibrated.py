@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..formats import WeightFormat
 from .coders import CodebookCoder, ScalarCoder, make_coder
-from .output_error import damped, descend, gain, pass_on_errors, row_errors
+from .output_error import descend, gain, pass_on_errors, row_errors
 from .unbias import MAX_GAIN
 
 BEAM = 16
@@ -23,10 +23,8 @@ def fit_to_inputs(
     tensors: dict[str, Tensor],
     hessian: Tensor,
     *,
-    damping: float = 0.01,
     beam: int = BEAM,
     sweeps: int = SWEEPS,
-    unbiased: bool = False,
     errors: list[float] | None = None,
 ) -> dict[str, Tensor]:
     """Lower the error at the layer's output, beginning with any packed form of its weight.
@@ -34,11 +32,9 @@ def fit_to_inputs(
     Args:
         weight: float32 ``[rows, columns]``, what the packed tensors stand for.
         fmt, tensors: its packed form.
-        hessian: float32 ``[columns, columns]``, mean of ``x x^T`` over the layer's inputs, in the space of ``weight``.
-        damping: added to the Hessian's diagonal, relative to its mean.
+        hessian: float32 ``[columns, columns]``, mean of ``x x^T`` over the layer's inputs, in the space of ``weight``, damped.
         beam: width of the search for codes.
         sweeps: most rounds of scales, codebooks and codes.
-        unbiased: rescale rows in the end so that their outputs keep their gain (see unbias.py).
         errors: takes the relative output error after each round; it falls monotonically.
 
     Returns:
@@ -47,7 +43,6 @@ def fit_to_inputs(
     Raises:
         ValueError: the Hessian holds NaN or infinity.
     """
-    hessian = damped(hessian, damping)
     total = row_errors(weight, hessian).sum().clamp_min(1e-30)
     coder = make_coder(fmt, tensors, weight.shape[1], beam)
 
@@ -68,10 +63,11 @@ def fit_to_inputs(
         log.append(now)
         if gained < TOLERANCE:
             break
-    return _unbiased(weight, fmt, found, hessian) if unbiased else found
+    return found
 
 
-def _unbiased(weight: Tensor, fmt: WeightFormat, tensors: dict[str, Tensor], hessian: Tensor) -> dict[str, Tensor]:
+def keep_gain(weight: Tensor, fmt: WeightFormat, tensors: dict[str, Tensor], hessian: Tensor) -> dict[str, Tensor]:
+    """Tensors whose rows are rescaled so that their outputs keep the gain of those of ``weight`` (see unbias.py)."""
     coder = make_coder(fmt, tensors, weight.shape[1], BEAM)
     seen = weight @ hessian
     factors = (seen * weight).sum(1) / (seen * coder.values).sum(1)

@@ -21,6 +21,8 @@ from .scales import ScaleStore
 
 # GELU is nowhere below -0.17, SiLU nowhere below -0.279. Multiples of 1/64 and 1/32 are exact in 16 bits.
 BOUNDS = (0.171875, 0.28125)
+# The whole filter errs least in every layer; but it weakens the same directions at every step, which adds up where noise does not.
+NOISE_SHARE = 0.1
 Samples = Mapping[float, Tensor]  # timestep -> rows [n, columns] of what the layer's stored matrix is multiplied by
 
 
@@ -85,6 +87,43 @@ def fit_inputs(
     if config.unsigned and shiftable and not rotation and bound is not None:
         choices.append(fit(next(iter(raw.values())).new_full((channels,), bound)))
     return min(choices, key=lambda choice: choice[0])[1]
+
+
+def input_noise(
+    samples: Samples | None,
+    config: QDiffConfig,
+    channels: int,
+    *,
+    share: float = 1.0,
+    smooth: Tensor | None = None,
+    rotation: int = 0,
+) -> Tensor | None:
+    """``share`` of the mean squared error ``[columns]`` that quantizing to a few bits leaves in each input of a packed weight;
+    ``None`` if there are no samples, or so many bits that it does not matter."""
+    if not samples or not share or not config.has_noisy_inputs:
+        return None
+    rows = torch.cat(list(samples.values()))
+    exact = _transformed(rows, channels, smooth, rotation, None).reshape(rows.shape)
+    noisy = treat(rows, channels, smooth=smooth, rotation=rotation, activations=str(config.activations))
+    return (noisy - exact).square().mean(0).mul_(share)
+
+
+def for_noisy_inputs(weight: Tensor, hessian: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix whose product with noisy inputs comes closest to that of ``weight`` with exact ones, and their second moments.
+
+    With noise n that is not correlated with x, ``E |W x - A (x + n)|^2`` is least for the Wiener filter
+    ``A = W H (H + D)^-1``: what noise drowns in one channel is read off the channels that are correlated with it.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        hessian: ``[columns, columns]``, positive definite: H, the second moments of exact inputs.
+        noise: ``[columns]``, D's diagonal.
+
+    Returns:
+        A, and ``H + D``.
+    """
+    noisy = hessian + torch.diag(noise)
+    return torch.linalg.solve(noisy.double(), (weight @ hessian).double().T).T.to(weight).contiguous(), noisy
 
 
 def _transformed(rows: Tensor, channels: int, smooth: Tensor | None, rotation: int, shift: Tensor | None) -> Tensor:

@@ -16,8 +16,9 @@ from ..errors import QDiffError
 from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
 from ..formats.transform import kernels_first, smooth_matrix
 from . import aq, fp, rtn, svdquant, vq
-from .calibrated import fit_to_inputs
-from .inputs import Samples, fit_inputs
+from .calibrated import fit_to_inputs, keep_gain
+from .inputs import NOISE_SHARE, Samples, fit_inputs, for_noisy_inputs, input_noise
+from .output_error import damped
 from .smoothing import search_smoothing
 from .unbias import sample_rows, unbias
 
@@ -42,6 +43,7 @@ class LayerInputs(NamedTuple):
         errors: takes the relative error of the layer's output without data, and after each round with them.
         samples: float32 ``[n, columns]`` of x by timestep, for what depends on more than second moments.
         shiftable: whether the layer has a bias that can undo a shift of its inputs, and pads them with no zeros.
+        noise_share: how far codes make up for the noise that 4-bit activations add to the samples, 0 to 1.
     """
 
     hessian: Tensor | None
@@ -49,6 +51,7 @@ class LayerInputs(NamedTuple):
     errors: list[float] | None = None
     samples: Samples | None = None
     shiftable: bool = False
+    noise_share: float = NOISE_SHARE
 
 
 @contextmanager
@@ -88,9 +91,11 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
     weight_format, tensors = _METHODS[config.method_name](working, config, seed)
     if inputs is not None and inputs.hessian is not None:
         seen = rotate_hessian(smooth_hessian(inputs.hessian.to(working), smooth), channels, block)
+        noise = input_noise(inputs.samples, config, channels, share=inputs.noise_share, smooth=smooth, rotation=block)
         if by_kernels:
             seen = kernels_first(kernels_first(seen, channels).T.contiguous(), channels)
-        tensors |= _fit(working, weight_format, tensors, inputs._replace(hessian=seen), config.unbiased)
+            noise = None if noise is None else kernels_first(noise[None], channels)[0]
+        tensors |= _fit(working, weight_format, tensors, inputs._replace(hessian=seen), noise, config.unbiased)
     elif config.unbiased:
         tensors = unbias(working, weight_format, tensors)
     if "low_rank_down" in tensors:  # found in the rotated and smoothed space, used on the raw input
@@ -170,6 +175,7 @@ def _fit(
     weight_format: WeightFormat,
     tensors: dict[str, Tensor],
     inputs: LayerInputs,
+    noise: Tensor | None,
     unbiased: bool,
 ) -> dict[str, Tensor]:
     """The format's tensors, fitted to what a low-rank branch leaves of ``matrix``."""
@@ -177,9 +183,10 @@ def _fit(
         matrix = matrix - tensors["low_rank_up"].float() @ tensors["low_rank_down"].float()
     own = {name: tensors[name] for name in weight_format.tensors(*matrix.shape)}
     assert inputs.hessian is not None
-    return fit_to_inputs(
-        matrix, weight_format, own, inputs.hessian, damping=inputs.damping, unbiased=unbiased, errors=inputs.errors
-    )
+    hessian = damped(inputs.hessian, inputs.damping)
+    target, seen = (matrix, hessian) if noise is None else for_noisy_inputs(matrix, hessian, noise.to(hessian))
+    found = fit_to_inputs(target, weight_format, own, seen, errors=inputs.errors)
+    return keep_gain(matrix, weight_format, found, hessian) if unbiased else found
 
 
 def rotation_block(channels: int, config: QDiffConfig) -> int:

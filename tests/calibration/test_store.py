@@ -89,6 +89,7 @@ def test_what_users_may_give_as_calibration(tmp_path):
         ({"steps": 0}, "steps must be"),
         ({"samples": 2.5}, "samples must be"),
         ({"damping": 0}, "damping must be"),
+        ({"noise_share": 1.5}, "noise_share must lie between 0 and 1, got 1.5"),
         ({"tuning": {"objective": "layer"}}, "objective must be one of model, blocks"),
         ({"tuning": {"assignments": "best"}}, "assignments must be one of"),
         ({"tuning": {"fraction": 2}}, "fraction must lie"),
