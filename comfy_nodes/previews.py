@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
 
-import latent_preview
 from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
 
 SIZE = 512  # pixels, of the longer side
+OPTION = "--preview-method"  # of ComfyUI's command line
 
 
 def preview(draw: Callable[[], Image.Image | None]) -> tuple[str, Image.Image, int] | None:
@@ -24,6 +23,14 @@ def previews_are_off() -> bool:
 
     Without any choice ComfyUI shows none while it samples, as decoding them costs time there. Ours cost none.
     """
-    none: Any = LatentPreviewMethod.NoPreviews
-    chosen = latent_preview.default_preview_method != none or any(option.startswith("--preview-method") for option in sys.argv)
-    return args.preview_method == none and chosen
+    chosen = _chosen_for_this_prompt()
+    if chosen not in (None, "default"):
+        return chosen == "none"
+    return args.preview_method == LatentPreviewMethod.NoPreviews and any(option.startswith(OPTION) for option in sys.argv)
+
+
+def _chosen_for_this_prompt() -> str | None:
+    """What the frontend sent with the prompt that is running; ``None`` outside of a server."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    running = list(server.prompt_queue.currently_running.values()) if server else []
+    return running[0][3].get("preview_method") if running else None

@@ -59,7 +59,7 @@ class Server:
             (base / name).mkdir(parents=True, exist_ok=True)
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(exist_ok=True)
-        settings.write_text('{"Comfy.TutorialCompleted": true}')  # or a dialog opens over the first workflow
+        settings.write_text('{"Comfy.TutorialCompleted": true, "Comfy.Minimap.Visible": false}')  # they would lie over the workflow
         if pack == "clone":
             (base / "custom_nodes" / "qdiff").symlink_to(ROOT)
         elif pack == "installed":

@@ -95,7 +95,12 @@ def test_the_unpacked_archive_is_a_working_pack(archive, tmp_path):
             "images": node("QDiffSamplePipeline", pipeline=["pipe", 0], prompt="0", seed=0, steps=2, guidance=1.0, images=1),
             "save": node("SaveImage", images=["images", 0], filename_prefix="packed"),
         }
-        assert server.run(graph)["error"] is None
+        messages = server.watch(graph)
+        assert messages[-1].kind == "execution_success"
+        assert [message.kind for message in messages].count("preview") == 2  # though this server shows none of samplers
+        graph["images"]["inputs"]["seed"] = 1
+        messages = server.watch(graph, preview_method="none")
+        assert messages[-1].kind == "execution_success" and "preview" not in [message.kind for message in messages]
         assert set(server.get("/workflow_templates")["qdiff"]) >= {"qdiff_demo"}
     finally:
         server.stop()
