@@ -83,9 +83,7 @@ def _quantize(
     inputs = None
     if statistics and statistics.tokens:
         hessian = statistics.hessian if calibration.hessian else None
-        inputs = LayerInputs(
-            hessian, calibration.damping, errors, statistics.rows, _is_shiftable(layer), calibration.noise_share
-        )
+        inputs = LayerInputs(hessian, calibration.damping, errors, statistics.rows, _is_shiftable(layer), calibration.noise_share)
     try:
         spec, tensors, error = quantize_weight(layer.weight, config, seed, inputs)
     except ValueError as failure:

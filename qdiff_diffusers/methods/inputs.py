@@ -123,7 +123,8 @@ def for_noisy_inputs(weight: Tensor, hessian: Tensor, noise: Tensor) -> tuple[Te
         A, and ``H + D``.
     """
     noisy = hessian + torch.diag(noise)
-    return torch.linalg.solve(noisy.double(), (weight @ hessian).double().T).T.to(weight).contiguous(), noisy
+    factor = torch.linalg.cholesky(noisy.double())
+    return torch.cholesky_solve((weight @ hessian).double().T, factor).T.to(weight).contiguous(), noisy
 
 
 def _transformed(rows: Tensor, channels: int, smooth: Tensor | None, rotation: int, shift: Tensor | None) -> Tensor:
