@@ -102,7 +102,8 @@ def _check_names(model: nn.Module, tensors: list[dict[str, Any]]) -> None:
     encoders = {name: m.transformer for name, m in model.named_modules() if isinstance(m, comfy.sd1_clip.SDClipModel)}
     for name, encoder in encoders.items():
         wanted = {key for key, _ in encoder.named_parameters()}
-        given = max((set(found) for found in tensors), key=lambda keys: len(wanted & keys))
+        # The file that is most like it: CLIP-L's names are all in CLIP-G's file too.
+        given = max(map(set, tensors), key=lambda keys: len(wanted & keys) - len(keys - wanted))
         lost = sorted(key for key in wanted - given if not key.endswith((PROJECTION, GENERATION)))
         if lost:
             raise CheckpointError(f"the text encoder lacks {', '.join(lost[:5])} of ComfyUI's {name or type(encoder).__name__}")
