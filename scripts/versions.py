@@ -93,10 +93,6 @@ ROWS = {
     "triton": Row("the oldest triton", "torch==2.13.0", NEWEST | OLD_TRITON, GPU),
     "newest": Row("the newest of everything", "torch", NEWEST | {"triton": "", "kernels": ""}),
 }
-# Why something fails, written beside it.
-REASONS = {
-    "oldest": "Dynamo of torch 2.6 cannot trace the layers' `TensorInfo` (a NamedTuple): no `torch.compile(fullgraph=True)` there"
-}
 FIVE = "aq-2-fp8 or vq-2-int8 or fp-nvfp4 or svdquant-4-int4 or rtn-4-int8"
 # What pytest's -k selects in each file: whatever rests on a library's version, once per method.
 TESTS = {
@@ -227,7 +223,6 @@ def render(rows: dict[str, Any]) -> str:
         )
         told = [
             row.get("problem"),
-            REASONS.get(name),
             *row.get("failures", []),
             *(f"skipped {line}" for line in row.get("skipped", ())),
         ]
