@@ -2,18 +2,18 @@
 
 QDIFF_DIFFUSERS_CHECKOUT=path/to/diffusers python benchmarks/upstream_tests.py [--missing] [pytest arguments, for example -k rtn]
 
-Outcomes are added to those of earlier runs of the same versions, so that a slow machine may go in steps (Ctrl-C keeps what has
-run); with --missing only what has no outcome yet is run.
+Outcomes are added to those of earlier runs of the same versions, so that a slow machine may go in steps (a run that is stopped
+keeps what has run); with --missing only what has no outcome yet is run.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,14 @@ OUTCOMES = ("passed", "failed", "upstream", "skipped")
 
 
 class Results:
-    """A pytest plugin that notes every test's outcome, and leaves out those that ``known`` has."""
+    """A pytest plugin that files every outcome at once among ``tests``; ``missing``: only what these lack is run."""
 
-    def __init__(self, known: Collection[str]) -> None:
-        self.known = known
-        self.tests: dict[str, dict[str, str]] = {}
+    def __init__(self, tests: dict[str, dict[str, str]], missing: bool) -> None:
+        self.tests, self.missing = tests, missing
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if cell(getattr(item, "callspec", None)) not in self.known]
+        if self.missing:
+            items[:] = [item for item in items if cell(getattr(item, "callspec", None)) not in self.tests]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found: dict[str, Any] = dict(report.user_properties)
@@ -51,6 +51,7 @@ class Results:
         elif report.failed:
             outcome, reason = "failed", str(report.longrepr).strip().splitlines()[-1]
         self.tests[" | ".join(found[part] for part in ("row", "model", "method"))] = {"outcome": outcome, "reason": reason}
+        save(self.tests)
 
 
 def cell(callspec: Any) -> str:
@@ -59,6 +60,7 @@ def cell(callspec: Any) -> str:
     return " | ".join(found.get(part, "") for part in ("test", "model", "method"))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """diffusers as installed, and the version of the checkout whose tests run."""
     root = mixins.checkout()
@@ -73,6 +75,13 @@ def versions() -> dict[str, str]:
 def load(current: dict[str, str]) -> dict[str, dict[str, str]]:
     record = json.loads(FILE.read_text()) if FILE.is_file() else {}
     return record["tests"] if record.get("versions") == current else {}
+
+
+def save(tests: dict[str, dict[str, str]]) -> None:
+    """Write the record and the table."""
+    current = versions()
+    FILE.write_text(json.dumps({"facts": facts(), "versions": current, "tests": tests}, indent=1) + "\n")
+    (RESULTS / "upstream_tests.md").write_text(render(tests, current))
 
 
 def render(tests: dict[str, dict[str, str]], current: dict[str, str]) -> str:
@@ -104,15 +113,9 @@ def render(tests: dict[str, dict[str, str]], current: dict[str, str]) -> str:
 def main() -> int:
     if mixins.checkout() is None:
         raise SystemExit(f"set {mixins.VARIABLE} to a checkout of diffusers' repository")
-    arguments, current = sys.argv[1:], versions()
-    earlier = load(current)
-    plugin = Results(earlier if "--missing" in arguments else ())
-    arguments = [argument for argument in arguments if argument != "--missing"]
-    code = pytest.main([str(ROOT / "tests" / "upstream"), "-p", "no:cacheprovider", *arguments], plugins=[plugin])
-    tests = earlier | plugin.tests
-    FILE.write_text(json.dumps({"facts": facts(), "versions": current, "tests": tests}, indent=1) + "\n")
-    (RESULTS / "upstream_tests.md").write_text(render(tests, current))
-    return int(code)
+    plugin = Results(load(versions()), "--missing" in sys.argv)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--missing"]
+    return int(pytest.main([str(ROOT / "tests" / "upstream"), "-p", "no:cacheprovider", *arguments], plugins=[plugin]))
 
 
 if __name__ == "__main__":
