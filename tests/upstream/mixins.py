@@ -58,6 +58,10 @@ KNOWN: dict[tuple[str, str], tuple[str, str]] = {
         "does not support `device_map='auto'`",
         "the model class has no _no_split_modules, so diffusers refuses device_map='auto' for it, quantized or not",
     ),
+    ("torch_compile_with_group_offload", "DiT"): (
+        "does not support group offloading",
+        "the model class has _supports_group_offloading = False, so diffusers refuses it, quantized or not",
+    ),
 }
 
 
