@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import aiohttp
 import numpy as np
 from comfyui.host import FOLDER, ROOT
 from PIL import Image
@@ -38,8 +37,9 @@ class Message(NamedTuple):
     picture: Image.Image | None = None
 
 
-def _message(received: aiohttp.WSMessage) -> Message:
-    if received.type == aiohttp.WSMsgType.TEXT:
+def _message(received: Any) -> Message:
+    """From one of aiohttp's messages, a text or bytes."""
+    if isinstance(received.data, str):
         content = json.loads(received.data)
         return Message(content["type"], content["data"])
     kind, length = struct.unpack(">II", received.data[:8])
@@ -130,6 +130,8 @@ class Server:
         return asyncio.run(self._watch(graph, at, extra))
 
     async def _watch(self, graph: dict[str, Any], at: Callable[[Message], None], extra: dict[str, Any]) -> list[Message]:
+        import aiohttp  # ComfyUI requires it, this package does not
+
         out = []
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId=watcher") as socket:
             await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
