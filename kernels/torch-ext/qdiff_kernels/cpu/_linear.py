@@ -25,7 +25,9 @@ from ._weights import NAMES, Weight, decode, run_bytes, run_sums, run_weight, sc
 
 CHUNK_BYTES = 8 << 20  # of decoded weight between the decoder and the product: small enough to stay in a shared cache
 CACHED_NUMBERS = 3 << 17  # of tokens that the packed product reads again for every four rows: 768 KB of second-level cache
+SUM_BYTES = 1 << 19  # of INT32 sums between the product and what scales them: small enough to stay in the second-level cache
 LEAST_ROWS = 512  # in a chunk: shorter products are slower
+LEAST_TOKENS = 128  # likewise
 ROUNDED_BITS = 6  # widest weights that may be rounded to INT8 once more
 
 
@@ -151,10 +153,13 @@ def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None
     for first in range(0, rows, step):
         part = decode(weight, torch.int8, first, min(step, rows - first), dense, scales)
         last = first + len(part)
-        sums = torch._int_mm(operands.values, part.t())
         part_bias, part_zeros = (None if v is None else v[first:last] for v in (bias, zeros))
-        codes = None if zeros is None else operands.values
-        scale_sums(sums, operands.scales, scales, part_bias, y[:, first:last], part_zeros, codes)
+        tile = max(LEAST_TOKENS, SUM_BYTES // (4 * len(part)))
+        sums = torch.empty(min(tile, len(y)), len(part), dtype=torch.int32, device="cpu")
+        for top in range(0, len(y), tile):
+            codes, token_scales, out = (t[top : top + tile] for t in (operands.values, operands.scales, y[:, first:last]))
+            torch._int_mm(codes, part.t(), out=sums[: len(codes)])
+            scale_sums(sums[: len(codes)], token_scales, scales, part_bias, out, part_zeros, None if zeros is None else codes)
     branch = _branch(x, extras)
     if branch is not None:
         y.addmm_(branch[0], branch[1].t())
