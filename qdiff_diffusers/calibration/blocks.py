@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from ..packing import pack_finished, packed_layers
 from . import parallel
 from .layerwise import FinishedLayer
 from .settings import Calibration
-from .store import Store, read_tensors, write_tensors
+from .store import Store, groups_within, read_tensors, write_tensors
 from .trajectories import Call, call_model, inputs_by_name, to_device
 from .tuning import tune
 
@@ -41,7 +44,8 @@ def block_names(model: nn.Module) -> list[str]:
 def tune_blocks(
     model: nn.Module, layers: dict[str, FinishedLayer], calls: Store, calibration: Calibration, folder: Path, dtype: torch.dtype
 ) -> dict[str, TunedBlock]:
-    """Tune every block that holds quantized layers. Memory is bounded by one block, its copy and its inputs.
+    """Tune every block that holds quantized layers. Memory is bounded by one block, its copy and its inputs, or those of as many
+    blocks as ``calibration.memory_limit`` holds, which are then recorded together.
 
     In a distributed run each process takes some of the blocks.
 
@@ -59,15 +63,24 @@ def tune_blocks(
     if tuning.minutes and blocks:
         share = tuning.minutes * parallel.world_size() / len(blocks)
         calibration = replace(calibration, tuning=replace(tuning, minutes=share))
-    for index, name in enumerate(logging.tqdm(blocks, desc="Tuning blocks", unit="block", delay=2)):
-        path = folder / f"{name}.safetensors"
-        found = _read(path)
-        if found is None and parallel.is_mine(index):
+    mine = []
+    for index, name in enumerate(blocks):
+        found = _read(folder / f"{name}.safetensors")
+        if found is not None:
+            tuned[name] = found
+        elif parallel.is_mine(index):
+            mine.append(name)
+    progress = logging.tqdm(total=len(mine), desc="Tuning blocks", unit="block", delay=2)
+    sizes = {name: size * len(calls) for name, size in _call_bytes(model, mine, calls[0], folder).items()} if mine else {}
+    for group in groups_within(sizes, calibration.memory_limit):
+        seen = _record_blocks(model, group, calls, folder, calibration.memory_limit)
+        for name in group:
             own = {n.removeprefix(f"{name}."): layers[n] for n in inside[name]}
-            found = _tune_block(model, name, own, calls, calibration, folder, dtype)
-            _write(path, found)
-        tuned[name] = found  # type: ignore[assignment]
-    return {name: parallel.share(tuned[name], index) for index, name in enumerate(blocks)}
+            tuned[name] = _tune_block(model, name, own, seen.pop(name), calibration, folder, dtype)
+            _write(folder / f"{name}.safetensors", tuned[name])
+            progress.update()
+    progress.close()
+    return {name: parallel.share(tuned.get(name), index) for index, name in enumerate(blocks)}
 
 
 def apply(model: nn.Module, layers: dict[str, FinishedLayer], tuned: dict[str, TunedBlock]) -> dict[str, FinishedLayer]:
@@ -87,13 +100,11 @@ def _tune_block(
     model: nn.Module,
     name: str,
     layers: dict[str, FinishedLayer],
-    calls: Store,
+    seen: Store,
     calibration: Calibration,
     folder: Path,
     dtype: torch.dtype,
 ) -> TunedBlock:
-    scratch = folder / f"{name}.calls"
-    seen = _record_block(model, name, calls, scratch, calibration.memory_limit)
     teacher = model.get_submodule(name)
     block = copy.deepcopy(teacher).requires_grad_(False)
     device = next(teacher.parameters()).device
@@ -109,7 +120,7 @@ def _tune_block(
     inside = {key: p for key, p in block.named_parameters() if p.is_floating_point()} if calibration.tuning.dense else {}
     packed = packed_layers(block)
     log = tune(packed, inside, seen, loss_of, calibration.tuning, dense, folder / f"{name}.snapshot.safetensors", f"Tuning {name}")
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(seen.folder, ignore_errors=True)
     for leaf, layer in packed.items():
         bias, dense_bias = inside.get(f"{leaf}.bias"), layer.dense_bias()
         if layer.spec.shift and bias is not None and dense_bias is not None:
@@ -121,24 +132,35 @@ def _tune_block(
     )
 
 
+def _call_bytes(model: nn.Module, names: list[str], call: Call, folder: Path) -> dict[str, int]:
+    """Size of what blocks are recorded with at one call of the model."""
+    stores = _record_blocks(model, names, [call], folder, sys.maxsize)
+    return {name: store.nbytes for name, store in stores.items()}
+
+
 @torch.no_grad()
-def _record_block(model: nn.Module, name: str, calls: Store, folder: Path, memory_limit: int) -> Store:
-    """Inputs and outputs of one block over all calls of the model."""
-    store = Store(folder, memory_limit)
-    block = model.get_submodule(name)
+def _record_blocks(
+    model: nn.Module, names: Sequence[str], calls: Iterable[Call], folder: Path, memory_limit: int
+) -> dict[str, Store]:
+    """Inputs and outputs of some blocks over all calls of the model."""
+    stores = {name: Store(folder / f"{name}.calls", memory_limit) for name in names}
+    step = 0
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs = inputs_by_name(module, args, kwargs)
-        store.append({"inputs": inputs, "output": [t.detach().cpu() for t in _tensors(output)], "step": step})
+    def recorder(store: Store) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs = inputs_by_name(module, args, kwargs)
+            store.append({"inputs": inputs, "output": [t.detach().cpu() for t in _tensors(output)], "step": step})
 
-    handle = block.register_forward_hook(record, with_kwargs=True)
-    try:
+        return record
+
+    with ExitStack() as stack:
+        for name, store in stores.items():
+            handle = model.get_submodule(name).register_forward_hook(recorder(store), with_kwargs=True)
+            stack.callback(handle.remove)
         for call in calls:
             step = call["step"]
             call_model(model, call["inputs"])
-    finally:
-        handle.remove()
-    return store
+    return stores
 
 
 def _tensors(output: Any) -> list[Tensor]:

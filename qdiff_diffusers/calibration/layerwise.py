@@ -17,10 +17,10 @@ from ..formats import LayerSpec
 from ..methods import LayerInputs, format_target, quantize_weight
 from . import parallel
 from .settings import Calibration
-from .statistics import InputStatistics, collect, groups_within
-from .store import Store, read_tensors, write_tensors
+from .statistics import SAMPLES, InputStatistics, collect, hessian_bytes, recall
+from .store import Store, groups_within, read_tensors, write_tensors
 
-SAMPLES = 2048  # of each layer's inputs, where a config asks for more of them than second moments
+SAVED = "saved_seconds"  # in the log: what reading the recordings of an earlier calibration saved
 
 
 class FinishedLayer(NamedTuple):
@@ -36,7 +36,12 @@ class FinishedLayer(NamedTuple):
 
 
 def quantize_layers(
-    model: nn.Module, targets: dict[str, QDiffConfig], calibration: Calibration, calls: Store | None, folder: Path
+    model: nn.Module,
+    targets: dict[str, QDiffConfig],
+    calibration: Calibration,
+    calls: Store | None,
+    folder: Path,
+    kept: Path | None = None,
 ) -> dict[str, FinishedLayer]:
     """Quantize all layers, reading those that an earlier run finished.
 
@@ -48,6 +53,7 @@ def quantize_layers(
         targets: config of each layer.
         calls: recorded calls, or ``None`` to quantize without data.
         folder: of the workspace, for finished layers.
+        kept: folder where statistics of these calls stay, from one calibration to the next.
 
     Raises:
         CalibrationError: a layer's inputs hold NaN or infinity, or the workspace cannot be written.
@@ -56,13 +62,16 @@ def quantize_layers(
     finished = parallel.share(finished, 0)
     left = [name for name in targets if name not in finished]
     share = -(-len(left) // parallel.world_size())
-    groups = [part for group in groups_within(model, left, calibration.memory_limit) for part in _split(group, share)]
+    sizes = {name: hessian_bytes(model.get_submodule(name)) for name in left}
+    groups = [part for group in groups_within(sizes, calibration.memory_limit) for part in _split(group, share)]
     progress = logging.tqdm(total=len(left), desc="Quantizing layers", unit="layer", delay=2)
     for index, group in enumerate(groups):
         found: dict[str, FinishedLayer] = {}
         if parallel.is_mine(index):
             keep = SAMPLES if any(targets[name].takes_samples for name in group) else 0
-            statistics = collect(model, group, calls, keep) if calls is not None else {}
+            statistics: dict[str, InputStatistics] = {}
+            if calls is not None:
+                statistics = recall(model, group, calls, keep, kept) if kept else collect(model, group, calls, keep)
             for name in group:
                 found[name] = _quantize(model.get_submodule(name), name, targets[name], calibration, statistics.pop(name, None))
                 _write(folder / f"{name}.safetensors", found[name])
@@ -88,7 +97,9 @@ def _quantize(
         spec, tensors, error = quantize_weight(layer.weight, config, seed, inputs)
     except ValueError as failure:
         raise CalibrationError(f"layer {name} {list(layer.weight.shape)}: {failure}") from failure
-    facts = {"seconds": round(time.perf_counter() - start, 3), "output_errors": [float(f"{e:.4g}") for e in errors]}
+    facts: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 3), "output_errors": [float(f"{e:.4g}") for e in errors]}
+    if statistics and statistics.saved_seconds:
+        facts[SAVED] = round(statistics.saved_seconds, 3)
     stored = StoredLayer(spec, tuple(layer.weight.shape), float(f"{error:.4g}"))
     return FinishedLayer(stored, {key: t.cpu() for key, t in tensors.items()}, facts)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
+from filelock import FileLock  # torch depends on it
 from torch import Tensor, nn
 
 from ..config import QDiffConfig
@@ -23,7 +25,7 @@ from ..quantizer import QDiffQuantizer
 from . import parallel
 from .allocation import allocate
 from .blocks import apply, tune_blocks
-from .layerwise import FinishedLayer, quantize_layers
+from .layerwise import SAVED, FinishedLayer, quantize_layers
 from .settings import Calibration
 from .store import Store
 from .trajectories import record
@@ -31,6 +33,8 @@ from .tuning import tune_model
 
 logger = logging.get_logger(__name__)
 RUN, RECORDED = "run.json", "recorded"
+# What trajectories depend on, besides the pipeline.
+TRAJECTORIES = ("class_labels", "samples", "steps", "guidance_scale", "batch_size", "timesteps", "seed")
 
 
 @torch.inference_mode(False)
@@ -60,18 +64,42 @@ def calibrate(
         if any(c and c.activation_scales == "timestep" for c in (config, *(config.overrides or {}).values())):
             timestep_argument(model)  # raises where there is none
     with _workspace(models, config, calibration, workspace) as (folder, keep):
-        calls = _recorded(pipe, models, calibration, folder, keep, config.needs_calibration)
-        return {
-            name: _calibrate(model, config.fresh(), calibration, calls.get(name), folder / name) for name, model in models.items()
-        }
+        needed = config.needs_calibration or calibration.hessian or calibration.mixed or calibration.tuning.wanted
+        shared = _recordings(pipe, models, calibration)
+        calls: dict[str, Store] = {}
+        saved = 0.0
+        if needed and shared:
+            with FileLock(f"{shared}.lock"):
+                calls, saved = _recorded(pipe, models, calibration, shared, True)
+        elif needed:
+            calls, _ = _recorded(pipe, models, calibration, folder, keep)
+        logs: dict[str, list[dict[str, Any]]] = {}
+        for name, model in models.items():
+            statistics = shared / name / "statistics" if shared else None
+            logs[name] = [{"stage": "recording", SAVED: round(saved / len(models), 3)}] if saved else []
+            logs[name] += _calibrate(model, config.fresh(), calibration, calls.get(name), folder / name, statistics)
+        return logs
+
+
+def _recordings(pipe: Any, models: dict[str, nn.Module], calibration: Calibration) -> Path | None:
+    """The folder of ``calibration.recordings`` that belongs to these very trajectories."""
+    if not calibration.recordings or parallel.world_size() > 1:
+        return None
+    parts = {**getattr(pipe, "components", {}), **models}
+    facts: dict[str, Any] = {name: getattr(calibration, name) for name in TRAJECTORIES}
+    facts |= {"prompts": calibration.prompts, "pipeline": type(pipe).__name__, "models": list(models)}
+    facts |= {"schedulers": [str(getattr(s, "config", None)) for s in (calibration.scheduler, parts.get("scheduler"))]}
+    facts |= {"parts": _fingerprints({name: part for name, part in parts.items() if isinstance(part, nn.Module)})}
+    digest = hashlib.sha256(json.dumps(facts, default=list).encode()).hexdigest()[:16]
+    folder = Path(calibration.recordings) / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _recorded(
-    pipe: Any, models: dict[str, nn.Module], calibration: Calibration, folder: Path, keep: bool, needed: bool
-) -> dict[str, Store]:
-    """Recorded calls of each model: those of an interrupted run, or new ones."""
-    if not (needed or calibration.hessian or calibration.mixed or calibration.tuning.wanted):
-        return {}
+    pipe: Any, models: dict[str, nn.Module], calibration: Calibration, folder: Path, keep: bool
+) -> tuple[dict[str, Store], float]:
+    """Recorded calls of each model, new or of an earlier run; and the seconds that the latter saves."""
     keep = keep and parallel.rank() == 0
     own = folder if keep else folder / f"process-{parallel.rank()}"
     stores = {name: Store(own / name / "calls", calibration.memory_limit, keep) for name in models}
@@ -79,26 +107,29 @@ def _recorded(
     if parallel.share(marker.is_file(), 0) and parallel.world_size() == 1:
         for store in stores.values():
             store.adopt()
-        if [len(store) for store in stores.values()] == json.loads(marker.read_text()):
-            return stores
+        earlier = json.loads(marker.read_text())
+        if [len(store) for store in stores.values()] == earlier["calls"]:
+            return stores, earlier["seconds"]
         stores = {name: Store(own / name / "calls", calibration.memory_limit, keep) for name in models}
+    start = time.perf_counter()
     record(pipe, models, calibration, stores)
     if empty := [name for name, store in stores.items() if not len(store)]:
         raise ConfigError(f"{', '.join(empty)} was never called on the calibration's trajectories; leave it out")
     if keep:
-        marker.write_text(json.dumps([len(store) for store in stores.values()]))
-    return stores
+        counts = [len(store) for store in stores.values()]
+        marker.write_text(json.dumps({"calls": counts, "seconds": time.perf_counter() - start}))
+    return stores, 0.0
 
 
 def _calibrate(
-    model: nn.Module, config: QDiffConfig, calibration: Calibration, calls: Store | None, folder: Path
+    model: nn.Module, config: QDiffConfig, calibration: Calibration, calls: Store | None, folder: Path, kept: Path | None
 ) -> list[dict[str, Any]]:
     tuning = calibration.tuning
     quantizer = QDiffQuantizer.of_model(model, config)
     if calibration.mixed and calls is not None:
         quantizer.targets = allocate(model, quantizer.targets, calls, calibration, folder)
     seen = calls if calibration.hessian or config.needs_calibration else None
-    layers = quantize_layers(model, quantizer.targets, calibration, seen, folder / "layers")
+    layers = quantize_layers(model, quantizer.targets, calibration, seen, folder / "layers", kept)
     log = [{"stage": "layer", "name": name, **layer.facts} for name, layer in layers.items()]
     if calls is not None and tuning.wanted and tuning.objective == "blocks":
         tuned = tune_blocks(model, layers, calls, calibration, folder / "blocks", quantizer.compute_dtype)
@@ -168,6 +199,6 @@ def _fingerprints(models: dict[str, nn.Module]) -> dict[str, str]:
     for name, model in models.items():
         digest = hashlib.sha256()
         for key, p in model.named_parameters():
-            digest.update(f"{key} {list(p.shape)} {float(p.detach().sum(dtype=torch.float64)):.6g};".encode())
+            digest.update(f"{key} {list(p.shape)} {p.dtype} {float(p.detach().sum(dtype=torch.float64)):.6g};".encode())
         out[name] = digest.hexdigest()[:16]
     return out

@@ -97,6 +97,8 @@ class Calibration:
         seed: of noise and of everything else random.
         memory_limit: bytes of recorded tensors, or of Hessians, to hold in memory at a time; more recorded ones go to disk.
         workspace: folder for finished work, from which an interrupted run resumes; beside the output by default.
+        recordings: folder where trajectories and the layers' second moments stay for other calibrations of the same pipeline, with
+            whatever config: those that ask for the same trajectories read them. It is yours to remove. Ignored by distributed runs.
     """
 
     prompts: Any = None
@@ -116,6 +118,7 @@ class Calibration:
     seed: int = 0
     memory_limit: int = 2 << 30
     workspace: str | Path | None = None
+    recordings: str | Path | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str | Path):
@@ -131,6 +134,8 @@ class Calibration:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"calibration: {name} must be a whole number above 0, got {value!r}")
+        if self.recordings and self.run is not None:
+            raise ConfigError("calibration: recordings cannot be kept for others where `run` draws the trajectories in its own way")
         if not 0 <= self.noise_share <= 1:
             raise ConfigError(f"calibration: noise_share must lie between 0 and 1, got {self.noise_share!r}")
         if not self.damping > 0:
@@ -145,7 +150,7 @@ class Calibration:
     def settings(self) -> dict[str, Any]:
         """What determines the result, JSON-able: prompts are counted, not quoted."""
         out = {f.name: getattr(self, f.name) for f in fields(self)} | {"tuning": asdict(self.tuning)}
-        out = {k: v for k, v in out.items() if k not in ("workspace", "memory_limit", "run", "scheduler")}
+        out = {k: v for k, v in out.items() if k not in ("workspace", "recordings", "memory_limit", "run", "scheduler")}
         out["prompts"] = None if self.prompts is None else len(self.prompts)
         out["class_labels"] = None if self.class_labels is None else list(self.class_labels)
         return out

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
+from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..layers.timesteps import NAMES as TIMESTEP_NAMES
-from .store import Store
+from .store import Store, read_tensors, write_tensors
 from .trajectories import call_model
+
+SAMPLES = 2048  # of each layer's inputs, where a config asks for more of them than second moments
+ROWS = "rows/"
 
 
 class Moments(NamedTuple):
@@ -34,6 +41,7 @@ class InputStatistics:
         largest: float32 ``[channels]``, largest magnitude of each input channel.
         tokens: number of samples.
         rows: some samples float32 ``[n, columns]`` of each timestep, if any are kept.
+        saved_seconds: that collecting them would have taken, if they were read.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -44,6 +52,7 @@ class InputStatistics:
         self.largest = torch.zeros(weight.shape[1], device=weight.device)
         self.tokens = 0
         self.kept: dict[float, list[Tensor]] = {}
+        self.saved_seconds = 0.0
 
     def add(self, moments: Moments, timestep: float = 0.0) -> None:
         """Take in one input."""
@@ -52,6 +61,27 @@ class InputStatistics:
         self.sums += moments.sums
         self.tokens += moments.tokens
         torch.maximum(self.largest, moments.largest, out=self.largest)
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Write everything to a safetensors file; ``seconds`` is what collecting it took.
+
+        Raises:
+            CalibrationError: there is no space, or no permission.
+        """
+        rows = {f"{ROWS}{timestep!r}": rows for timestep, rows in self.rows.items()}
+        write_tensors(path, {"sums": self.sums, "largest": self.largest} | rows, {"tokens": self.tokens, "seconds": seconds})
+
+    def load(self, path: Path) -> bool:
+        """Take over what :meth:`save` wrote; whether that could be read."""
+        try:
+            tensors, metadata = read_tensors(path)
+        except (OSError, SafetensorError, ValueError):
+            return False
+        on_device = {name: t.to(self.sums.device, copy=True) for name, t in tensors.items()}
+        self.sums, self.largest, self.tokens = on_device.pop("sums"), on_device.pop("largest"), metadata["tokens"]
+        self.saved_seconds = metadata["seconds"]
+        self.kept = {float(name.removeprefix(ROWS)): [rows] for name, rows in on_device.items()}
+        return True
 
     @property
     def hessian(self) -> Tensor:
@@ -93,6 +123,28 @@ def collect(model: nn.Module, names: Sequence[str], calls: Store, keep: int = 0)
     return found
 
 
+def recall(model: nn.Module, names: Sequence[str], calls: Store, keep: int, folder: Path) -> dict[str, InputStatistics]:
+    """:func:`collect`, but read from ``folder`` where they are there, and left there for the next. One process at a time.
+
+    Raises:
+        CalibrationError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        found = {name: InputStatistics(model.get_submodule(name)) for name in names}
+        missing = [name for name in names if not found[name].load(folder / f"{name}.safetensors")]
+        if missing:
+            start = time.perf_counter()
+            found |= collect(model, missing, calls, SAMPLES)
+            seconds = (time.perf_counter() - start) / len(missing)
+            for name in missing:
+                found[name].save(folder / f"{name}.safetensors", seconds)
+    if not keep:
+        for statistics in found.values():
+            statistics.kept.clear()
+    return found
+
+
 def timestep_of(inputs: dict[str, Any]) -> float:
     """The timestep that a recorded call was made with; 0 if the model is not told."""
     found = next((inputs[name] for name in TIMESTEP_NAMES if inputs.get(name) is not None), 0.0)
@@ -120,17 +172,8 @@ def _watching(layers: Mapping[str, nn.Module], found: Mapping[str, InputStatisti
             handle.remove()
 
 
-def groups_within(model: nn.Module, names: Sequence[str], limit: int) -> list[list[str]]:
-    """Consecutive layers whose Hessians together take at most ``limit`` bytes, or one layer that alone takes more."""
-    groups: list[list[str]] = []
-    used = limit
-    for name in names:
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        size = 4 * weight[0].numel() ** 2
-        if used + size > limit:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    return groups
+def hessian_bytes(layer: nn.Module) -> int:
+    """Size of a layer's second moments."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return 4 * weight[0].numel() ** 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Store:
         self.keep = keep
         self.held: dict[int, Any] = {}
         self.held_bytes = 0
+        self.nbytes = 0  # of all that was appended
         self.length = 0
 
     def __len__(self) -> int:
@@ -44,6 +45,7 @@ class Store:
         tensors: list[Tensor] = []
         structure = _flatten(value, tensors)
         size = sum(t.nbytes for t in tensors)
+        self.nbytes += size
         fits = self.held_bytes + size <= self.memory_limit
         if fits:
             self.held[self.length] = _unflatten(structure, [t.detach().cpu().clone() for t in tensors])
@@ -69,6 +71,19 @@ class Store:
         while self.path(self.length).is_file() and _readable(self.path(self.length)):
             self.length += 1
         return self.length
+
+
+def groups_within(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Consecutive names whose sizes add up to at most ``limit``; a name that alone is larger stands alone."""
+    groups: list[list[str]] = []
+    used = limit
+    for name, size in sizes.items():
+        if used + size > limit or not groups:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

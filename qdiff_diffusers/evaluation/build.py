@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from diffusers.utils import logging
 
 from .. import api
 from ..bench.contenders import resident_bytes
+from ..calibration.layerwise import SAVED
 from ..checkpoint import CheckpointInfo, inspect_components, read_headers, weight_files
 from ..errors import ConfigError
 from ..formats import TensorInfo
@@ -22,7 +25,7 @@ from ..layers import PackedLayer
 from .peers import apply_peer, copy_in, find_peer, make_dense, stored_bits, target_layers, weight_shapes
 from .rows import EvalRow, calibration_of
 from .sampling import denoisers
-from .store import MODEL
+from .store import MODEL, RECORDINGS
 from .subject import Subject
 
 Costs = dict[str, Any]
@@ -78,7 +81,7 @@ def _quantized(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype,
         source = folder / MODEL
         if not (source / api.INDEX).is_file():
             shutil.rmtree(source, ignore_errors=True)
-            seconds = _quantize(row, subject, source)
+            seconds = _quantize(row, subject, source, folder.parent.parent / RECORDINGS)
         else:
             seconds = costs["quantize_seconds"]
     else:
@@ -94,15 +97,22 @@ def _quantized(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype,
     return pipe
 
 
-def _quantize(row: EvalRow, subject: Subject, folder: Path) -> float:
-    """Quantize into ``folder``; the seconds it took, loading and saving included."""
+def _quantize(row: EvalRow, subject: Subject, folder: Path, recordings: Path) -> float:
+    """Quantize into ``folder``; the seconds it took, loading and saving included.
+
+    Rows that are calibrated on the same trajectories share them in ``recordings``; what that saves is counted all the same.
+    """
     # Calibration needs float32: gradients and second moments of float16 activations overflow.
     dtype = subject.stored_dtype if row.calibration is None else torch.float32
     calibration, components = calibration_of(row, subject), list(subject.components)
+    if calibration is not None and not calibration.recordings:
+        calibration = replace(calibration, recordings=recordings)
     start = time.perf_counter()
     with quiet_diffusers():
         api.quantize(subject.source, row.config(), folder, calibration=calibration, components=components, dtype=dtype)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    logs = [json.loads(path.read_text()) for path in folder.glob(f"*/{api.CALIBRATION_LOG}")]
+    return seconds + sum(entry.get(SAVED, 0.0) for log in logs for entry in log)
 
 
 def _with_peer(row: EvalRow, subject: Subject, dtype: torch.dtype, device: str, costs: Costs) -> Any:

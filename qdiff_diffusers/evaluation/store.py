@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from .report import write_text
 
 ROWS = "rows"  # folder of all rows
+RECORDINGS = "recordings"  # folder of the trajectories that rows are calibrated on
 MODEL = "model"  # in a row's folder: its quantized model
 IMAGES, PROBES, FACTS = "images", "probes.pt", "row.json"
 
