@@ -85,7 +85,7 @@ class Tuner:
             group["lr"] = group["initial_lr"] * (1 if group["steady"] else decay)
         self.optimizer.step()
         for layer in self.layers.values():
-            stale = layer.packed.after_step(self.tuning.fraction)
+            stale = layer.packed.after_step(self.tuning.fraction, (self.step_number + 1) / max(self.total, 1))
             if self.tuning.reset_changed:
                 for parameter, mask in stale.items():
                     if "exp_avg" in self.optimizer.state.get(parameter, {}):

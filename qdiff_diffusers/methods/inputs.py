@@ -64,9 +64,11 @@ def fit_inputs(
 
     Returns:
         ``shift`` (float32 ``[channels]``) where unsigned numbers err less, ``input_scales`` and ``input_steps`` where scales are
-        static.
+        static; nothing for 16-bit inputs.
     """
-    kind = str(config.activations)
+    if config.activations is None:
+        return {}
+    kind = config.activations
     static = config.activation_scales != "token"
     raw = dict(samples) if config.activation_scales == "timestep" else {0.0: torch.cat(list(samples.values()))}
 

@@ -22,6 +22,7 @@ STRETCH, LOWEST = 1.2, -0.1  # of AdaRound's rectified sigmoid
 WARM_UP, BETA_START, BETA_END = 0.2, 20.0, 2.0  # of AdaRound's penalty
 ROUNDING_STRENGTH = 1000.0  # of the mean over all weights, so that each feels it beside the loss
 SURE = 0.99  # ratio from which on a vector's assignment is settled (VQ4DiT's released code)
+SETTLED_BY = 0.8  # share of the steps after which all are, a few more after each step; the codebooks have the rest
 
 
 class ParameterGroup(NamedTuple):
@@ -58,8 +59,10 @@ class TrainableWeight(nn.Module):
         return None
 
     @torch.no_grad()
-    def after_step(self, fraction: float) -> dict[nn.Parameter, Tensor]:
-        """Change codes. Returns which elements (a mask) of which parameters have stale momentum for that reason."""
+    def after_step(self, fraction: float, progress: float) -> dict[nn.Parameter, Tensor]:
+        """Change codes: ``fraction`` of them at most, where a method is asked for that; ``progress`` is the share of steps that are
+        done. Returns which elements (a mask) of which parameters have stale momentum for that reason.
+        """
         return {}
 
     def state(self) -> dict[str, Tensor]:
@@ -129,7 +132,7 @@ class PVWeight(CodebookWeight):
         yield ParameterGroup([self.drift], "codes", 1.0)
 
     @torch.no_grad()
-    def after_step(self, fraction: float) -> dict[nn.Parameter, Tensor]:
+    def after_step(self, fraction: float, progress: float) -> dict[nn.Parameter, Tensor]:
         rows, vectors, _ = self.coder.codes.shape
         size, columns = self.coder.step, self.coder.columns
         drift = F.pad(self.drift, (0, vectors * size - columns)).view(rows, vectors, size)
@@ -204,8 +207,14 @@ class CandidateWeight(CodebookWeight):
         return self.strength * ratios.shape[2] * (ratios * (1 - ratios)).mean()
 
     @torch.no_grad()
-    def after_step(self, fraction: float) -> dict[nn.Parameter, Tensor]:
-        self.settled |= self._ratios().amax(2) > SURE
+    def after_step(self, fraction: float, progress: float) -> dict[nn.Parameter, Tensor]:
+        surest = self._ratios().amax(2)
+        self.settled |= surest > SURE
+        due = int(min(1.0, progress / SETTLED_BY) * surest.numel())
+        missing = due - int(self.settled.sum())
+        if missing > 0:  # the surest of those that are open: what is still open makes up for what that changes
+            chosen = surest.masked_fill(self.settled, -1).view(-1).topk(missing).indices
+            self.settled.view(-1)[chosen] = True
         return {}
 
     def state(self) -> dict[str, Tensor]:

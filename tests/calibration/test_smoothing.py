@@ -51,6 +51,14 @@ def test_inputs_with_outliers_are_smoothed_and_err_less(hessian: bool, rotation:
     assert after < (0.8 if rotation else 0.5) * before
 
 
+@pytest.mark.parametrize("activations", [None, "int8", "nvfp4"])
+def test_inputs_of_any_width_can_be_smoothed(activations: str | None) -> None:
+    weight, x = layer(30.0)
+    before, _ = output_error(weight, x, SVDQuantConfig(weight_format="int4", rank=8, activations=activations))
+    after, _ = output_error(weight, x, SVDQuantConfig(weight_format="int4", rank=8, activations=activations, smoothing=True))
+    assert after < before
+
+
 def test_the_smoothing_of_a_convolution_is_one_factor_per_channel() -> None:
     weight, x = layer(30.0, taps=3)
     inputs = LayerInputs(None, samples={0.0: x})
