@@ -208,10 +208,13 @@ def stored_codebooks(codebooks: Tensor, fmt: CodebookFormat) -> tuple[Tensor, fl
 
 
 def integer_codebooks(codebooks: Tensor) -> tuple[Tensor, float]:
-    """Round codebooks ``[M, k, d]`` to int8 with one step for all, as fine as sums within +-127 allow. Returns both."""
+    """Round codebooks ``[M, k, d]`` to int8, as finely as sums within +-127 allow. Returns them and what one unit stands for, the
+    same for all: by least squares, so that rounding does not shrink what it rounds, and numbers that are whole already stay."""
     largest = torch.maximum(codebooks.amax(1).sum(0), -codebooks.amin(1).sum(0)).max()
     step = float(largest) / (INTEGER_RANGE - len(codebooks) / 2) or 1.0
-    return (codebooks / step).round_().to(torch.int8), step
+    whole = (codebooks / step).round_()
+    unit = float((whole * codebooks).sum(dtype=torch.float64)) / (float(whole.square().sum(dtype=torch.float64)) or 1.0)
+    return whole.to(torch.int8), unit or 1.0
 
 
 def _divide(weight: Tensor, scales: Tensor, group: int) -> Tensor:
