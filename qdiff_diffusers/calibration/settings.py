@@ -27,7 +27,8 @@ class Tuning:
             block to its own outputs (VQ4DiT).
         assignments: how codes change. "pv": straight-through weights, of which the ``fraction`` that moved furthest is encoded
             anew each step (PV-Tuning). "candidates": softmax ratios over the ``candidates`` nearest entries (VQ4DiT).
-            "rounding": each weight of an integer or floating format learns whether to go up or down (AdaRound). "fixed".
+            "rounding": each weight of an integer or floating format learns whether to go up or down (AdaRound). "fixed". Ratios and
+            roundings settle a few at a time, the surest first, until all have after four fifths of the steps.
         lr: of scales, codebooks, biases, norms and low-rank branches, relative to each tensor's own size; falls linearly to 0.
         code_lr: of the straight-through weights (relative to their spread), or of the ratios' logits.
         fraction: share of the vectors whose codes may change in one step.

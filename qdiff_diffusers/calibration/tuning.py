@@ -75,8 +75,7 @@ class Tuner:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise CalibrationError(f"the loss became {value} in step {self.step_number}; lower tuning's lr or code_lr")
-        progress = self.step_number / max(self.total, 1)
-        penalties = [p for layer in self.layers.values() if (p := layer.packed.penalty(progress)) is not None]
+        penalties = [p for layer in self.layers.values() if (p := layer.packed.penalty()) is not None]
         total = loss + self.loss_unit * sum(penalties) / len(penalties) if penalties else loss
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()

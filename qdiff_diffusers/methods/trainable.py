@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 BEAM = 16
 STRETCH, LOWEST = 1.2, -0.1  # of AdaRound's rectified sigmoid
-WARM_UP, BETA_START, BETA_END = 0.2, 20.0, 2.0  # of AdaRound's penalty
-ROUNDING_STRENGTH = 1000.0  # of the mean over all weights, so that each feels it beside the loss
 SURE = 0.99  # ratio from which on a vector's assignment is settled (VQ4DiT's released code)
+SETTLED = 100.0  # logit of a rounding that has settled, out of reach of any momentum
 SETTLED_BY = 0.8  # share of the steps after which all are, a few more after each step; the codebooks have the rest
 
 
@@ -54,8 +53,8 @@ class TrainableWeight(nn.Module):
         if self.factors.requires_grad:
             yield ParameterGroup([self.factors], "continuous", 1.0)
 
-    def penalty(self, progress: float) -> Tensor | None:
-        """A term that the loss should include, the same for every step's data; ``progress`` goes from 0 to 1."""
+    def penalty(self) -> Tensor | None:
+        """A term that the loss should include, the same for every step's data."""
         return None
 
     @torch.no_grad()
@@ -200,7 +199,7 @@ class CandidateWeight(CodebookWeight):
         yield from super().groups()
         yield ParameterGroup([self.logits], "codes", 1.0)
 
-    def penalty(self, progress: float) -> Tensor | None:
+    def penalty(self) -> Tensor | None:
         if bool(self.settled.all()):
             return None
         ratios = self._ratios()
@@ -210,11 +209,7 @@ class CandidateWeight(CodebookWeight):
     def after_step(self, fraction: float, progress: float) -> dict[nn.Parameter, Tensor]:
         surest = self._ratios().amax(2)
         self.settled |= surest > SURE
-        due = int(min(1.0, progress / SETTLED_BY) * surest.numel())
-        missing = due - int(self.settled.sum())
-        if missing > 0:  # the surest of those that are open: what is still open makes up for what that changes
-            chosen = surest.masked_fill(self.settled, -1).view(-1).topk(missing).indices
-            self.settled.view(-1)[chosen] = True
+        self.settled.view(-1)[due_to_settle(surest, self.settled, progress)] = True
         return {}
 
     def state(self) -> dict[str, Tensor]:
@@ -239,9 +234,21 @@ class CandidateWeight(CodebookWeight):
         return scales.expand(-1, -1, self.coder.step).flatten(1)[:, : self.coder.columns]
 
 
+def due_to_settle(sureness: Tensor, settled: Tensor, progress: float) -> Tensor:
+    """Flat indices of the choices that settle after a step: the surest of those that are open, so many that all have settled after
+    ``SETTLED_BY`` of the steps. What is still open makes up for what each of them changes; left open to the end, they would all
+    change at once.
+    """
+    missing = int(min(1.0, progress / SETTLED_BY) * settled.numel()) - int(settled.sum())
+    return sureness.masked_fill(settled, -1).view(-1).topk(max(missing, 0)).indices
+
+
 class RoundedWeight(TrainableWeight):
-    """Learned rounding (AdaRound, Nagel et al. 2020) on any scalar format's own grid: each weight goes to the level below it or
-    to the one above, whichever serves the outputs. On a floating grid the two are as far apart as the weight's binade has it.
+    """Learned rounding on any scalar format's own grid: each weight goes to the level below it or to the one above, whichever
+    serves the outputs. On a floating grid the two are as far apart as the weight's binade has it.
+
+    Shares between the two levels are AdaRound's (Nagel et al. 2020) rectified sigmoids. Its annealed penalty, which needs thousands
+    of steps to close them all, gives way to :func:`due_to_settle`.
 
     Args:
         coder: of an integer or minifloat format.
@@ -267,12 +274,12 @@ class RoundedWeight(TrainableWeight):
         yield from super().groups()
         yield ParameterGroup([self.logits], "codes", 1.0)
 
-    def penalty(self, progress: float) -> Tensor | None:
-        if progress < WARM_UP:
-            return None
-        left = 1 - (progress - WARM_UP) / (1 - WARM_UP)
-        power = BETA_END + (BETA_START - BETA_END) * left
-        return ROUNDING_STRENGTH * (1 - (2 * self._share() - 1).abs().pow(power)).mean()
+    @torch.no_grad()
+    def after_step(self, fraction: float, progress: float) -> dict[nn.Parameter, Tensor]:
+        share = self._share()
+        chosen = due_to_settle((share - 0.5).abs(), (share == 0) | (share == 1), progress)
+        self.logits.view(-1)[chosen] = torch.where(share.view(-1)[chosen] < 0.5, -SETTLED, SETTLED)
+        return {}
 
     @torch.no_grad()
     def pack(self) -> dict[str, Tensor]:
