@@ -1,5 +1,4 @@
-"""Put the committed result tables into README.md and docs/results.md, between their ``<!-- table: NAME -->`` and ``<!-- end -->``
-marks.
+"""Put the committed result tables into README.md and pages of docs/, between their ``<!-- table: NAME -->`` and ``<!-- end -->`` marks.
 
 python benchmarks/update_readme.py [--check]
 """
@@ -11,7 +10,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "fp_and_svdquant.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
