@@ -1,4 +1,4 @@
-"""Put the committed result tables into README.md and pages of docs/, between their ``<!-- table: NAME -->`` and ``<!-- end -->`` marks.
+"""Put the committed result tables into README.md and pages of docs/, between ``<!-- table: NAME -->`` and ``<!-- end -->`` marks.
 
 python benchmarks/update_readme.py [--check]
 """
