@@ -13,7 +13,8 @@ from typing import Any
 
 from common import RESULTS, markdown
 
-LISTS = ("aq", "vq", "headline", "fp", "svdquant", "peers", "low_bit_peers")
+LISTS = ("headline", "aq", "vq", "vq_choices", "vq_ours", "fp8", "fp6", "fp4", "fp3", "fp_groups", "fp_inputs")
+LISTS += ("svdquant", "svdquant_a8", "svdquant_more", "peers", "low_bit_peers")
 MODELS = {"dit": "transformer", "unet": "UNet"}
 SCORES = {
     "psnr": ("PSNR dB", ".1f"),
