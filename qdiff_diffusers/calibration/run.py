@@ -92,7 +92,10 @@ def _recordings(pipe: Any, models: dict[str, nn.Module], calibration: Calibratio
     facts |= {"parts": _fingerprints({name: part for name, part in parts.items() if isinstance(part, nn.Module)})}
     digest = hashlib.sha256(json.dumps(facts, default=list).encode()).hexdigest()[:16]
     folder = Path(calibration.recordings) / digest
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"recordings cannot be kept in {calibration.recordings}: {error}") from error
     return folder
 
 

@@ -46,7 +46,11 @@ def quantize(
     mixed: Annotated[bool, typer.Option("--mixed", help="Let --bits be the mean, more for layers that matter more.")] = False,
     tune: Annotated[int, typer.Option(min=0, help="Optimizer steps after that, on codes, scales and biases.")] = 0,
     objective: Annotated[str, typer.Option(help="What to tune: model or blocks.")] = "model",
+    assignments: Annotated[
+        str, typer.Option(help="How codes move: pv, candidates (vq), rounding (scalar formats) or fixed.")
+    ] = "pv",
     workspace: Annotated[Path | None, typer.Option(help="Where finished work waits for another run.")] = None,
+    recordings: Annotated[Path | None, typer.Option(help="Where trajectories stay for other calibrations of this model.")] = None,
     push: Annotated[str | None, typer.Option(help="Also upload to this Hub name.")] = None,
 ) -> None:
     """Quantize a model or pipeline and save it."""
@@ -72,8 +76,8 @@ def quantize(
         "seed": seed,
     }
     config = make_config(method, {name: value for name, value in options.items() if value is not None})
-    if calibrate is None and (samples or guidance or tune or workspace or mixed):
-        raise ConfigError("--samples, --guidance, --mixed, --tune and --workspace go with --calibrate")
+    if calibrate is None and (samples or guidance or tune or workspace or recordings or mixed):
+        raise ConfigError("--samples, --guidance, --mixed, --tune, --workspace and --recordings go with --calibrate")
     calibration = None
     if calibrate is not None:
         calibration = Calibration(
@@ -82,9 +86,10 @@ def quantize(
             steps=steps,
             guidance_scale=guidance,
             mixed=mixed,
-            tuning=Tuning(steps=tune, objective=objective),
+            tuning=Tuning(steps=tune, objective=objective, assignments=assignments),
             seed=seed,
             workspace=workspace,
+            recordings=recordings,
         )
     api.quantize(
         source,

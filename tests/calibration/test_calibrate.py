@@ -441,6 +441,9 @@ def test_recordings_of_other_trajectories_and_other_models_are_not_taken(tmp_pat
     seen = forward_calls(pipe.transformer)
     quantize(pipe, RTNConfig(bits=2), calibration=FEW | {"recordings": tmp_path})
     assert seen
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"recordings cannot be kept in .*file"):
+        quantize(dit(), RTNConfig(bits=2), calibration=FEW | {"recordings": tmp_path / "file"})
     with pytest.raises(ConfigError, match="recordings"):
         Calibration(run=lambda *_: None, recordings=tmp_path)
 
