@@ -14,14 +14,16 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "fp_a
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def filled(text: str) -> str:
-    """The page with every marked table as ``results/<name>.md`` has it."""
+def filled(page: Path) -> str:
+    """The page with every marked table as ``results/<name>.md`` has it; links are written as from docs/."""
 
     def table(match: re.Match[str]) -> str:
         content = (RESULTS / f"{match[1]}.md").read_text().strip()
+        if page.parent == ROOT:
+            content = content.replace("](../", "](")
         return f"<!-- table: {match[1]} -->\n{content}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, page.read_text(), flags=re.DOTALL)
 
 
 def main() -> None:
@@ -29,10 +31,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail if a page is not up to date")
     args = parser.parse_args()
     for page in PAGES:
-        text = page.read_text()
-        if args.check and filled(text) != text:
+        text = filled(page)
+        if args.check and text != page.read_text():
             raise SystemExit(f"{page.name} does not show the committed results; run python benchmarks/update_readme.py")
-        page.write_text(filled(text))
+        page.write_text(text)
 
 
 if __name__ == "__main__":
