@@ -120,11 +120,17 @@ def test_universal_tables_stay_small():
 
 def test_int8_codebooks_use_the_range_and_one_step():
     codebooks = gaussian(3, 32, 4)
-    rounded, step = integer_codebooks(codebooks)
+    rounded, unit = integer_codebooks(codebooks)
     assert int(rounded.amax(1).int().sum(0).max()) <= 127
-    assert (rounded.float() * step - codebooks).abs().max() <= 0.75 * step
-    again, unit = integer_codebooks(rounded.float())
-    assert torch.equal(again, rounded) and unit == pytest.approx(1, abs=1e-6)  # packing twice changes nothing
+    step = float(torch.maximum(codebooks.amax(1).sum(0), -codebooks.amin(1).sum(0)).max()) / 125.5
+    assert (rounded.float() * step - codebooks).abs().max() <= 0.5001 * step
+
+    def error(factor: float) -> float:
+        return float((rounded.float() * factor - codebooks).square().sum(dtype=torch.float64))
+
+    assert error(unit) <= min(error(step), error(0.999 * unit), error(1.001 * unit))
+    again, one = integer_codebooks(rounded.float())
+    assert torch.equal(again, rounded) and one == pytest.approx(1, abs=1e-6)  # packing twice changes nothing
 
 
 WEIGHT = gaussian(40, 100, seed=3) * 0.02
