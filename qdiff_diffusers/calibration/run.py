@@ -63,9 +63,10 @@ def calibrate(
             raise ConfigError(f"{name} is quantized already; calibration begins with the full-precision model")
         if any(c and c.activation_scales == "timestep" for c in (config, *(config.overrides or {}).values())):
             timestep_argument(model)  # raises where there is none
-    with _workspace(models, config, calibration, workspace) as (folder, keep):
+    prints = _fingerprints(models)
+    with _workspace(prints, config, calibration, workspace) as (folder, keep):
         needed = config.needs_calibration or calibration.hessian or calibration.mixed or calibration.tuning.wanted
-        shared = _recordings(pipe, models, calibration)
+        shared = _recordings(pipe, prints, calibration)
         calls: dict[str, Store] = {}
         saved = 0.0
         if needed and shared:
@@ -81,13 +82,13 @@ def calibrate(
         return logs
 
 
-def _recordings(pipe: Any, models: dict[str, nn.Module], calibration: Calibration) -> Path | None:
-    """The folder of ``calibration.recordings`` that belongs to these very trajectories."""
+def _recordings(pipe: Any, prints: dict[str, str], calibration: Calibration) -> Path | None:
+    """The folder of ``calibration.recordings`` that belongs to these very trajectories of models with these fingerprints."""
     if not calibration.recordings or parallel.world_size() > 1:
         return None
-    parts = {**getattr(pipe, "components", {}), **models}
+    parts = {name: part for name, part in getattr(pipe, "components", {}).items() if name not in prints}
     facts: dict[str, Any] = {name: getattr(calibration, name) for name in TRAJECTORIES}
-    facts |= {"prompts": calibration.prompts, "pipeline": type(pipe).__name__, "models": list(models)}
+    facts |= {"prompts": calibration.prompts, "pipeline": type(pipe).__name__, "models": prints}
     facts |= {"schedulers": [str(getattr(s, "config", None)) for s in (calibration.scheduler, parts.get("scheduler"))]}
     facts |= {"parts": _fingerprints({name: part for name, part in parts.items() if isinstance(part, nn.Module)})}
     digest = hashlib.sha256(json.dumps(facts, default=list).encode()).hexdigest()[:16]
@@ -163,7 +164,7 @@ def _on_device(model: nn.Module, layers: dict[str, FinishedLayer]) -> dict[str, 
 
 @contextmanager
 def _workspace(
-    models: dict[str, nn.Module], config: QDiffConfig, calibration: Calibration, default: Path | None
+    prints: dict[str, str], config: QDiffConfig, calibration: Calibration, default: Path | None
 ) -> Iterator[tuple[Path, bool]]:
     """A folder for finished work, and whether it outlives a failure. It is removed in the end if all went well."""
     chosen = Path(calibration.workspace) if calibration.workspace else default
@@ -171,7 +172,7 @@ def _workspace(
         with tempfile.TemporaryDirectory(prefix="qdiff-calibration-") as folder:
             yield Path(folder), False
         return
-    wanted = {"config": config.settings(), "calibration": calibration.settings(), "models": _fingerprints(models)}
+    wanted = {"config": config.settings(), "calibration": calibration.settings(), "models": prints}
     wanted = json.loads(json.dumps(wanted))
     if parallel.rank() == 0:
         _prepare(chosen, wanted, replace=not calibration.workspace)

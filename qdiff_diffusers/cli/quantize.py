@@ -58,7 +58,6 @@ def quantize(
 
     from .. import api
     from ..calibration import Calibration, Tuning
-    from ..checkpoint import inspect_components
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -101,6 +100,13 @@ def quantize(
         overwrite=overwrite,
         push_to_hub=push,
     )
+    _tell(output, push)
+
+
+def _tell(output: Path, push: str | None) -> None:
+    """What was written, and where it can be found."""
+    from ..checkpoint import inspect_components
+
     console = stdout()
     for info in inspect_components(output):
         bits_per_weight, size = f"{info.bits_per_weight:.2f}", f"{info.total_bytes / 1e6:.1f} MB"
