@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Conv2d, Linear, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from qdiff_kernels import matrix_layout
@@ -66,7 +67,36 @@ class PackedLora:
 
 
 class PackedLoraLinear(PackedLora, Linear):  # type: ignore[misc]
-    """PEFT's LoRA layer over a packed linear layer."""
+    """PEFT's LoRA layer over a packed linear layer.
+
+    Where nothing is trained, plain adapters are added by the product itself: PEFT's passes over the output, one to scale and one to
+    add, cost as much as the adapter's own arithmetic.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        asked_for_more = args or any(value is not None for value in kwargs.values())
+        if asked_for_more or self.disable_adapters or self.merged or not all(self._adds_in_place(name, x) for name in names):
+            return super().forward(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x)
+        tokens, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        for name in names:
+            down, up = self._weights(name)
+            out.addmm_(F.linear(tokens, down), up.T, alpha=self.scaling[name])
+        return y
+
+    def _weights(self, name: str) -> tuple[Any, Any]:
+        """``[rank, columns]`` and ``[rows, rank]``, without the scaling."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def _adds_in_place(self, name: str, x: Tensor) -> bool:
+        """Whether an adapter is a plain product in the dtype of ``x`` that nobody trains."""
+        plain = name not in getattr(self, "lora_variant", {}) and not self.lora_bias.get(name)
+        plain = plain and (not self.training or isinstance(self.lora_dropout[name], nn.Identity))
+        down, up = self._weights(name)
+        same = x.dtype == down.dtype == up.dtype
+        untracked = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+        return bool(plain and same and untracked and isinstance(self.scaling[name], int | float))
 
 
 class PackedLoraConv2d(PackedLora, Conv2d):  # type: ignore[misc]

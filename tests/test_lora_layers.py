@@ -200,3 +200,29 @@ def test_factors_are_kept_in_the_narrowest_dtype_that_holds_them():
     layer.drop_branch(2, "float16")
     assert torch.equal(layer.low_rank_down, down.half())
     assert layer(x).shape == (2, 5, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["fp", "rtn-int8", "svdquant-int4"])
+def test_adding_adapters_in_place_gives_what_peft_gives_and_leaves_what_it_cannot_do_to_peft(method, dtype, monkeypatch):
+    packed, _, x = pair("linear", method)
+    model = with_adapter(with_adapter(packed, name="first"), name="second", seed=2)
+    layer = model.base_model.model.layer
+    layer.set_adapter(["first", "second"])
+    model.to(dtype).eval()
+    x, passed_on = x.to(dtype), []
+    of_peft = type(layer).__mro__[2].forward
+    monkeypatch.setattr(type(layer).__mro__[2], "forward", lambda self, *a, **k: (passed_on.append(1), of_peft(self, *a, **k))[1])
+    wanted = layer(x)  # gradients are tracked: PEFT's own way
+    assert passed_on.pop() and not passed_on
+    with torch.no_grad():
+        found, bare = layer(x), layer.base_layer(x)
+        assert not passed_on
+        assert float((bare - wanted).norm() / wanted.norm()) > 0.05  # the adapters do something
+        assert float((found - wanted).norm() / wanted.norm()) < (1e-6 if dtype == torch.float32 else 6e-3)
+        layer.enable_adapters(False)
+        assert torch.equal(layer(x), bare) and passed_on.pop()
+        layer.enable_adapters(True)
+        layer.scaling["second"] = torch.tensor(2.0)  # as hot swapping in a compiled model has it
+        layer(x)
+        assert passed_on.pop()
