@@ -14,7 +14,7 @@ from typing import Any
 from common import RESULTS, markdown
 
 LISTS = ("headline", "aq", "vq", "vq_choices", "vq_ours", "fp8", "fp8_rounding", "fp6", "fp4", "fp3", "fp_groups", "fp_inputs")
-LISTS += ("svdquant", "svdquant_a8", "svdquant_more", "peers", "low_bit_peers")
+LISTS += ("svdquant", "svdquant_a8", "svdquant_more", "fp_and_svdquant", "peers", "low_bit_peers", "four_bit_peers")
 MODELS = {"dit": "transformer", "unet": "UNet"}
 SCORES = {
     "psnr": ("PSNR dB", ".1f"),
