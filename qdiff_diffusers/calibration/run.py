@@ -84,7 +84,10 @@ def calibrate(
 
 def _recordings(pipe: Any, prints: dict[str, str], calibration: Calibration) -> Path | None:
     """The folder of ``calibration.recordings`` that belongs to these very trajectories of models with these fingerprints."""
-    if not calibration.recordings or parallel.world_size() > 1:
+    if not calibration.recordings:
+        return None
+    if parallel.world_size() > 1:
+        logger.warning("recordings are not shared by distributed runs: trajectories are recorded anew")
         return None
     parts = {name: part for name, part in getattr(pipe, "components", {}).items() if name not in prints}
     facts: dict[str, Any] = {name: getattr(calibration, name) for name in TRAJECTORIES}

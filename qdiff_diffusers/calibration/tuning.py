@@ -20,6 +20,7 @@ from .store import Store, read_tensors, write_tensors
 from .trained import TrainedLayer, training
 from .trajectories import Call, call_model
 
+logger = logging.get_logger(__name__)
 STEP_OVERHEAD = 1.3  # of the optimizer and of encoding anew, over the gradient's time
 SAVE_EVERY = 50  # steps between two snapshots
 TRIAL_CALLS = 16  # calls on which the loss is taken before and after
@@ -187,7 +188,15 @@ def tune(
                 losses = []
                 write_tensors(snapshot, tuner.state(), {"log": log})
     progress.close()
-    return [*log, _conclude(tuner, before, others, first, lambda: _mean_loss(calls, trial, loss_of))]
+    end = _conclude(tuner, before, others, first, lambda: _mean_loss(calls, trial, loss_of))
+    if not end["kept"]:
+        logger.warning(
+            "%s did not lower the loss (%.4g before, %.4g after) and was taken back; other steps, lr or code_lr may do better",
+            description,
+            end["loss_before"],
+            end["loss_after"],
+        )
+    return [*log, end]
 
 
 def guided_loss(student: Tensor, teacher: Tensor, inputs: dict[str, Any], guidance: float | None) -> Tensor:

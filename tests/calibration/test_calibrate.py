@@ -140,10 +140,13 @@ def test_tuning_lowers_the_loss_and_what_is_saved_is_what_was_tuned(name, object
     assert not any(parameter.requires_grad and parameter.grad is not None for parameter in pipe.transformer.parameters())
 
 
-def test_tuning_that_would_make_it_worse_changes_nothing():
+def test_tuning_that_would_make_it_worse_changes_nothing_and_says_so(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(tuning_module.logger, "warning", lambda text, *values: said.append(text % values))
     plain = quantize(dit(), RTNConfig(bits=4), calibration=FEW)
     worse = quantize(dit(), RTNConfig(bits=4), calibration=Calibration(**FEW, tuning=Tuning(steps=3, lr=1.0)))
     assert_equal(tensors(worse.transformer), tensors(plain.transformer))
+    assert len(said) == 1 and "Tuning the model did not lower the loss" in said[0]
 
 
 @pytest.mark.parametrize("objective", ["model", "blocks"])
