@@ -186,6 +186,26 @@ def test_the_result_does_not_depend_on_the_number_of_threads(variant, extras, pa
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("extras", ["int8", "bias+low_rank+smooth+rotation+int8"])
+@pytest.mark.parametrize("variant", ["codebook-2x8-d8", "e2m1-g16-e4m3-two-level", "int8-row", "int8-asymmetric-row"])
+def test_the_result_does_not_depend_on_how_rows_and_tokens_are_cut(variant, extras, monkeypatch):
+    from qdiff_kernels.cpu import _linear
+
+    monkeypatch.setattr(_linear, "few_tokens", lambda *_: 0)
+    monkeypatch.setattr(_linear, "integer_tokens", lambda *_: 0)
+    weight, chosen = weight_of(variant), oracle.make_extras(extras, ROWS, COLUMNS, COLUMNS)
+    x = torch.randn(40, COLUMNS)
+    whole = run(weight, x, chosen)
+    products, of_torch = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda *a, **k: (products.append(1), of_torch(*a, **k))[1])
+    monkeypatch.setattr(_linear, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(_linear, "LEAST_ROWS", 16)
+    monkeypatch.setattr(_linear, "SUM_BYTES", 4 * 16 * 24)
+    monkeypatch.setattr(_linear, "LEAST_TOKENS", 17)
+    assert torch.equal(run(weight, x, chosen), whole)
+    assert len(products) == 2 + 2 + 1  # 16, 16 and 5 rows; 24 and 16 tokens, or all of them
+
+
 def test_a_token_alone_gives_what_it_gives_among_others():
     weight = weight_of("int4-g64")
     x = torch.randn(7, COLUMNS).bfloat16()
