@@ -279,8 +279,29 @@ def test_one_process_at_a_time_reads_and_writes_the_kernel_cache(monkeypatch, tm
     monkeypatch.setattr(
         _compile, "cfunc", lambda *_, **__: lambda function: held.append(lock.is_locked) or SimpleNamespace(ctypes=function)
     )
-    assert _compile.kernel(len) is len
+    assert _compile.kernel(run) is run
     assert held == [True] and not lock.is_locked
+
+
+MULTIPLY = """
+import oracle, sys, torch
+from qdiff_kernels import use
+for case in sys.argv[1:]:
+    variant, dtype = case.split("/")
+    weight, chosen = oracle.packed_weight(variant, 7, 208), oracle.make_extras("plain", 7, 208, 208)
+    x = torch.randn(2, 208).to(getattr(torch, dtype))
+    with use("cpu"):
+        y = oracle.LINEAR[weight.kind](x, *weight.arguments, *chosen.values())
+    assert oracle.relative_error(y, oracle.linear(x, weight.dense, chosen)) < 3e-2, case
+"""
+
+
+def test_kernels_that_different_processes_have_compiled_serve_one_process_together(tmp_path):
+    """The second and the third process compile products that would have the same name if it did not tell their dtypes apart."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(oracle.__file__)}
+    one, other = "int4-g64/bfloat16", "int4-g64/float32"
+    for cases in (["int8-row/bfloat16", "int8-row/float32"], [one], [other], [other, one]):
+        subprocess.run([sys.executable, "-c", MULTIPLY, *cases], check=True, env=environment)
 
 
 def test_look_up_tables_give_the_products_and_count_their_operations():

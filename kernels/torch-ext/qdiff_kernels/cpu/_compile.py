@@ -3,6 +3,10 @@
 numba's own key covers the file of the cached function, not the files of what it calls. So only whole kernels are cached, and each
 holds a digest of this folder in its closure, which is part of the key.
 
+Functions made by one factory need names of their own. numba calls a compiled function by its name, its types and how many functions
+its process had compiled before, so what one process has kept can bear the name of something else that another has kept, and a third
+process that loads both runs one of them in place of the other. So the values that a function closes over are part of its name.
+
 numba numbers the files of its cache without a lock: of two processes that store their first kernels at the same time, one can leave
 an index that points to the other's code, and every later process would multiply by the wrong kernel. So one process compiles or
 reads at a time.
@@ -24,8 +28,11 @@ from numba import cfunc, njit, types
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 ENTRY = types.void(types.voidptr)
 
-helper: Any = njit(nogil=True, error_model="numpy")
-"""Decorator of functions that kernels call."""
+
+def helper(function: Callable[..., Any]) -> Any:
+    """Decorator of functions that kernels call."""
+    return njit(nogil=True, error_model="numpy")(_named(function))
+
 
 inlined: Any = njit(inline="always")
 """Decorator of functions that take literals: they are typed anew in every kernel."""
@@ -33,6 +40,7 @@ inlined: Any = njit(inline="always")
 
 def kernel(function: Callable[[Any], None]) -> Any:
     """Compile ``function(address of a job)``; reads the compiled code from numba's cache if there is one for this source."""
+    function = _named(function)
     with cache_lock():
         try:
             return cfunc(ENTRY, cache=True, error_model="numpy")(function).ctypes
@@ -40,6 +48,14 @@ def kernel(function: Callable[[Any], None]) -> Any:
             if "cannot cache" not in str(error):
                 raise
             return cfunc(ENTRY, error_model="numpy")(function).ctypes
+
+
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Put the numbers and words that a function closes over into its name."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    values = [f"{name}_{cell.cell_contents}" for name, cell in cells if cell.cell_contents != SOURCE]
+    function.__qualname__ = "_".join([function.__qualname__, *values])
+    return function
 
 
 @lru_cache(maxsize=1)
