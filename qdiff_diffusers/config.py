@@ -172,6 +172,10 @@ class QDiffConfig(QuantizationConfigMixin):
         """Whether some layer needs samples of its inputs."""
         return any(config is not None and config.needs_samples for config in (self, *(self.overrides or {}).values()))
 
+    def moves_by(self, assignments: str) -> bool:
+        """Whether tuning can move this method's codes by what :class:`~qdiff_diffusers.Tuning` calls ``assignments``."""
+        return assignments != "candidates"
+
     def check_uncalibrated(self) -> None:
         """Refuse to quantize by the weights alone where that cannot give what is asked for.
 
@@ -351,6 +355,9 @@ class AQConfig(QDiffConfig):
     method_name: ClassVar[str] = "aq"
     bit_choices: ClassVar[tuple[float, ...]] = (1.5, 2, 3, 4)
 
+    def moves_by(self, assignments: str) -> bool:
+        return assignments != "rounding" and (assignments != "candidates" or self.num_codebooks == 1)
+
 
 @dataclass(repr=False)
 class VQConfig(QDiffConfig):
@@ -372,6 +379,9 @@ class VQConfig(QDiffConfig):
 
     method_name: ClassVar[str] = "vq"
     bit_choices: ClassVar[tuple[float, ...]] = (2, 3, 4, 8)
+
+    def moves_by(self, assignments: str) -> bool:
+        return assignments != "rounding"
 
 
 @dataclass(repr=False)
@@ -455,6 +465,10 @@ class SVDQuantConfig(QDiffConfig):
         if self.branch_bits is None:
             return super().alternatives()
         return [{"branch_bits": share * self.branch_bits} for share in RANK_SHARES]
+
+    def moves_by(self, assignments: str) -> bool:
+        inner = self.codebooks()
+        return super().moves_by(assignments) if inner is None else inner.moves_by(assignments)
 
     def codebooks(self) -> QDiffConfig | None:
         """The method of a residual in codebooks, if ``weight_format`` asks for one."""

@@ -63,6 +63,12 @@ def calibrate(
             raise ConfigError(f"{name} is quantized already; calibration begins with the full-precision model")
         if any(c and c.activation_scales == "timestep" for c in (config, *(config.overrides or {}).values())):
             timestep_argument(model)  # raises where there is none
+    how = calibration.tuning.assignments
+    if calibration.tuning.wanted and not any(c and c.moves_by(how) for c in (config, *(config.overrides or {}).values())):
+        raise ConfigError(
+            f'tuning: assignments="{how}" moves no codes of method {config.method_name}: "rounding" is for scalar formats (fp, '
+            'svdquant, rtn), "candidates" for a single codebook (vq), "pv" and "fixed" for all'
+        )
     prints = _fingerprints(models)
     with _workspace(prints, config, calibration, workspace) as (folder, keep):
         needed = config.needs_calibration or calibration.hessian or calibration.mixed or calibration.tuning.wanted

@@ -100,6 +100,24 @@ def test_calibrating_beats_quantizing_by_itself_and_is_saved_and_reloaded_exactl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]  # the workspace is gone
 
 
+@pytest.mark.parametrize(
+    ("config", "assignments"),
+    [
+        (FPConfig(bits=4), "candidates"),
+        (VQConfig(bits=2), "rounding"),
+        (AQConfig(bits=2), "rounding"),
+        (AQConfig(bits=2), "candidates"),
+    ],
+)
+def test_tuning_that_could_move_no_codes_is_refused_before_any_work(config, assignments):
+    pipe = dit()
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("work has begun"))
+    with pytest.raises(ConfigError, match=f'assignments="{assignments}" moves no codes of method {config.method_name}'):
+        quantize(pipe, config, calibration=Calibration(**FEW, tuning=Tuning(steps=2, assignments=assignments)))
+    mixed = VQConfig(bits=2, overrides={"attn": FPConfig(bits=4)})
+    quantize(dit(), mixed, calibration=Calibration(**FEW, hessian=False, tuning=Tuning(steps=1, assignments=assignments)))
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_one_others():
     first, second = (tensors(quantize(dit(), CONFIG, calibration=FEW).transformer) for _ in range(2))
     assert_equal(first, second)
