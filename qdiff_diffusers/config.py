@@ -53,7 +53,7 @@ class QDiffConfig(QuantizationConfigMixin):
         rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None``: as the method prefers.
         activations: ``None`` (16-bit), "int8" or "fp8", or for SVDQuant "int4" (groups of 64).
         activation_scales: of "int8" and "fp8". "token": each token's own, found at run time. "static": one per layer, "timestep":
-            one per layer and timestep, both of least squared error on a calibration, which they need.
+            one per layer and timestep, both found on a calibration, which they need.
         unsigned: let layers whose inputs are bounded below, as those after a GELU or SiLU are, shift them and quantize to unsigned
             numbers where that errs less; for "int4" activations and static scales, without rotation. Needs a calibration.
         modules_to_not_convert: substrings of module names to leave in 16 bits, besides the default ones.

@@ -1,28 +1,31 @@
 """Static quantization of a layer's inputs: scales, and the choice between signed and unsigned numbers, by squared error.
 
-arXiv 2408.06995 quantizes activations with one calibrated scale per tensor, found like those of weights. Inputs that a GELU or SiLU
-has bounded below waste half of the signed numbers; shifted by that bound they are quantized to unsigned ones (SVDQuant, MSFP).
+arXiv 2408.06995 quantizes activations with one calibrated scale per tensor, found like those of weights. We do so for integers
+only: of floating-point numbers the search cuts off what lies above the samples, for next to no gain below.
+
+Inputs that a GELU or SiLU has bounded below waste half of the signed numbers; shifted by that bound they are quantized to unsigned
+ones (SVDQuant, MSFP).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from qdiff_kernels import rotate
-from qdiff_kernels.activations import UFP8_MAX, UFP8_SMALLEST, UINT8_MAX, dequantize_activations, quantize_activations
+from qdiff_kernels.activations import FP8_MAX, UFP8_MAX, UINT8_MAX, dequantize_activations, quantize_activations
 from torch import Tensor
 
 from ..config import QDiffConfig
 from .clips import ClipSearch, search_clips
-from .grids import Grid, encoding_grid
+from .grids import Grid
 from .scales import ScaleStore
 
 # GELU is nowhere below -0.17, SiLU nowhere below -0.279. Multiples of 1/64 and 1/32 are exact in 16 bits.
 BOUNDS = (0.171875, 0.28125)
 # The whole filter errs least in every layer; but it weakens the same directions at every step, which adds up where noise does not.
 NOISE_SHARE = 0.1
+HEADROOM = 2.0  # of floating-point numbers above the largest sample: they lose nothing by it, and what is cut off errs most
 Samples = Mapping[float, Tensor]  # timestep -> rows [n, columns] of what the layer's stored matrix is multiplied by
 
 
@@ -77,11 +80,11 @@ def fit_inputs(
         tensors = {} if shift is None else {"shift": shift}
         if not static:
             return sum(_error(x, kind, shift) for x in values.values()), tensors
-        found = {step: _best_scale(x, kind, shift is not None) for step, x in sorted(values.items())}
-        tensors["input_scales"] = torch.cat([scale for scale, _ in found.values()])
+        found = {step: _static_scale(x, kind, shift) for step, x in sorted(values.items())}
+        tensors["input_scales"] = torch.cat(list(found.values()))
         if len(found) > 1:
             tensors["input_steps"] = torch.tensor(list(found), device=tensors["input_scales"].device)
-        return sum(error for _, error in found.values()), tensors
+        return sum(_error(x, kind, shift, found[step]) for step, x in values.items()), tensors
 
     choices = [fit(None)]
     lowest = min(float(rows.min()) for rows in raw.values())
@@ -137,26 +140,17 @@ def _transformed(rows: Tensor, channels: int, smooth: Tensor | None, rotation: i
     return rotate(x, rotation) if rotation else x
 
 
-def _error(x: Tensor, kind: str, shift: Tensor | None) -> float:
-    return float((dequantize_activations(*quantize_activations(x, kind, shift), kind) - x).square().sum())
+def _error(x: Tensor, kind: str, shift: Tensor | None, scale: Tensor | None = None) -> float:
+    return float((dequantize_activations(*quantize_activations(x, kind, shift, scale), kind) - x).square().sum())
 
 
-def _best_scale(x: Tensor, kind: str, unsigned: bool) -> tuple[Tensor, float]:
-    """Scale float32 ``[1]`` of least squared error for all of ``x``, and that error; of inputs that are all zero, 1."""
-    values = x.reshape(1, -1)
-    peak = values.abs().amax(1)
-    scale, error = search_clips(values, number_grid(kind, unsigned), peak, None, ScaleStore("float32"), ClipSearch())
-    return torch.where(scale > 0, scale, 1.0), float(error)
-
-
-@lru_cache
-def number_grid(kind: str, unsigned: bool) -> Grid:
-    """The numbers that "int8" or "fp8" codes stand for, as ``quantize_activations`` has them."""
-    if kind == "fp8" and not unsigned:
-        return encoding_grid("e4m3")
-    if kind == "int8":
-        low, high = (0, UINT8_MAX) if unsigned else (-127, 127)
-        return Grid(8, tuple(map(float, range(low, high + 1))), unit=1.0, high=high, low=-low)
-    subnormal = [m / 16 * UFP8_SMALLEST for m in range(16)]
-    normal = [(1 + m / 16) * 2.0**e for e in range(-6, 9) for m in range(16)]
-    return Grid(8, (*subnormal, *normal), unit=1.0, high=UFP8_MAX, low=0.0)
+def _static_scale(x: Tensor, kind: str, shift: Tensor | None) -> Tensor:
+    """Scale float32 ``[1]`` for all of ``x``, which holds samples of what is to come; of inputs that are all zero, 1."""
+    peak = x.abs().max().view(1)
+    if kind == "fp8":
+        scale = peak * (HEADROOM / (UFP8_MAX if shift is not None else FP8_MAX))
+    else:
+        low, high = (0, UINT8_MAX) if shift is not None else (-127, 127)
+        integers = Grid(8, tuple(map(float, range(low, high + 1))), unit=1.0, high=high, low=-low)
+        scale, _ = search_clips(x.reshape(1, -1), integers, peak, None, ScaleStore("float32"), ClipSearch())
+    return torch.where(scale > 0, scale, 1.0)
