@@ -213,6 +213,7 @@ def _sdnq() -> list[Contender]:
         row("int4", 4, weights_dtype="int4"),
         row("uint4", 4, weights_dtype="uint4"),
         row("uint4-a8", 4, weights_dtype="uint4", use_quantized_matmul=True),
+        row("fp4", 4, weights_dtype="float4_e2m1fn"),
         row("uint4-svd", 4, weights_dtype="uint4", use_svd=True, svd_rank=32),
         row("uint3", 3, weights_dtype="uint3"),
         row("uint3-svd", 3, weights_dtype="uint3", use_svd=True, svd_rank=32),
@@ -225,13 +226,20 @@ def _orbitquant() -> list[Contender]:
     def convert(layer: nn.Module, name: str) -> nn.Module:
         from orbitquant import quantize_model, recipe
 
-        config = recipe(name, lowbit_boundary_protection=0, lowbit_interior_protection=False)
+        weight_bits, activation_bits = int(name[1]), int(name[3])
+        config = recipe(
+            "w4a4",  # they differ in their bits only
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            lowbit_boundary_protection=0,
+            lowbit_interior_protection=False,
+        )
         device = str(layer.weight.device)
         return _within(layer, lambda model: quantize_model(model, config, quantization_device=device) and None)
 
     return [
         Contender(f"orbitquant-{name}", "orbitquant", partial(convert, name=name), int(name[1]), "orbitquant", ("orbitquant",))
-        for name in ("w4a4", "w4a6", "w2a4")
+        for name in ("w4a4", "w4a6", "w4a8", "w2a4")
     ]
 
 

@@ -55,7 +55,7 @@ class TestPeers:
     def test_linear_ones_are_drawn_with_as_plain_layers_and_others_are_not(self):
         class Decoding(torch.nn.Linear):
             def forward(self, x):
-                return super().forward(x.round() if self.rounds else x)
+                return super().forward(x.round() if self.rounds and len(x) >= 32 else x)  # of few inputs SDNQ rounds none
 
         model = torch.nn.ModuleDict({"weights": Decoding(6, 3), "inputs": Decoding(6, 3, bias=False)})
         model["weights"].rounds, model["inputs"].rounds = False, True
