@@ -141,6 +141,7 @@ PRODUCTS: dict[str, tuple[str, str, LinearConfig]] = {
     "FP4 A8": ("e2m1-g32-e8m0", "fp8", LARGE),
     "NVFP4 A16": ("e2m1-g16-e4m3-two-level", "plain", LARGE),
     "FP8 A8": ("e4m3-row", "rotation+fp8", LARGE_8BIT),
+    "FP8 A8, one scale": ("e4m3-row", "low_rank+static+fp8", LARGE_8BIT),
     "FP4 two encodings": ("e2m1-or-e1m2-g16", "plain", LARGE),
     "2-bit codebook A16 few tokens": ("codebook-2x8-d8", "plain", SMALL_CODEBOOK),
     "2-bit codebook A16": ("codebook-2x8-d8", "plain", LARGE_CODEBOOK),

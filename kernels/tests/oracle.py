@@ -254,7 +254,7 @@ def _static_grid(kind: str, unsigned: bool) -> np.ndarray:
 
 def _nearest(values: Tensor, grid: np.ndarray) -> Tensor:
     table = torch.from_numpy(grid)
-    return table[(values[..., None] - table).abs().argmin(-1)]
+    return table[(values.clamp(table[0], table[-1])[..., None] - table).abs().argmin(-1)]
 
 
 def linear(x: Tensor, dense: Tensor, extras: dict[str, Any]) -> Tensor:

@@ -247,6 +247,18 @@ def test_what_the_kernels_do_not_take_runs_on_torch():
         run(weight, x, oracle.NO_EXTRAS)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_inputs_with_one_scale_for_all_are_multiplied_without_decoding_first(monkeypatch, kind, path):
+    from qdiff_kernels import cpu
+
+    weight, chosen = weight_of("int8-row", 5, 64), oracle.make_extras(f"static+{kind}", 5, 64, 64)
+    monkeypatch.setattr(cpu.reference, "linear", lambda *_: pytest.fail("decoded"))
+    x = torch.randn(4, 64).bfloat16()
+    x[1, 7], x[2, 9] = float("inf"), -float("inf")
+    y = run(weight, x, chosen)
+    assert y[1:3].isnan().all() and y[[0, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("geometry", [(1, 1, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (1, 2, 0, 1)], ids=str)
 @pytest.mark.parametrize("extras", ["plain", "bias+low_rank+smooth+rotation", "bias+low_rank+smooth+rotation+int8", "int4"])
 @pytest.mark.parametrize("variant", ["codebook-2x8-d8", "e2m1-g16-e4m3-two-level", "int4-g64"])

@@ -55,7 +55,10 @@ def test_a_packed_weight_is_decoded_exactly(variant, shape):
     assert oracle.relative_error(dense, weight.dense) < 1e-6
 
 
-@pytest.mark.parametrize("extras", ["plain", "bias+low_rank+smooth+rotation", "bias+int8", "rotation+fp8", "low_rank+int4"])
+@pytest.mark.parametrize(
+    "extras",
+    ["plain", "bias+low_rank+smooth+rotation", "bias+int8", "rotation+fp8", "low_rank+int4", "low_rank+static+int8", "static+fp8"],
+)
 @pytest.mark.parametrize("variant", oracle.VARIANTS)
 def test_linear_matches_the_definition(variant, extras):
     weight = oracle.packed_weight(variant, 37, 160)
@@ -137,7 +140,7 @@ def test_non_contiguous_inputs():
             assert oracle.relative_error(linear(weight, x, chosen), oracle.linear(x, weight.dense, chosen)) < 2e-3
 
 
-@pytest.mark.parametrize("activations", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("activations", ["int8", "fp8", "int4", "static+int8", "static+fp8"])
 def test_tokens_at_the_edges_of_the_number_range(activations):
     weight = oracle.packed_weight("int8-row", 5, 64)
     chosen = oracle.make_extras(activations, 5, 64, 64)
@@ -151,6 +154,16 @@ def test_tokens_at_the_edges_of_the_number_range(activations):
     assert y[3].isnan().all() if activations != "int4" else y[3].isnan().any()
     assert oracle.relative_error(y[2:3], oracle.linear(x[2:3], weight.dense, chosen)) < 2e-3
     assert oracle.relative_error(y[4:], oracle.linear(x[4:], weight.dense, chosen)) < 2e-3
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_inputs_with_one_scale_for_all_are_multiplied_without_decoding_first(monkeypatch, kind):
+    weight, chosen = oracle.packed_weight("int8-row", 5, 64), oracle.make_extras(f"static+{kind}", 5, 64, 64)
+    monkeypatch.setattr(ops.reference, "linear", lambda *_: pytest.fail("decoded"))
+    x = torch.randn(4, 64)
+    x[1, 7], x[2, 9] = float("inf"), -float("inf")
+    y = linear(weight, x, chosen)
+    assert y[1:3].isnan().all() and y[[0, 3]].isfinite().all()
 
 
 WINDOWS = {

@@ -24,8 +24,6 @@ def reason(spec: LayerSpec) -> str | None:
     """What makes a layer fall back to decoding its weight at each call, or ``None`` if a fused kernel multiplies it."""
     if spec.kernel_vectors:
         return "convolutions with kernel_vectors"
-    if spec.input_scales:
-        return "layers with stored scales of their inputs"
     if spec.shift:
         return "layers that shift their inputs"
     return "layers with nvfp4 activations" if spec.activations == "nvfp4" else None

@@ -60,7 +60,7 @@ def dequantize_activations(codes: Tensor, scales: Tensor, kind: str = "int4") ->
 
 def _quantize_static(x: Tensor, kind: str, scale: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
     units = x / scale
-    scales = scale + 0 * units.amax(-1, keepdim=True)  # of tokens that hold NaN or infinity NaN, which integers cannot be
+    scales = scale + 0 * units.abs().amax(-1, keepdim=True)  # of tokens that hold NaN or infinity NaN, which integers cannot be
     if kind == "int8":
         codes = units.round().clamp(0, UINT8_MAX).to(torch.uint8) if unsigned else units.round().clamp(-127, 127).to(torch.int8)
     elif kind == "fp8" and unsigned:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..activations import FP8_MAX, INT4_GROUP
 from ..hadamard import rotation_signs
+from ..reference import Extras
 from ._compile import SOURCE, helper, kernel
 from ._simd import (
     SIZES,
@@ -32,9 +33,25 @@ from ._threads import SLOT, TASK, run_job
 from ._vector import hadamard16
 from ._weights import KINDS, NAMES
 
-TASKS, TOKENS, COLUMNS, X, X_STRIDE, X_KIND, SMOOTH, SIGNS, ROTATION, TARGET, STRIDE, SCALES, SCRATCH, VECTOR, LANES, LENGTH = (
-    range(2, 18)
-)
+(
+    TASKS,
+    TOKENS,
+    COLUMNS,
+    X,
+    X_STRIDE,
+    X_KIND,
+    SMOOTH,
+    SIGNS,
+    ROTATION,
+    GIVEN,
+    TARGET,
+    STRIDE,
+    SCALES,
+    SCRATCH,
+    VECTOR,
+    LANES,
+    LENGTH,
+) = range(2, 19)
 SPLIT_MAX = 127.0 * 256 + 127  # largest number of a high and a low byte
 VECTORS_MAX = 16383.0  # largest number of :mod:`._sums`: 32 pairs of products with sums of 8 entries of 128 stay below 2**31
 LIMITS = {"none": 0.0, "int8": 127.0, "fp8": FP8_MAX, "int4": 7.0, "split8": 127.0, "split16": SPLIT_MAX, "vectors": VECTORS_MAX}
@@ -49,36 +66,33 @@ class Operands(NamedTuple):
     scales: Tensor | None  # float32 [tokens]
 
 
-def prepare(
-    x: Tensor, smooth: Tensor | None, rotation: int, activations: str, dtype: torch.dtype, pad: int = 1, fold: bool = False
-) -> Operands:
+def prepare(x: Tensor, extras: Extras, dtype: torch.dtype, pad: int = 1, fold: bool = False) -> Operands:
     """Operands of a product with tokens ``x [tokens, columns]``.
 
     Args:
-        smooth: ``[columns]`` that x is divided by. rotation: Hadamard block, 0 for none.
-        activations: "none", "int8", "fp8" or "int4"; the last multiplies its group scales into the operands.
+        extras: ``smooth``, ``rotation``, ``activations`` (of "int4" the group scales are multiplied into the operands) and
+            ``input_scale``.
         dtype: of the operands: bfloat16 or float32, or int8 for "int8". pad: columns are padded to a multiple of this.
         fold: multiply the scales of tokens into the operands too.
     """
     columns = x.shape[1]
     padded = -(-columns // pad) * pad
-    plain = activations == "none" and smooth is None and not rotation
+    plain = extras.activations == "none" and extras.smooth is None and not extras.rotation
     if plain and x.dtype == dtype and padded == columns:
         return Operands(x if x.is_contiguous() else x.contiguous(), None)
-    return _run(x, smooth, rotation, activations, dtype, padded, fold or activations == "int4")
+    return _run(x, extras, extras.activations, dtype, padded, fold or extras.activations == "int4")
 
 
 def _run(
-    x: Tensor, smooth: Tensor | None, rotation: int, activations: str, dtype: torch.dtype, width: int, fold: bool,
-    layout: tuple[int, int] = (0, 0),
-) -> Operands:  # fmt: skip
+    x: Tensor, extras: Extras, activations: str, dtype: torch.dtype, width: int, fold: bool, layout: tuple[int, int] = (0, 0)
+) -> Operands:
     tokens, columns = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
     values = torch.empty(tokens, width, dtype=dtype, device="cpu")
     scales = None if fold or activations in ("none", "int4") else torch.empty(tokens, dtype=torch.float32, device="cpu")
-    divisor = None if smooth is None else smooth.float().contiguous()
-    signs = rotation_signs(columns, x.device, torch.float32) if rotation else None
+    divisor, given = (None if v is None else v.float().contiguous() for v in (extras.smooth, extras.input_scale))
+    signs = rotation_signs(columns, x.device, torch.float32) if extras.rotation else None
     tasks = -(-tokens // PER_TASK)
     threads = min(torch.get_num_threads(), tasks) if tokens * columns > 1 << 14 else 1
     scratch = torch.empty(threads, columns + 64, dtype=torch.float32, device="cpu")
@@ -92,7 +106,8 @@ def _run(
         KINDS[x.dtype],
         0 if divisor is None else divisor.data_ptr(),
         0 if signs is None else signs.data_ptr(),
-        rotation,
+        extras.rotation,
+        0 if given is None else given.data_ptr(),
         values.data_ptr(),
         width * values.element_size(),
         0 if scales is None else scales.data_ptr(),
@@ -144,12 +159,14 @@ def transform_token(values: Any, count: Any, smooth: Any, signs: Any, block: Any
 
 
 @helper
-def step_of(values: Any, first: Any, last: Any, limit: Any) -> Any:
-    """Largest magnitude over ``limit``: 1 where that is zero, not a number where any value is not."""
+def step_of(values: Any, first: Any, last: Any, limit: Any, given: Any) -> Any:
+    """Largest magnitude over ``limit``, 1 where that is zero; or the number at ``given``. Not a number where any value is not."""
     largest = np.int32(0)
     for i in range(first, last):
         largest = max(largest, float_bits(read_f32(values, i)) & np.int32(0x7FFFFFFF))  # ordered like magnitudes, NaN last
     step = bits_float(largest) / np.float32(limit)
+    if given:
+        return read_f32(given, 0) + np.float32(0) * step
     return np.float32(1.0) if step == 0 else step
 
 
@@ -161,15 +178,15 @@ def round_e4m3(value: Any) -> Any:
     return rint(value / step) * step
 
 
-def split_bytes(x: Tensor, smooth: Tensor | None, rotation: int, codes: bool) -> Operands:
+def split_bytes(x: Tensor, extras: Extras, codes: bool) -> Operands:
     """Tokens ``[tokens, columns]`` as the high and low bytes of :mod:`._bytes`, and the steps they count in.
 
     ``codes``: INT8 activations, whose codes are the low bytes.
     """
-    return _run(x, smooth, rotation, "split8" if codes else "split16", torch.int8, 3 * x.shape[1], False)
+    return _run(x, extras, "split8" if codes else "split16", torch.int8, 3 * x.shape[1], False)
 
 
-def split_vectors(x: Tensor, extras: Any, vector_size: int, lanes: int, integer: bool) -> Operands:
+def split_vectors(x: Tensor, extras: Extras, vector_size: int, lanes: int, integer: bool) -> Operands:
     """Tokens ``[tokens, columns]`` as vectors of ``lanes`` numbers for :mod:`._sums`: ``[tokens, vectors, lanes]``, flat.
 
     ``integer``: int16 numbers and the steps they count in, else float32.
@@ -177,7 +194,7 @@ def split_vectors(x: Tensor, extras: Any, vector_size: int, lanes: int, integer:
     width = (-(-x.shape[1] // vector_size) + 7) * lanes
     activations = "int8" if extras.activations == "int8" else ("vectors" if integer else "none")
     dtype = torch.int16 if integer else torch.float32
-    return _run(x, extras.smooth, extras.rotation, activations, dtype, width, False, (vector_size, lanes))
+    return _run(x, extras, activations, dtype, width, False, (vector_size, lanes))
 
 
 @helper
@@ -237,13 +254,13 @@ def _kernel(activations: str, out: str, fold: bool, vectors: bool, integer: bool
                 transform_token(values, columns, job[SMOOTH], job[SIGNS], job[ROTATION])
                 target = job[TARGET] + token * job[STRIDE]
                 if split:
-                    step = step_of(values, 0, columns, limit)
+                    step = step_of(values, 0, columns, limit, job[GIVEN])
                     write(job[SCALES], token, step, "float32")
                     split_token(values, columns, step, np.float32(limit), target)
                     continue
                 for first in range(0, columns, INT4_GROUP if grouped else columns):
                     last = min(first + INT4_GROUP, columns) if grouped else columns
-                    step = step_of(values, first, last, limit) if quantized else np.float32(1)
+                    step = step_of(values, first, last, limit, job[GIVEN]) if quantized else np.float32(1)
                     if quantized and not fold:
                         write(job[SCALES], token, step, "float32")
                     for i in range(first, last):

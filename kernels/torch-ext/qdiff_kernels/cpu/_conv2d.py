@@ -40,5 +40,5 @@ def _inputs(x: Tensor, pixels: Tensor, extras: Extras) -> Tensor:
     if extras.smooth is None and not extras.rotation and extras.activations == "none":
         return x
     flat = pixels.reshape(-1, x.shape[1])
-    values = prepare(flat, extras.smooth, extras.rotation, extras.activations, x.dtype, fold=True).values
+    values = prepare(flat, extras, x.dtype, fold=True).values
     return values.view(pixels.shape).movedim(-1, 1)

@@ -74,7 +74,7 @@ def takes(x: Tensor, extras: Extras) -> bool:
 
 def transforms(extras: Extras) -> bool:
     """Whether there is a kernel for what becomes of the inputs; else torch transforms and multiplies, with the decoded weight."""
-    return extras.activations in LIMITS and extras.shift is None and extras.input_scale is None
+    return extras.activations in LIMITS and extras.shift is None
 
 
 def operand_dtype(x: Tensor, activations: str) -> torch.dtype:
@@ -90,23 +90,19 @@ def _branch(x: Tensor, extras: Extras) -> tuple[Tensor, Tensor] | None:
     return F.linear(x, down), up
 
 
-def _operands(x: Tensor, extras: Extras, dtype: torch.dtype, pad: int = 1) -> Operands:
-    return prepare(x, extras.smooth, extras.rotation, extras.activations, dtype, pad)
-
-
 def _multiply_in_integers(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
     if weight.sums is not None:
         operands = split_vectors(x, extras, weight.vector_size, weight.sums.lanes, weight.sums.integer)
         run_sums(weight, **_product(x, operands, extras, y))
         return
     codes = extras.activations == "int8"
-    operands = split_bytes(x, extras.smooth, extras.rotation, codes)
+    operands = split_bytes(x, extras, codes)
     run_bytes(weight, scales_per_block(weight), not codes, **_product(x, operands, extras, y))
 
 
 def _multiply_in_bfloat16(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
     dtype = operand_dtype(x, extras.activations)
-    operands = _operands(x, extras, dtype, 32 if dtype == torch.bfloat16 else 16)
+    operands = prepare(x, extras, dtype, 32 if dtype == torch.bfloat16 else 16)
     run_weight(weight, NAMES[dtype], **_product(x, operands, extras, y))
 
 
@@ -140,7 +136,7 @@ def _multiply_decoded(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> N
 
 
 def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
-    operands = _operands(x, extras, torch.int8)
+    operands = prepare(x, extras, torch.int8)
     assert operands.scales is not None
     zeros = None
     if weight.centered is not None:  # a zero per row multiplies the sum of a token's codes: the rest is exact in INT8
@@ -167,7 +163,7 @@ def _multiply_int8(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None
 
 def _multiply_floats(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> None:
     dtype = operand_dtype(x, extras.activations)
-    operands = _operands(x, extras, dtype)
+    operands = prepare(x, extras, dtype)
     rows, step = y.shape[1], _chunk_rows(weight, dtype.itemsize)
     out = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
     dense = torch.empty(min(step, rows), weight.columns, dtype=dtype, device="cpu")

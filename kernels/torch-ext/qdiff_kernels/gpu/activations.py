@@ -1,6 +1,7 @@
 """What happens to a layer's input before the product, in one kernel: smoothing, rotation, quantization, low-rank projection.
 
-A program reads 16 tokens from memory once; 8-bit scales need the whole token first, so it walks over them again, out of cache.
+A program reads 16 tokens from memory once; 8-bit scales need the whole token first, so it walks over them again, out of cache,
+unless they are given.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..activations import FP8_MAX
 from ..activations import INT4_GROUP as GROUP
+from ..reference import Extras
 from .blocks import INT4_GROUP, INTERPRETED
 from .decode import minifloat_value
 from .linear import Inputs
@@ -23,18 +25,17 @@ FEW_TOKENS, LONG_STEP = 256, 256
 CODES = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 
-def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, down: Tensor | None) -> Inputs:
+def prepare(x: Tensor, extras: Extras, down: Tensor | None) -> Inputs:
     """Transform and quantize tokens.
 
     Args:
         x: ``[tokens, columns]``, or an image batch ``[batch, columns, height, width]``, whose pixels are the tokens.
-        smooth: ``[columns]`` the inputs are divided by.
-        rotation: Hadamard block, 0 for none.
-        activations: "none", "int8", "fp8" or "int4".
+        extras: ``smooth``, ``rotation``, ``activations`` ("none", "int8", "fp8" or "int4") and ``input_scale``.
         down: ``[rank, columns]``: projects the raw input.
     """
     if x.ndim == 4 and not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
+    smooth, rotation, activations, given = extras.smooth, extras.rotation, extras.activations, extras.input_scale
     columns = x.shape[1]
     pixels = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[0]
     tokens = x.shape[0] * pixels if x.ndim == 4 else pixels
@@ -54,6 +55,7 @@ def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, d
         values,
         values if scales is None else scales,
         values if sums is None else sums,
+        values if given is None else given,
         x if down is None else down,
         values if branch is None else branch,
         tokens,
@@ -63,6 +65,7 @@ def prepare(x: Tensor, smooth: Tensor | None, rotation: int, activations: str, d
         groups,
         rank,
         CODE=CODES[activations],
+        GIVEN=given is not None,
         HAS_SMOOTH=smooth is not None,
         ROTATION=rotation,
         RANK=max(16, triton.next_power_of_2(rank)) if rank else 0,
@@ -81,6 +84,7 @@ def _prepare_kernel(
     values_ptr,
     scales_ptr,
     sums_ptr,
+    given_ptr,
     down_ptr,
     branch_ptr,
     tokens,
@@ -92,6 +96,7 @@ def _prepare_kernel(
     groups,
     rank,
     CODE: tl.constexpr,
+    GIVEN: tl.constexpr,
     HAS_SMOOTH: tl.constexpr,
     ROTATION: tl.constexpr,
     RANK: tl.constexpr,
@@ -108,6 +113,8 @@ def _prepare_kernel(
     broken = tl.zeros([BM], dtype=tl.int32)
     branch = tl.zeros([BM, RANK if RANK else 16], dtype=tl.float32)
     sums = tl.zeros([BM], dtype=tl.float32)
+    if GIVEN:
+        given = tl.zeros([BM], dtype=tl.float32) + tl.load(given_ptr)
     for start in range(0, columns, BK):
         column = start + tl.arange(0, BK)
         present = (column < columns)[None, :]
@@ -133,29 +140,42 @@ def _prepare_kernel(
         else:
             largest = tl.maximum(largest, tl.max(tl.abs(t), 1))
             broken = tl.maximum(broken, tl.max((t != t).to(tl.int32), 1))
+            if GIVEN:
+                codes, t = _codes(t, given, CODE, LIMIT)
+                sums += tl.sum(t, 1) * given
+                tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
     if RANK:
         index = tl.arange(0, RANK)
         at = branch_ptr + token.to(tl.int64)[:, None] * rank + index[None, :]
         tl.store(at, branch.to(branch_ptr.dtype.element_ty), mask=inside[:, None] & (index < rank)[None, :])
     if CODE == 1 or CODE == 2:
-        scale = _scale(largest, broken, LIMIT)
+        if GIVEN:
+            scale = tl.where((broken > 0) | (largest == float("inf")), float("nan"), given)
+        else:
+            scale = _scale(largest, broken, LIMIT)
+            for start in range(0, columns, BK):
+                column = start + tl.arange(0, BK)
+                present = (column < columns)[None, :]
+                x = tl.load(x_row[:, None] + column.to(tl.int64)[None, :] * column_stride, mask=present, other=0.0)
+                codes, t = _codes(_transform(x, smooth_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK), scale, CODE, LIMIT)
+                sums += tl.sum(t, 1) * scale
+                tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
         tl.store(scales_ptr + token, scale, mask=inside)
-        for start in range(0, columns, BK):
-            column = start + tl.arange(0, BK)
-            present = (column < columns)[None, :]
-            x = tl.load(x_row[:, None] + column.to(tl.int64)[None, :] * column_stride, mask=present, other=0.0)
-            t = _transform(x, smooth_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK)
-            t = tl.div_rn(t, scale[:, None] + tl.zeros_like(t))
-            if CODE == 1:
-                t = _round(t, LIMIT)
-                codes = t.to(tl.int32)
-            else:
-                codes = _e4m3_code(t)
-                t = minifloat_value(codes, 4 * 16 + 3 * 2)
-            sums += tl.sum(t, 1) * scale
-            tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
     if CODE != 0:
         tl.store(sums_ptr + token, sums, mask=inside)
+
+
+@triton.jit
+def _codes(t, scale, CODE: tl.constexpr, LIMIT: tl.constexpr):
+    """Codes ``[BM, BK]`` of INT8 or E4M3 inputs in units of ``scale [BM]``, and the numbers they stand for."""
+    t = tl.div_rn(t, scale[:, None] + tl.zeros_like(t))
+    if CODE == 1:
+        t = _round(t, LIMIT)
+        codes = t.to(tl.int32)
+    else:
+        codes = _e4m3_code(t)
+        t = minifloat_value(codes, 4 * 16 + 3 * 2)
+    return codes, t
 
 
 @triton.jit

@@ -93,7 +93,7 @@ def _inputs(x: Tensor, extras: Extras) -> tuple[Inputs, tuple[int, ...]]:
     """What the kernel reads and its strides (image, channel, row, column)."""
     if extras.smooth is None and not extras.rotation and extras.activations == "none":
         return Inputs(x, None, None, None), x.stride()
-    inputs = prepare(x, extras.smooth, extras.rotation, extras.activations, None)
+    inputs = prepare(x, extras, None)
     _, channels, height, width = x.shape
     return inputs, (height * width * channels, 1, width * channels, channels)
 

@@ -68,7 +68,7 @@ def transform(x: Tensor, extras: Extras) -> Inputs:
     changed = extras.smooth is not None or extras.rotation or extras.activations != "none"
     rides = changed and down is not None and down.shape[0] * x.element_size() <= FUSED_RANK_BYTES
     if changed:
-        inputs = prepare(x, extras.smooth, extras.rotation, extras.activations, down if rides else None)
+        inputs = prepare(x, extras, down if rides else None)
     else:
         inputs = Inputs(x if x.stride(1) == 1 else x.contiguous(), None, None, None)
     return inputs if rides or down is None else inputs._replace(branch=x @ down.to(x.dtype).T)
@@ -165,7 +165,7 @@ def takes(x: Tensor, extras: Extras) -> bool:
 
 def transforms(extras: Extras) -> bool:
     """Whether there is a kernel for what becomes of the inputs; else torch transforms and multiplies, with the decoded weight."""
-    return extras.activations in CODES and extras.shift is None and extras.input_scale is None
+    return extras.activations in CODES and extras.shift is None
 
 
 def runs_on(tensor: Tensor) -> bool:
