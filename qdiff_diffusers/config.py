@@ -170,10 +170,14 @@ class QDiffConfig(QuantizationConfigMixin):
     @property
     def needs_calibration(self) -> bool:
         """Whether some layer needs samples of its inputs."""
-        return any(config is not None and config.needs_samples for config in (self, *(self.overrides or {}).values()))
+        return any(config.needs_samples for config in self.with_overrides())
+
+    def with_overrides(self) -> list[QDiffConfig]:
+        """This config and those of its overrides."""
+        return [self, *(config for config in (self.overrides or {}).values() if config is not None)]
 
     def moves_by(self, assignments: str) -> bool:
-        """Whether tuning can move this method's codes by what :class:`~qdiff_diffusers.Tuning` calls ``assignments``."""
+        """Whether :class:`~qdiff_diffusers.Tuning`'s ``assignments`` mean something for this method's codes."""
         return assignments != "candidates"
 
     def check_uncalibrated(self) -> None:

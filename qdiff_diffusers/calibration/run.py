@@ -61,10 +61,10 @@ def calibrate(
     for name, model in models.items():
         if getattr(model, "is_quantized", False):
             raise ConfigError(f"{name} is quantized already; calibration begins with the full-precision model")
-        if any(c and c.activation_scales == "timestep" for c in (config, *(config.overrides or {}).values())):
+        if any(c.activation_scales == "timestep" for c in config.with_overrides()):
             timestep_argument(model)  # raises where there is none
     how = calibration.tuning.assignments
-    if calibration.tuning.wanted and not any(c and c.moves_by(how) for c in (config, *(config.overrides or {}).values())):
+    if calibration.tuning.wanted and not any(c.moves_by(how) for c in config.with_overrides()):
         raise ConfigError(
             f'tuning: assignments="{how}" moves no codes of method {config.method_name}: "rounding" is for scalar formats (fp, '
             'svdquant, rtn), "candidates" for a single codebook (vq), "pv" and "fixed" for all'

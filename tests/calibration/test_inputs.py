@@ -86,6 +86,26 @@ def test_a_static_scale_of_floats_leaves_room_for_what_calibration_has_not_seen(
     assert squared(beyond, "fp8", scale) < 1.1 * squared(beyond, "fp8", beyond.abs().max().reshape(1) / 448)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_static_scale_of_unsigned_numbers_is_one_of_unsigned_numbers(kind: str) -> None:
+    x = nn.functional.gelu(3 * torch.randn(256, 64, generator=GENERATOR))
+    config = FPConfig(bits=8, activations=kind, activation_scales="static", unsigned=True)
+    found = fit_inputs({0.0: x}, config, 64, shiftable=True)
+    shifted = x + found["shift"]
+
+    def error(scale: Tensor) -> float:
+        codes = quantize_activations(shifted, kind, found["shift"], scale)
+        return float((dequantize_activations(*codes) - shifted).square().sum())
+
+    peak = shifted.max().reshape(1)
+    if kind == "fp8":
+        assert found["input_scales"] == pytest.approx(2 * float(peak) / 496)
+        assert error(found["input_scales"]) < 1.1 * error(peak / 496)
+    else:
+        tried = [error(f * peak / 255) for f in torch.linspace(0.1, 1.2, 111)]
+        assert error(found["input_scales"]) == pytest.approx(min(tried), rel=1e-4)
+
+
 def test_steps_get_scales_of_their_own_in_rising_order() -> None:
     config = FPConfig(bits=8, activations="int8", activation_scales="timestep")
     x = torch.randn(32, 16, generator=GENERATOR)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import inspect
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -52,9 +53,10 @@ def kernel(function: Callable[[Any], None]) -> Any:
 
 def _named(function: Callable[..., Any]) -> Callable[..., Any]:
     """Put the numbers and words that a function closes over into its name."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    values = [f"{name}_{cell.cell_contents}" for name, cell in cells if cell.cell_contents != SOURCE]
-    function.__qualname__ = "_".join([function.__qualname__, *values])
+    values = inspect.getclosurevars(function).nonlocals
+    assert all(isinstance(value, int | float | str) for value in values.values()), "another process could not tell these apart"
+    parts = [f"{name}_{value}" for name, value in values.items() if value != SOURCE]
+    function.__qualname__ = "_".join([function.__qualname__, *parts])
     return function
 
 
