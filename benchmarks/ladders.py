@@ -13,7 +13,8 @@ from typing import Any
 
 from common import RESULTS, markdown
 
-LISTS = ("headline", "aq", "vq", "vq_choices", "vq_ours", "fp8", "fp8_rounding", "fp6", "fp4", "fp3", "fp_groups", "fp_inputs")
+LISTS = ("headline", "aq", "aq_4bit", "aq_1.5bit", "vq", "vq_choices", "vq_ours")
+LISTS += ("fp8", "fp8_rounding", "fp6", "fp4", "fp3", "fp_groups", "fp_inputs")
 LISTS += ("svdquant", "svdquant_a8", "svdquant_more", "fp_and_svdquant", "peers", "low_bit_peers", "four_bit_peers")
 MODELS = {"dit": "transformer", "unet": "UNet"}
 SCORES = {
