@@ -32,7 +32,7 @@ DEMO = Path(qdiff_diffusers.__file__).parent / "demo_model/transformer/diffusion
 REFERENCE_SHAPE = (3072, 3072)
 PRESETS: list[tuple[str, QDiffConfig]] = [
     *((f"rtn {b} g64", RTNConfig(bits=b)) for b in (2, 3, 4, 8)),
-    *((f"aq {b:g}", AQConfig(bits=b)) for b in (1.5, 2, 3, 4)),
+    *((f"aq {b:g}", AQConfig(bits=b)) for b in (1, 1.5, 2, 3, 4)),
     ("aq 2, effort 0", AQConfig(bits=2, effort=0)),
     *((f"vq {b:g}", VQConfig(bits=b)) for b in (2, 3, 4, 8)),
     ("vq 2, no row scales", VQConfig(bits=2, row_scales=False)),

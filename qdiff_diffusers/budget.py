@@ -81,7 +81,7 @@ def spread_by_kind(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tupl
     widest = max((width_of(shapes[name]) for name in chosen), default=1)
     for name, config in chosen.items():
         unit = SENSITIVITY[kind_of(name)] * (widest / width_of(shapes[name])) ** WIDTH_EXPONENT * sizes[name]
-        offers = {bits: _stored(replace(config, bits=bits), shapes[name]) for bits in config.bit_choices}
+        offers = {bits: _stored(replace(config, bits=bits), shapes[name]) for bits in config.widths}
         choices[name] = [Choice(stored, unit * 4**-bits, {"bits": bits}) for bits, stored in offers.items()]
         budget += offers[float(config.bits or 0)] * sizes[name]
     return with_settings(targets, spend(choices, sizes, budget))

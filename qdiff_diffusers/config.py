@@ -211,6 +211,13 @@ class QDiffConfig(QuantizationConfigMixin):
                 return config
         return self
 
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """What one layer's ``bits`` may be where they are a mean over layers: more than half of it. Errors at fewer are so large that
+        they no longer add up as the choice assumes: with 1-bit layers among 2 the bundled UNet loses 1.5 dB of what mixing gains.
+        """
+        return tuple(bits for bits in self.bit_choices if 2 * bits > (self.bits or 0))
+
     def alternatives(self) -> list[dict[str, Any]]:
         """Settings among which mixed precision may choose for one layer, what is asked for among them.
 
@@ -219,7 +226,7 @@ class QDiffConfig(QuantizationConfigMixin):
         """
         if self.bits is None:
             raise ConfigError(f"{type(self).__name__}: mixed precision needs bits, which other settings replace here")
-        return [{"bits": bits} for bits in self.bit_choices]
+        return [{"bits": bits} for bits in self.widths]
 
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, JSON-able, ``method`` always among them."""
@@ -340,7 +347,7 @@ class AQConfig(QDiffConfig):
     """Additive codebooks (AQLM, AQUATIC-Diff): a vector of weights is a sum of one entry from each of several codebooks.
 
     Args:
-        bits: 1.5, 2, 3 or 4 choose a preset; ignored for what the next three set.
+        bits: 1, 1.5, 2, 3 or 4 choose a preset; ignored for what the next three set.
         num_codebooks, codebook_bits, vector_size: the format, codes cost ``num_codebooks * codebook_bits / vector_size`` bits.
         codebook: "shared" (a universal table that costs nothing to store; wants rotation) or "layer" (fitted to each layer).
         effort: 0 (one pass) to 3 (wide beams, many alternations): quantization time against error.
@@ -357,7 +364,7 @@ class AQConfig(QDiffConfig):
     kernel_vectors: bool = False
 
     method_name: ClassVar[str] = "aq"
-    bit_choices: ClassVar[tuple[float, ...]] = (1.5, 2, 3, 4)
+    bit_choices: ClassVar[tuple[float, ...]] = (1, 1.5, 2, 3, 4)
 
     def moves_by(self, assignments: str) -> bool:
         return assignments != "rounding" and (assignments != "candidates" or self.num_codebooks == 1)

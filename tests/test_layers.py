@@ -287,6 +287,7 @@ SHAPES = [(1, 1), (2, 1), (1, 64), (3, 5), (65, 129), (5, 4, 3, 3), (4, 1, 7, 7)
 METHODS = {
     **CONFIGS,
     "aq-4": lambda: AQConfig(bits=4, effort=0),
+    "aq-1": lambda: AQConfig(bits=1, effort=0),
     "aq-1.5": lambda: AQConfig(bits=1.5, effort=0),
     "aq-own": lambda: AQConfig(num_codebooks=2, codebook_bits=6, vector_size=4, codebook="layer", effort=0),
     "vq-3": lambda: VQConfig(bits=3, restarts=1),

@@ -23,6 +23,7 @@ CONFIGS = {
     "aq-4": lambda: AQConfig(bits=4),
     "aq-3-int8": lambda: AQConfig(bits=3, activations="int8"),
     "aq-2-fp8": lambda: AQConfig(bits=2, activations="fp8"),
+    "aq-1": lambda: AQConfig(bits=1),
     "aq-1.5": lambda: AQConfig(bits=1.5),
     "aq-own-codebooks": lambda: AQConfig(num_codebooks=2, codebook_bits=4, vector_size=4, codebook="layer", rotation=False),
     "vq-4": lambda: VQConfig(bits=4),

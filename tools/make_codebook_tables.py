@@ -66,6 +66,7 @@ class Table(NamedTuple):
 
 
 TABLES = (
+    Table(4, 8, 32, 12000, 120, 0.4),  # 1 bit
     Table(4, 8, 24, 12000, 120, 0.4),  # 1.33 bits
     Table(2, 8, 12, 40000, 120, 0.4),
     Table(4, 8, 16, 20000, 150, 0.4),  # 2 bits

@@ -45,7 +45,7 @@ METHODS = {
     ],
     "vq": [_bits("2", "3", "4", "8", default="3"), _activations("int8", "fp8")],
     "aq": [
-        _bits("1.5", "2", "3", "4", default="2"),
+        _bits("1", "1.5", "2", "3", "4", default="2"),
         io.Int.Input("effort", default=1, min=0, max=3, tooltip="0 is fast, 3 is thorough and takes many times longer."),
         _activations("int8", "fp8"),
     ],

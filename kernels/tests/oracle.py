@@ -53,6 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "codebook-1x6-d2-g16": ("codebook", {"num_codebooks": 1, "bits": 6, "vector_size": 2, "group_size": 16}),
     "codebook-3x5-d3-int8": ("codebook", {"num_codebooks": 3, "bits": 5, "vector_size": 3, "group_size": None, "int8": True}),
     "codebook-1x11-d4-tensor": ("codebook", {"num_codebooks": 1, "bits": 11, "vector_size": 4, "group_size": "tensor"}),
+    "codebook-4x8-d32-int8": ("codebook", {"num_codebooks": 4, "bits": 8, "vector_size": 32, "group_size": None, "int8": True}),
     "e2m1-g16-e4m3-two-level": ("minifloat", {"encodings": "e2m1", "group_size": 16, "scales": "e4m3", "tensor_scale": True}),
     "e2m1-g16-e4m3-row-scales": ("minifloat", {"encodings": "e2m1", "group_size": 16, "scales": "e4m3", "row_scale": True}),
     "e2m1-g32-e8m0": ("minifloat", {"encodings": "e2m1", "group_size": 32, "scales": "e8m0"}),

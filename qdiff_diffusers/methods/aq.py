@@ -14,8 +14,8 @@ from .vectors import codebook_format, encode_matrix, group_rms, sample_vectors, 
 
 # Nominal bits -> (num_codebooks, codebook_bits, vector_size), fitted to each layer and universal. Large vectors are better for a
 # universal codebook, which costs nothing however many entries it has, and worse for one that must be stored and fitted.
-LAYER_PRESETS = {1.5: (2, 8, 12), 2: (2, 8, 8), 3: (3, 8, 8), 4: (4, 8, 8)}
-SHARED_PRESETS = {1.5: (4, 8, 24), 2: (4, 8, 16), 3: (6, 8, 16), 4: (4, 8, 8)}
+LAYER_PRESETS = {1: (2, 8, 16), 1.5: (2, 8, 12), 2: (2, 8, 8), 3: (3, 8, 8), 4: (4, 8, 8)}
+SHARED_PRESETS = {1: (4, 8, 32), 1.5: (4, 8, 24), 2: (4, 8, 16), 3: (6, 8, 16), 4: (4, 8, 8)}
 DEFAULT_BITS = 2
 
 

@@ -24,7 +24,7 @@ class TestMistakes:
         ("entry", "message"),
         [
             ("gptq:bits=2", "'gptq:bits=2' is no method"),
-            ("aq:bits=7", "bits must be one of 1.5, 2, 3, 4, got 7"),
+            ("aq:bits=7", "bits must be one of 1, 1.5, 2, 3, 4, got 7"),
             ("rtn:bits=4,rank=8", "rank does not go with method rtn; it takes"),
             ("aq:bits", "expected key=value, got 'bits'"),
             ({"bits": 2}, "one of method, folder and peer"),

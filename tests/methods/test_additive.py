@@ -115,7 +115,7 @@ def test_universal_tables_are_integers_that_add_up_and_keep_their_promise(name):
 
 
 def test_universal_tables_stay_small():
-    assert TABLES_FILE.stat().st_size < 256_000
+    assert TABLES_FILE.stat().st_size < 300_000
 
 
 def test_int8_codebooks_use_the_range_and_one_step():
@@ -147,7 +147,7 @@ def test_aq_packs_what_the_format_says(group_size, codebook_dtype, num_codebooks
     assert error < 1.6 * 4 ** -(num_codebooks * bits / size)
 
 
-@pytest.mark.parametrize("bits", [1.5, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 3, 4])
 def test_aq_presets_store_what_they_say_and_beat_round_to_nearest(bits):
     weight = gaussian(64, 240, seed=6) * 0.03
     fmt = aq.choose_format(AQConfig(bits=bits), (64, 240))
