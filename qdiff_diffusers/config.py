@@ -213,8 +213,10 @@ class QDiffConfig(QuantizationConfigMixin):
 
     @property
     def widths(self) -> tuple[float, ...]:
-        """What one layer's ``bits`` may be where they are a mean over layers: more than half of it. Errors at fewer are so large that
-        they no longer add up as the choice assumes: with 1-bit layers among 2 the bundled UNet loses 1.5 dB of what mixing gains.
+        """What one layer's ``bits`` may be where they are a mean over layers: more than half of it.
+
+        Errors at fewer are so large that they no longer add up as the choice assumes: with 1-bit layers among 2 the bundled UNet
+        loses 1.5 dB of what mixing gains.
         """
         return tuple(bits for bits in self.bit_choices if 2 * bits > (self.bits or 0))
 

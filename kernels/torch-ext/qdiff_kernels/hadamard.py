@@ -76,7 +76,9 @@ def _transform(x: Tensor, block: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _halved(block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The Hadamard matrix over the largest power of two up to the square root of its size: exact in every dtype, and sums of a block
-    of float16 activations stay below its largest number."""
+    """The Hadamard matrix over the largest power of two up to the square root of its size.
+
+    It is exact in every dtype, and a block of float16 activations sums to less than the largest number.
+    """
     with torch.inference_mode(False):
         return hadamard_matrix(block, device, dtype) * 0.5 ** ((block.bit_length() - 1) // 2)
