@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff_diffusers import QDiffConfig
-from qdiff_diffusers.config import StoredLayer
 from qdiff_diffusers.errors import ConfigError
+from qdiff_diffusers.layer_table import StoredLayer
 from qdiff_diffusers.packing import new_provenance, quantize_named
 from qdiff_diffusers.stored import write_stored_model
 

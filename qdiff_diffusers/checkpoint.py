@@ -16,9 +16,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 
-from .config import QDiffConfig, QDiffMethod, StoredLayer
+from .config import QDiffConfig, QDiffMethod
 from .errors import CheckpointError
 from .formats import TensorInfo, codebook_table
+from .layer_table import StoredLayer
 
 MAX_HEADER = 100 << 20
 MAX_BYTES = 1 << 62

@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError, ConfigError
-from .formats import GroupSize, LayerSpec
+from .formats import GroupSize
 from .formats.spec import STATIC
+from .layer_table import StoredLayer, read_layers, write_layers
 
 FORMAT_VERSION = 1
 ACTIVATION_SCALES = ("token", "static", "timestep")
@@ -30,14 +31,6 @@ class QDiffMethod(str, Enum):
 
     QDIFF = "qdiff"
     NUNCHAKU = "qdiff_nunchaku"  # never stored: a nunchaku_lite folder that is being loaded into our layers
-
-
-class StoredLayer(NamedTuple):
-    """One packed layer of a checkpoint: its spec, the logical weight shape and the relative squared weight error."""
-
-    spec: LayerSpec
-    shape: tuple[int, ...]
-    error: float | None
 
 
 METHODS: dict[str, type[QDiffConfig]] = {}
@@ -215,8 +208,7 @@ class QDiffConfig(QuantizationConfigMixin):
     def widths(self) -> tuple[float, ...]:
         """What one layer's ``bits`` may be where they are a mean over layers: more than half of it.
 
-        Errors at fewer are so large that they no longer add up as the choice assumes: with 1-bit layers among 2 the bundled UNet
-        loses 1.5 dB of what mixing gains.
+        Errors at fewer are so large that they no longer add up as the choice assumes.
         """
         return tuple(bits for bits in self.bit_choices if 2 * bits > (self.bits or 0))
 
@@ -248,11 +240,7 @@ class QDiffConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The stored ``quantization_config``; see docs/format.md."""
         out = {"quant_method": self.quant_method.value, "format_version": FORMAT_VERSION} | self.settings()
-        if self.layers:
-            specs = list(dict.fromkeys(layer.spec for layer in self.layers.values()))
-            index = {spec: i for i, spec in enumerate(specs)}
-            out["specs"] = [spec.to_dict() for spec in specs]
-            out["layers"] = {name: [index[layer.spec], list(layer.shape), layer.error] for name, layer in self.layers.items()}
+        out |= write_layers(self.layers)
         if self.skipped:
             out["skipped"] = dict(self.skipped)
         if self.provenance:
@@ -287,44 +275,12 @@ class QDiffConfig(QuantizationConfigMixin):
         if unknown := sorted(set(data) - known):
             raise CheckpointError(f"quantization_config has unknown keys {', '.join(unknown)}")
         config = METHODS[method](**data)
-        config.layers = _read_layers(stored["specs"], stored["layers"])
+        config.layers = read_layers(stored["specs"], stored["layers"])
         for key in ("skipped", "provenance"):
             if not isinstance(stored[key] or {}, dict):
                 raise CheckpointError(f"quantization_config.{key} must be an object, got {stored[key]!r}")
             setattr(config, key, dict(stored[key] or {}))
         return (config, {}) if return_unused_kwargs else config
-
-
-def _read_layers(specs: Any, layers: Any) -> dict[str, StoredLayer]:
-    """The stored tables of specs and layers, validated."""
-    if not specs and not layers:
-        return {}
-    if not isinstance(specs, list) or not isinstance(layers, dict):
-        raise CheckpointError("quantization_config needs a list of specs and an object of layers")
-    read = []
-    for i, data in enumerate(specs):
-        try:
-            read.append(LayerSpec.from_dict(data))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"spec {i} of quantization_config: {error}") from error
-    out = {}
-    for name, entry in layers.items():
-        try:
-            out[name] = _read_layer(read, *entry)
-            out[name].spec.tensors(out[name].shape)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"layer {name} of quantization_config, {entry!r}: {error}") from error
-    return out
-
-
-def _read_layer(specs: list[LayerSpec], index: Any, shape: Any, error: Any) -> StoredLayer:
-    if type(index) is not int or not 0 <= index < len(specs):
-        raise ValueError(f"there is no spec {index!r}")
-    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
-        raise ValueError(f"a shape is a list of integers, not {shape!r}")
-    if not (error is None or type(error) in (int, float)):
-        raise ValueError(f"an error is a number or null, not {error!r}")
-    return StoredLayer(specs[index], tuple(shape), error)
 
 
 def _as_config(pattern: str, value: Any) -> QDiffConfig | None:

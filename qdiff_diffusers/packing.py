@@ -7,9 +7,10 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from .config import COMPUTE_DTYPES, QDiffConfig, StoredLayer
+from .config import COMPUTE_DTYPES, QDiffConfig
 from .errors import CheckpointError, QDiffError
 from .formats import codebook_table
+from .layer_table import StoredLayer
 from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, unsupported_reason
 from .methods import quantize_weight
 

@@ -22,8 +22,9 @@ from qdiff_diffusers import (
     SVDQuantConfig,
     VQConfig,
 )
-from qdiff_diffusers.config import FORMAT_VERSION, METHODS, StoredLayer
+from qdiff_diffusers.config import FORMAT_VERSION, METHODS
 from qdiff_diffusers.formats import IntegerFormat, LayerSpec, MinifloatFormat
+from qdiff_diffusers.layer_table import StoredLayer
 
 CLASSES = {"aq": AQConfig, "vq": VQConfig, "fp": FPConfig, "svdquant": SVDQuantConfig, "rtn": RTNConfig}
 CONFIGS = {

@@ -11,9 +11,10 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..config import QDiffConfig, StoredLayer
+from ..config import QDiffConfig
 from ..errors import CalibrationError
 from ..formats import LayerSpec
+from ..layer_table import StoredLayer
 from ..methods import LayerInputs, format_target, quantize_weight
 from . import parallel
 from .settings import Calibration

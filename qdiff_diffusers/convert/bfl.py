@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import FPConfig, QDiffConfig, StoredLayer
+from ..config import FPConfig, QDiffConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import MinifloatFormat, TensorInfo, WeightFormat
+from ..layer_table import StoredLayer
 from .nunchaku_folder import Advance
 from .single_file import Piece, StandIn, convert_single_file
 from .stream import Source

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import QDiffConfig, RTNConfig, StoredLayer
+from ..config import QDiffConfig, RTNConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import CodebookFormat, IntegerFormat, WeightFormat
+from ..layer_table import StoredLayer
 from .nunchaku_folder import Advance
 from .single_file import Piece, StandIn, convert_single_file
 

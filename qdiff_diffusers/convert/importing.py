@@ -11,9 +11,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from ..config import QDiffConfig, StoredLayer
+from ..config import QDiffConfig
 from ..errors import CheckpointError
 from ..formats import TensorInfo
+from ..layer_table import StoredLayer
 from ..packing import new_provenance
 from ..selection import WEIGHTED
 from .layouts import Copied, Plan, Target

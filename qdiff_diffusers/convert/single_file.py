@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config import FORMAT_VERSION, QDiffConfig, StoredLayer
+from ..config import FORMAT_VERSION, QDiffConfig
 from ..errors import CheckpointError, ConfigError
 from ..folders import CONFIG, check_output, written_at_once
 from ..formats import LayerSpec, TensorInfo, WeightFormat
+from ..layer_table import StoredLayer
 from ..layers import unsupported_reason
 from .importing import describe, skeleton
 from .nunchaku_folder import WEIGHTS, Advance, counted, read_config
