@@ -115,7 +115,7 @@ def test_universal_tables_are_integers_that_add_up_and_keep_their_promise(name):
 
 
 def test_universal_tables_stay_small():
-    assert TABLES_FILE.stat().st_size < 300_000
+    assert TABLES_FILE.stat().st_size < 265_000
 
 
 def test_int8_codebooks_use_the_range_and_one_step():

@@ -66,7 +66,7 @@ def _transform(x: Tensor, block: int) -> Tensor:
     if x.shape[-1] % block:
         raise ValueError(f"a rotation block of {block} does not divide {x.shape[-1]} channels")
     # One product with the whole block: the two small ones of its Kronecker factors have fewer operations, but matrix libraries are
-    # slow at 4 to 16 columns (7 to 14 times, for blocks up to 64), and 16-bit numbers would be rounded twice.
+    # slow at 4 to 16 columns, and 16-bit numbers would be rounded twice.
     half = (block.bit_length() - 1) // 2
     rotated = x.reshape(-1, block) @ _halved(block, x.device, x.dtype)
     if block != 4**half:
