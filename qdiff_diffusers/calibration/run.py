@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from ..config import QDiffConfig
 from ..errors import ConfigError
+from ..folders import check_writable, clear, content, held
 from ..layers.timesteps import timestep_argument
 from ..packing import pack_finished
 from ..quantizer import QDiffQuantizer
+from ..writing import write_text
 from . import parallel
 from .allocation import allocate
 from .blocks import apply, tune_blocks
@@ -41,7 +43,7 @@ TRAJECTORIES = ("class_labels", "samples", "steps", "guidance_scale", "batch_siz
 def calibrate(
     pipe: Any, models: dict[str, nn.Module], config: QDiffConfig, calibration: Calibration, workspace: Path | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Quantize models in place for what they see on their own trajectories.
+    """Quantize models in place for what they see on their own trajectories. The workspace stays; see :func:`discard_workspace`.
 
     Args:
         pipe: the pipeline that the models belong to, or the bare model.
@@ -116,12 +118,7 @@ def _recordings(facts: dict[str, Any] | None, calibration: Calibration) -> Path 
         logger.warning("recordings are not shared by distributed runs: trajectories are recorded anew")
         return None
     key = digest([facts, {name: getattr(calibration, name) for name in TRAJECTORIES}])
-    folder = Path(calibration.recordings) / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"recordings cannot be kept in {calibration.recordings}: {error}") from error
-    return folder
+    return Path(calibration.recordings) / key
 
 
 def _recorded(
@@ -145,7 +142,7 @@ def _recorded(
         raise ConfigError(f"{', '.join(empty)} was never called on the calibration's trajectories; leave it out")
     if keep:
         counts = [len(store) for store in stores.values()]
-        marker.write_text(json.dumps({"calls": counts, "seconds": time.perf_counter() - start}))
+        write_text(marker, json.dumps({"calls": counts, "seconds": time.perf_counter() - start}))
     return stores, 0.0
 
 
@@ -190,18 +187,38 @@ def _on_device(model: nn.Module, layers: dict[str, FinishedLayer]) -> dict[str, 
 def _workspace(
     facts: dict[str, Any] | None, config: QDiffConfig, calibration: Calibration, default: Path | None
 ) -> Iterator[tuple[Path, bool]]:
-    """A folder for finished work, and whether it outlives a failure. It is removed in the end if all went well."""
+    """A folder for finished work, and whether it outlives the run."""
     chosen = Path(calibration.workspace) if calibration.workspace else default
     if chosen is None:
         with tempfile.TemporaryDirectory(prefix="qdiff-calibration-") as folder:
             yield Path(folder), False
         return
-    if parallel.rank() == 0:
-        wanted = {"config": config.settings(), "calibration": calibration.settings(), "inputs": facts}
-        _prepare(chosen, json.loads(json.dumps(wanted)), replace=not calibration.workspace)
-    parallel.share(None, 0)
-    yield chosen, True
-    if parallel.rank() == 0:
+    with held(chosen) if parallel.rank() == 0 else nullcontext():
+        if parallel.rank() == 0:
+            wanted = {"config": config.settings(), "calibration": calibration.settings(), "inputs": facts}
+            _prepare(chosen, json.loads(json.dumps(wanted)), replace=not calibration.workspace)
+        parallel.share(None, 0)
+        yield chosen, True
+
+
+def check_places(calibration: Calibration) -> None:
+    """Make sure, before anything is loaded, that the folders which a calibration names can be written.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    for name in ("workspace", "recordings"):
+        if path := getattr(calibration, name):
+            try:
+                check_writable(Path(path))
+            except ConfigError as error:
+                raise ConfigError(f"{name} cannot be kept in {path}: {error}") from error
+
+
+def discard_workspace(calibration: Calibration | None, default: Path | None) -> None:
+    """Remove the workspace of a calibration whose result is safe."""
+    chosen = calibration.workspace if calibration and calibration.workspace else default
+    if chosen and parallel.rank() == 0:
         shutil.rmtree(chosen, ignore_errors=True)
 
 
@@ -222,11 +239,10 @@ def _prepare(folder: Path, wanted: dict[str, Any], replace: bool) -> None:
                 f"{folder} holds the work of another calibration (other {other}); remove it, or choose another workspace"
             )
         logger.warning("Starting anew: what %s holds is from a calibration with other %s", folder, other)
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
+        clear(folder)
+    elif content(folder):
         raise ConfigError(f"the workspace {folder} holds other files; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(wanted))
+    write_text(marker, json.dumps(wanted))
 
 
 def _differences(marker: Path, wanted: dict[str, Any]) -> str:
