@@ -68,10 +68,10 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
             pieces[native].append(_piece(weight[part.start : part.stop], part, config, dtype))
             progress(config.layers, total)
     tensors = {key: pieces[key] if key in pieces else _patched(patcher, key, value, dtype) for key, value in weights.items()}
-    native = {key: assemble(value, dtype) if isinstance(value, list) else value for key, value in tensors.items()}
+    state = {key: assemble(value, dtype) if isinstance(value, list) else value for key, value in tensors.items()}
     config.compute_dtype = str(dtype).removeprefix("torch.")
     config.provenance = new_provenance(family.classes[0] if family else type(patcher.model).__name__)
-    return _rebuild(patcher, native, config, family, names)
+    return _rebuild(patcher, state, config, family, names)
 
 
 def _module_name(part: Slice) -> str:
