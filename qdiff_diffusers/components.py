@@ -13,7 +13,9 @@ logger = logging.get_logger(__name__)
 DECODERS = ("vae", "movq")  # in a component's name: vae, vqvae, audio_vae, vae_decoder, ...
 
 
-def leave_decoders(original: Any, self: Any, is_diffusers: bool = True, module_name: str | None = None) -> Any:
+def leave_decoders(
+    original: Any, self: Any, is_diffusers: bool = True, module_name: str | None = None, **kwargs: Any
+) -> Any:
     """Make ``PipelineQuantizationConfig(quant_backend="qdiff", ...)`` leave the VAE alone unless it is named.
 
     diffusers quantizes every component if ``components_to_quantize`` is not given. A VAE is small, and every pixel passes through
@@ -23,4 +25,4 @@ def leave_decoders(original: Any, self: Any, is_diffusers: bool = True, module_n
     if ours and any(word in (module_name or "") for word in DECODERS):
         logger.info(f"{module_name} stays as it is; list it in components_to_quantize to have it quantized too")
         return None
-    return original(self, is_diffusers=is_diffusers, module_name=module_name)
+    return original(self, is_diffusers=is_diffusers, module_name=module_name, **kwargs)

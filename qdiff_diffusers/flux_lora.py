@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from .packing import packed_layers
 
 
-def expand_without_packed(
-    expand: Any, cls: Any, transformer: nn.Module, lora_state_dict: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def expand_without_packed(expand: Any, cls: Any, transformer: nn.Module, lora_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keep packed layers out of the step that widens adapters.
 
     That step is for adapters of a Control model on a base model, which differ in the embedder, a layer outside the blocks.

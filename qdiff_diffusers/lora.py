@@ -114,9 +114,7 @@ def create_new_module(create: Any, lora_config: Any, adapter_name: str, target: 
     return module
 
 
-def refuse_to_fuse(
-    replace_module: Any, self: Any, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module
-) -> None:
+def refuse_to_fuse(replace_module: Any, self: Any, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
     """Adapters other than LoRA (LoKr, LoHa, OFT, ...) run beside a packed layer; fused, they would be lost without a word."""
     replace_module(self, parent, child_name, new_module, child)
     if isinstance(new_module, BaseTunerLayer) and isinstance(new_module.get_base_layer(), PackedLayer):

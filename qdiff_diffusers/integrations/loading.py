@@ -30,9 +30,7 @@ from .patches import MARKER, require
 _constructing = threading.RLock()
 
 if hasattr(os, "register_at_fork"):  # a forked process must not inherit it from a thread that it does not have
-    os.register_at_fork(
-        before=_constructing.acquire, after_in_parent=_constructing.release, after_in_child=_constructing.release
-    )
+    os.register_at_fork(before=_constructing.acquire, after_in_parent=_constructing.release, after_in_child=_constructing.release)
 
 
 @contextmanager
@@ -49,7 +47,7 @@ def call_alone(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Scopes(threading.local):
-    """For each ``ModelMixin.from_pretrained`` that this thread is in: the default dtypes before each change, the lock being held."""
+    """For each ``ModelMixin.from_pretrained`` that this thread is in: the default dtypes before each change that holds the lock."""
 
     def __init__(self) -> None:
         self.dtypes: list[list[torch.dtype]] = []

@@ -175,7 +175,8 @@ def installed_version(library: str) -> str | None:
         return None
 
 
-class _Installation(NamedTuple):
+@dataclass(frozen=True)
+class _Installation:
     """The rows of one module, installed one by one when it has been imported."""
 
     module: str
@@ -188,7 +189,7 @@ class _Installation(NamedTuple):
             except Exception as error:
                 _switch_off(row, error)
             else:
-                _states[row] = State("active")
+                _states.setdefault(row, State("active"))
 
 
 def _switch_off(row: Patch, error: Exception) -> None:
