@@ -13,9 +13,7 @@ logger = logging.get_logger(__name__)
 DECODERS = ("vae", "movq")  # in a component's name: vae, vqvae, audio_vae, vae_decoder, ...
 
 
-def leave_decoders(
-    original: Any, self: Any, is_diffusers: bool = True, module_name: str | None = None, **kwargs: Any
-) -> Any:
+def leave_decoders(original: Any, self: Any, is_diffusers: bool = True, module_name: str | None = None, **kwargs: Any) -> Any:
     """Make ``PipelineQuantizationConfig(quant_backend="qdiff", ...)`` leave the VAE alone unless it is named.
 
     diffusers quantizes every component if ``components_to_quantize`` is not given. A VAE is small, and every pixel passes through

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import sys
 import threading
@@ -144,6 +145,21 @@ def apply(rows: Iterable[Patch]) -> None:
 def state(row: Patch) -> State:
     """What has become of a row of the table."""
     return _states.get(row) or State("waiting" if row.is_needed() else "not needed")
+
+
+def examine(rows: Iterable[Patch]) -> dict[Patch, State]:
+    """What becomes of every row whose library is installed, its module imported now."""
+    found = {}
+    for row in rows:
+        if importlib.util.find_spec(row.library) is None:
+            continue
+        if row.is_needed():
+            try:
+                importlib.import_module(row.module)
+            except Exception as error:
+                _switch_off(row, error)
+        found[row] = state(row)
+    return found
 
 
 def require(library: str) -> None:

@@ -242,7 +242,9 @@ def test_a_process_that_threads_have_spoilt_before_is_mended(folders: Path) -> N
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir(), timeout=500, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir(), timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["mended"]
 
@@ -270,13 +272,12 @@ def test_a_load_that_fails_frees_the_others_and_restores_the_default_dtype(
     where: str, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = diffusers.DiTTransformer2DModel
-    name = "__init__" if where == "construction" else "_fix_state_dict_keys_on_load"
 
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
     with monkeypatch.context() as patched:
-        patched.setattr(kind, name, fail)
+        patched.setattr(kind, "from_config" if where == "construction" else "_fix_state_dict_keys_on_load", fail)
         with pytest.raises(ZeroDivisionError):
             kind.from_pretrained(folders / "dit", torch_dtype=torch.bfloat16)
     assert torch.get_default_dtype() == torch.float32
