@@ -3,10 +3,8 @@ they only say that it cannot be read."""
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from .checkpoint import check_index, index_shards, read_header
@@ -16,42 +14,24 @@ from .errors import CheckpointError
 SUFFIX = ".safetensors"
 
 
-def check_indices(module: ModuleType, function: str) -> None:
-    """Make ``module.function(name, index_file, ...)`` check the index files of our checkpoints first. Others are left alone."""
-    original = getattr(module, function, None)
-    if original is None or getattr(original, "guarded_by_qdiff", False):
-        return
-
-    @functools.wraps(original)
-    def checked(name: Any, index_filename: Any, *args: Any, **kwargs: Any) -> Any:
-        path = Path(index_filename)
-        if path.is_file() and _is_ours(path.parent / "config.json"):
-            # Of a local folder all shards must be there; from the Hub they are fetched after this.
-            (check_index if Path(name).is_dir() else index_shards)(path)
-        return original(name, index_filename, *args, **kwargs)
-
-    checked.guarded_by_qdiff = True  # type: ignore[attr-defined]
-    setattr(module, function, checked)
+def shard_files(original: Any, name: Any, index_filename: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function that reads an index; those of our checkpoints are checked first. Others are left alone."""
+    path = Path(index_filename)
+    if path.is_file() and _is_ours(path.parent / "config.json"):
+        # Of a local folder all shards must be there; from the Hub they are fetched after this.
+        (check_index if Path(name).is_dir() else index_shards)(path)
+    return original(name, index_filename, *args, **kwargs)
 
 
-def check_files(module: ModuleType, function: str = "load_state_dict") -> None:
-    """Make ``module.function(file, ...)`` check the header of our safetensors files first. Others are left alone."""
-    original = getattr(module, function, None)
-    if original is None or getattr(original, "guarded_by_qdiff", False):
-        return
-
-    @functools.wraps(original)
-    def checked(file: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (isinstance(file, str | Path) and str(file).endswith(SUFFIX) and _is_ours(Path(file).parent / "config.json")):
-            return original(file, *args, **kwargs)
-        read_header(file)
-        try:
-            return original(file, *args, **kwargs)
-        except OSError as error:  # what safetensors alone knows to be wrong
-            raise CheckpointError(f"{file} cannot be read: {error.__context__ or error}") from error
-
-    checked.guarded_by_qdiff = True  # type: ignore[attr-defined]
-    setattr(module, function, checked)
+def state_dict(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function that reads a file; the header of our safetensors files is checked first. Others are left alone."""
+    if not (isinstance(file, str | Path) and str(file).endswith(SUFFIX) and _is_ours(Path(file).parent / "config.json")):
+        return original(file, *args, **kwargs)
+    read_header(file)
+    try:
+        return original(file, *args, **kwargs)
+    except OSError as error:  # what safetensors alone knows to be wrong
+        raise CheckpointError(f"{file} cannot be read: {error.__context__ or error}") from error
 
 
 def _is_ours(config: Path) -> bool:

@@ -15,6 +15,7 @@ from .config import FORMAT_VERSION, QDiffConfig
 from .errors import CheckpointError, ConfigError
 from .formats import TensorInfo
 from .hub.origin import origin_of, origin_of_model
+from .layers import set_tensor
 from .packing import (
     check_loaded,
     dequantize_model,
@@ -177,8 +178,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         module = model.get_submodule(name)
         raw = state_dict[param_name]  # param_value has already been cast to the model's dtype
         if self.pre_quantized:
-            value = raw.to(target_device)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False) if leaf == "codes" else value)
+            set_tensor(module, leaf, raw.to(target_device))
         else:
             weight = raw.to(target_device)
             stored = quantize_layer(module, name, weight, self.targets[name], self.compute_dtype)
