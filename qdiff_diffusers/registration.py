@@ -14,12 +14,13 @@ from .casting import guard_casts
 from .components import leave_decoders
 from .config import QDiffConfig, QDiffMethod
 from .errors import ConfigError
-from .guards import check_files, check_indices
+from .guards import check_files, check_indices, decode_sources, refuse_pickles
 from .hub.cards import write_cards_on_upload
 from .imports import after_import
 from .nunchaku_quantizer import NunchakuQuantizer, read_nunchaku
+from .prequantized import obey_or_refuse
 from .quantizer import QDiffQuantizer
-from .single_file import explain_failures
+from .single_file import explain_failures, keep_metadata
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +34,7 @@ def register() -> None:
     diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QDiffConfig
     diffusers_auto.AUTO_QUANTIZER_MAPPING[QDiffMethod.NUNCHAKU.value] = NunchakuQuantizer
     read_nunchaku(diffusers_auto.DiffusersAutoQuantizer)
+    obey_or_refuse(diffusers_auto.DiffusersAutoQuantizer)
     write_cards_on_upload(PushToHubMixin, "_upload_folder")
     after_import("peft.tuners.lora", _register_with_peft)
     after_import("diffusers.loaders.lora_pipeline", _register_with_flux_loras)
@@ -60,6 +62,7 @@ def _register_with_transformers(name: str) -> None:
 
     transformers_auto.AUTO_QUANTIZER_MAPPING[name] = QDiffTransformersQuantizer
     transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QDiffConfig
+    obey_or_refuse(transformers_auto.AutoHfQuantizer)
 
 
 def _refuse_with_transformers(name: str) -> None:
@@ -75,6 +78,7 @@ class _Refusal:
 
 def _guard_pipelines() -> None:
     guard_casts(sys.modules["diffusers.pipelines.pipeline_utils"], "DiffusionPipeline")
+    refuse_pickles(sys.modules["diffusers.pipelines.pipeline_utils"], "DiffusionPipeline")
 
 
 def _leave_decoders() -> None:
@@ -85,14 +89,18 @@ def _guard_diffusers() -> None:
     check_indices(sys.modules["diffusers.models.modeling_utils"], "_get_checkpoint_shard_files")
     check_files(sys.modules["diffusers.models.modeling_utils"])
     guard_casts(sys.modules["diffusers.models.modeling_utils"], "ModelMixin")
+    refuse_pickles(sys.modules["diffusers.models.modeling_utils"], "ModelMixin")
 
 
 def _guard_single_files() -> None:
     check_files(sys.modules["diffusers.loaders.single_file_utils"])
+    keep_metadata(sys.modules["diffusers.loaders.single_file_utils"])
 
 
 def _guard_transformers() -> None:
     check_indices(sys.modules["transformers.modeling_utils"], "get_checkpoint_shard_files")
+    decode_sources(sys.modules["transformers.modeling_utils"])
+    refuse_pickles(sys.modules["transformers.modeling_utils"], "PreTrainedModel")
 
 
 def _write_cards_of_transformers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +13,44 @@ from typing import Any
 import diffusers
 import torch
 from packaging import version
+from safetensors import safe_open
 
 from .checkpoint import read_header
 from .config import QDiffConfig
 from .errors import CheckpointError
+from .source_weights import COMFY_METADATA, read_source_tensors
 from .stored import stored_settings
+
+# Whether from_single_file was called with a config of ours.
+_quantizing: ContextVar[bool] = ContextVar("_quantizing", default=False)
+
+
+class DescribedTensors(dict[str, Any]):
+    """A state dict with the metadata of the file that it was read from."""
+
+    def __init__(self, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = metadata
+
+
+def keep_metadata(module: ModuleType) -> None:
+    """Make ``module.load_state_dict(file, ...)`` hand on what a file's metadata say of its weights. Others are left alone."""
+    original = module.load_state_dict
+    if getattr(original, "keeps_metadata", False):
+        return
+
+    @functools.wraps(original)
+    def load_state_dict(file: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = original(file, *args, **kwargs)
+        if isinstance(file, str | Path) and str(file).endswith(".safetensors"):
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+            if COMFY_METADATA in metadata:
+                return DescribedTensors(tensors, metadata)
+        return tensors
+
+    load_state_dict.keeps_metadata = True  # type: ignore[attr-defined]
+    module.load_state_dict = load_state_dict  # type: ignore[attr-defined]
 
 
 def explain_failures(module: ModuleType) -> None:
@@ -31,6 +65,7 @@ def explain_failures(module: ModuleType) -> None:
         if settings := _own_settings(args, kwargs):
             return _load_self_contained(cls, from_single_file, settings, args, kwargs)
         config = kwargs.get("quantization_config")
+        token = _quantizing.set(isinstance(config, QDiffConfig))
         try:
             return original(cls, *args, **kwargs)
         except (LookupError, AttributeError, TypeError, OSError) as error:
@@ -43,6 +78,8 @@ def explain_failures(module: ModuleType) -> None:
                 f"the file does not hold the tensors of a {cls.__name__} under diffusers' names ({type(error).__name__}: {error}); "
                 "it is incomplete, or of another model than its config"
             ) from error
+        finally:
+            _quantizing.reset(token)
 
     from_single_file.explains_qdiff_failures = True  # type: ignore[attr-defined]
     mixin.from_single_file = classmethod(from_single_file)
@@ -56,6 +93,9 @@ def _keep_out_of_converters(module: ModuleType) -> None:
 
     def should_convert(model_state_dict: dict[str, Any], checkpoint_state_dict: dict[str, Any]) -> bool:
         is_packed = any(key.endswith(".codes") for key in checkpoint_state_dict)
+        if not is_packed and _quantizing.get():
+            metadata = getattr(checkpoint_state_dict, "metadata", None)
+            read_source_tensors(checkpoint_state_dict, metadata).defer(checkpoint_state_dict)
         return not is_packed and original(model_state_dict, checkpoint_state_dict)
 
     module._should_convert_state_dict_to_diffusers = should_convert  # type: ignore[attr-defined]

@@ -15,8 +15,9 @@ from ..config import FPConfig, QDiffConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import MinifloatFormat, TensorInfo, WeightFormat
 from ..layer_table import StoredLayer
+from ..stand_ins import Piece, StandIn
 from .nunchaku_folder import Advance
-from .single_file import Piece, StandIn, convert_single_file
+from .single_file import convert_single_file
 from .stream import Source
 
 SCALE, SECOND, INPUT = ".weight_scale", ".weight_scale_2", ".input_scale"

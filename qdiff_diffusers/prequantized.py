@@ -1,0 +1,122 @@
+"""Models that are quantized already, by this package or another: what they are, in words; they are not quantized again."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .config import QDiffConfig, QDiffMethod
+from .convert.nunchaku_folder import is_lite
+from .errors import ConfigError
+from .hub.origin import is_hub_name
+
+# Where other backends say how many bits, or of which kind.
+DETAILS = ("bits", "w_bit", "nbits", "weights_dtype", "weights", "quant_type", "precision", "fmt", "format")
+
+
+def refuse_quantized(settings: Mapping[str, Any], owner: str) -> None:
+    """Refuse to quantize a model whose config.json has a ``quantization_config``.
+
+    Raises:
+        ConfigError: says what it is and what to start from.
+    """
+    if quantization := settings.get("quantization_config"):
+        _refuse(quantization, owner, settings.get("_name_or_path"))
+
+
+def refuse_quantized_model(model: nn.Module, owner: str) -> None:
+    """Refuse to quantize a model in memory that cannot be: it is quantized already, or its weights are not there.
+
+    Raises:
+        ConfigError: says what it is and what to start from.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    config = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
+    if getattr(model, "is_quantized", False) or config:
+        _refuse(config or {}, owner, getattr(model.config, "_name_or_path", None))
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ConfigError(
+                f"{name} of {owner} is on the meta device, so there is no weight to quantize; load the model's weights, without "
+                "offloading"
+            )
+        if type(tensor) is not nn.Parameter or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            kind = type(tensor.data).__name__ if type(tensor.data).__name__ not in ("Tensor", "Parameter") else tensor.dtype
+            raise ConfigError(f"{name} of {owner} is a {kind}, no dense weight; start from the model in 16 or 32 bits")
+
+
+def _refuse(quantization: Any, owner: str, name: Any) -> None:
+    settings = _as_dict(quantization)
+    base = settings.get("provenance", {}).get("base_model") or (name if is_hub_name(name) else None)
+    raise ConfigError(
+        f"{owner} is quantized already ({describe_quantization(quantization)}); quantizing it again would keep its errors and add "
+        f"more. Start from the full-precision model{f', {base}' if base else ''}"
+    )
+
+
+def describe_quantization(quantization: Any) -> str:
+    """A few words on a ``quantization_config``, ours or another backend's, as stored or as an object: "rtn at 4 bits, by qdiff"."""
+    settings = _as_dict(quantization)
+    method = str(getattr(value := settings.get("quant_method"), "value", value) or "an unknown method")
+    if method == QDiffMethod.QDIFF.value:
+        return f"{settings.get('method')}{_details(settings, (*DETAILS, 'weight_format'))}, by qdiff"
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return f"{method} at {4 if settings.get('load_in_4bit') else 8} bits"
+    return method + _details(settings, DETAILS)
+
+
+def _details(settings: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    found = {name: settings[name] for name in names if isinstance(settings.get(name), int | float | str)}
+    bits = next((found.pop(name) for name in ("bits", "w_bit", "nbits") if isinstance(found.get(name), int | float)), None)
+    at = "" if bits is None else f" at {bits:g} bits"
+    return at + "".join(f", {name} {value}" for name, value in found.items())
+
+
+def _as_dict(quantization: Any) -> dict[str, Any]:
+    if isinstance(quantization, Mapping):
+        return dict(quantization)
+    try:
+        return dict(quantization.to_dict())
+    except (AttributeError, TypeError, ValueError):  # to_dict of diffusers' BFL config copies what cannot be
+        return {key: value for key, value in vars(quantization).items() if not key.startswith("_")}
+
+
+def obey_or_refuse(auto_quantizer: Any) -> None:
+    """Make ``merge_quantization_configs`` of a library's auto quantizer say what becomes of a config of ours that was passed for a
+    model that is quantized already. Calling it again changes nothing.
+
+    The same settings go without a word, others with a warning that names both; those for another backend's model are refused, which
+    the libraries would load as it is.
+    """
+    merge = auto_quantizer.merge_quantization_configs.__func__
+    if hasattr(merge, "says_what_is_ignored"):
+        return
+
+    @functools.wraps(merge)
+    def merge_quantization_configs(cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
+        passed = quantization_config_from_args
+        if not isinstance(passed, QDiffConfig) or is_lite(quantization_config):
+            return merge(cls, quantization_config, passed, **kwargs)
+        stored = _as_dict(quantization_config)
+        if stored.get("quant_method") != QDiffMethod.QDIFF.value:
+            _refuse(quantization_config, "the model", None)
+        merged = merge(cls, quantization_config, None, **kwargs)
+        if _settings(merged) != _settings(passed):
+            warnings.warn(
+                "the model already has a `quantization_config`, which is used as it is stored: "
+                f"{describe_quantization(merged)}. The one that was passed, {describe_quantization(passed)}, is ignored; pass it "
+                "with the full-precision model",
+                stacklevel=2,
+            )
+        return merged
+
+    merge_quantization_configs.says_what_is_ignored = True  # type: ignore[attr-defined]
+    auto_quantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
+
+
+def _settings(config: QDiffConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.settings().items() if key != "compute_dtype"}
