@@ -3,29 +3,89 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from torch import nn
 
 from .config import QDiffConfig, QDiffMethod
 from .convert.nunchaku_folder import is_lite
 from .errors import ConfigError
+from .folders import CONFIG
 from .hub.origin import is_hub_name
+from .source_weights import read_source_files
 
 # Where other backends say how many bits, or of which kind.
+FILES = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)")
 DETAILS = ("bits", "w_bit", "nbits", "weights_dtype", "weights", "quant_type", "precision", "fmt", "format")
 
 
-def refuse_quantized(settings: Mapping[str, Any], owner: str) -> None:
-    """Refuse to quantize a model whose config.json has a ``quantization_config``.
+def check_source(source: str | Path, component: str, loading: Mapping[str, Any], dense: bool) -> None:
+    """Refuse to quantize a stored model that is quantized already; nothing is downloaded but its config.json.
+
+    Args:
+        source: folder or Hub name of a pipeline or model.
+        component: of the pipeline, "" for a model.
+        loading: ``variant``, ``use_safetensors`` and ``revision``, as for ``from_pretrained``.
+        dense: whether the weights will be read without a quantizer, which would apply no scales; looked at in folders only.
 
     Raises:
         ConfigError: says what it is and what to start from.
+        CheckpointError: the weights are stored in a way that is not known here.
     """
+    owner = f"{component} of {source}" if component else str(source)
+    settings = _stored_config(source, component, loading.get("revision"))
     if quantization := settings.get("quantization_config"):
         _refuse(quantization, owner, settings.get("_name_or_path"))
+    if dense and Path(source).is_dir():
+        check_dense(source, component, loading)
+
+
+def check_dense(source: str | Path, component: str, loading: Mapping[str, Any]) -> None:
+    """Refuse weights in a folder that have scales which its library would not apply.
+
+    Raises:
+        ConfigError: names some and the way out.
+        CheckpointError: the weights are stored in a way that is not known here.
+    """
+    files = _weight_files(Path(source, component), loading)
+    if not files or _stored_config(source, component, None).get("quantization_config"):
+        return  # nothing to read, or another backend reads it
+    if names := sorted(read_source_files(files).scales):
+        other = f"quantize {component} too, without calibration" if component else "quantize without calibration"
+        raise ConfigError(
+            f"{names[0]} in {files[0].parent}, and {len(names) - 1} more, are stored in 8 bits with scales, which are applied only "
+            f"to what is quantized while it loads: {other}, or start from the model in 16 or 32 bits"
+        )
+
+
+def _stored_config(source: str | Path, component: str, revision: str | None) -> dict[str, Any]:
+    """config.json of a model, in a folder or on the Hub; empty if there is none."""
+    name = f"{component}/{CONFIG}" if component else CONFIG
+    try:
+        path = Path(source, name) if Path(source).is_dir() else Path(hf_hub_download(str(source), name, revision=revision))
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # from_pretrained says what is wrong with it
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _weight_files(folder: Path, loading: Mapping[str, Any]) -> list[Path]:
+    """The files in a folder that ``from_pretrained`` may read weights from."""
+    variant = loading.get("variant")
+    found: list[Path] = []
+    for suffix in (".safetensors", ".bin"):
+        if found or (loading.get("use_safetensors") is (suffix == ".bin")):
+            continue
+        matches = [(path, FILES.fullmatch(path.name)) for path in sorted(folder.glob(f"*{suffix}"))]
+        named = {wanted: [path for path, match in matches if match and match["variant"] == wanted] for wanted in (variant, None)}
+        found = named[variant] or named[None]
+    return found
 
 
 def refuse_quantized_model(model: nn.Module, owner: str) -> None:

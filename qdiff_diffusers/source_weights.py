@@ -320,11 +320,11 @@ def read_source_files(paths: Iterable[str | Path]) -> SourceWeights:
     Raises:
         CheckpointError: see :class:`SourceWeights`; or a file is damaged.
     """
-    paths = [Path(path) for path in paths]
+    files = [Path(path) for path in paths]
     places: dict[str, Path] = {}
     infos: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    for path in paths:
+    for path in files:
         found = _infos(path)
         infos |= found
         places |= dict.fromkeys(found, path)
@@ -344,7 +344,7 @@ def read_source_files(paths: Iterable[str | Path]) -> SourceWeights:
                 out |= {name: tensors[name] for name in wanted}
         return out
 
-    return SourceWeights(infos, read, metadata, str(paths[0] if len(paths) == 1 else paths[0].parent))
+    return SourceWeights(infos, read, metadata, str(files[0] if len(files) == 1 else files[0].parent))
 
 
 def _infos(path: Path) -> dict[str, TensorInfo]:
@@ -375,4 +375,3 @@ def read_source_tensors(tensors: Mapping[str, Any], metadata: Mapping[str, str] 
     if any(type(value).__name__ == "GGUFParameter" for value in tensors.values()):
         raise CheckpointError(f"a GGUF file is quantized already; read it with `qdiff convert gguf`, or {START}")
     return SourceWeights(tensor_infos(tensors), lambda names: {name: tensors[name] for name in names}, metadata, "the file")
-

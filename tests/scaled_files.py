@@ -30,7 +30,9 @@ def by_block(weight: Tensor, largest: float) -> Tensor:
 def spread(scale: Tensor, weight: Tensor) -> Tensor:
     """A scale in the shape of its weight, element by element from the definition."""
     if scale.ndim == 2 and scale.shape != (len(weight), 1):
-        return torch.stack([torch.stack([scale[i // BLOCK, j // BLOCK] for j in range(weight.shape[1])]) for i in range(len(weight))])
+        return torch.stack(
+            [torch.stack([scale[i // BLOCK, j // BLOCK] for j in range(weight.shape[1])]) for i in range(len(weight))]
+        )
     return scale.reshape(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
 
 

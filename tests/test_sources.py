@@ -173,7 +173,9 @@ def test_convolutions_have_scales_too(name, scheme, dense, tmp_path):
 def test_blocks_that_do_not_divide_a_weight_end_with_it(scheme):
     weight = torch.randn(300, 130)
     file, values = scaled_files.store({"a.weight": weight}, scheme)
-    assert file["a.weight_scale_inv" if scheme == "block_scale" else "a.weight_scale"].shape == ((3, 2) if scheme == "block_scale" else (300, 1))
+    assert file["a.weight_scale_inv" if scheme == "block_scale" else "a.weight_scale"].shape == (
+        (3, 2) if scheme == "block_scale" else (300, 1)
+    )
     deferred = read_source_tensors(file).defer(dict(file))
     assert deferred.keys() == {"a.weight"}
     assert torch.equal(deferred["a.weight"].decode(), values["a.weight"])
@@ -201,8 +203,14 @@ REFUSED = {
         | {f"{LAYER}.weight.{leaf}": torch.ones(16) for leaf in ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")},
         r"bitsandbytes' 4-bit",
     ),
-    "GPTQ": ({f"{LAYER}.{leaf}": torch.ones(4, 4, dtype=torch.int32) for leaf in ("qweight", "qzeros", "scales")}, r"GPTQ's or AWQ's"),
-    "Nunchaku": ({f"{LAYER}.{leaf}": torch.ones(4, 4, dtype=torch.int8) for leaf in ("qweight", "wscales")}, r"qdiff convert nunchaku"),
+    "GPTQ": (
+        {f"{LAYER}.{leaf}": torch.ones(4, 4, dtype=torch.int32) for leaf in ("qweight", "qzeros", "scales")},
+        r"GPTQ's or AWQ's",
+    ),
+    "Nunchaku": (
+        {f"{LAYER}.{leaf}": torch.ones(4, 4, dtype=torch.int8) for leaf in ("qweight", "wscales")},
+        r"qdiff convert nunchaku",
+    ),
     "quanto": ({f"{LAYER}.weight._data": numbers(torch.int8), f"{LAYER}.weight._scale": torch.ones(32, 1)}, r"quanto's"),
     "torchao": ({f"{LAYER}._weight_qdata": numbers(torch.int8), f"{LAYER}._weight_scale": torch.ones(32)}, r"torchao's"),
     "NVFP4": (
@@ -353,5 +361,5 @@ def test_a_gguf_file_is_named(dense, monkeypatch):
 def test_a_dtype_that_nothing_computes_in_is_refused_before_loading(dense):
     from qdiff_diffusers import ConfigError
 
-    with pytest.raises(ConfigError, match="dtype must be one of float32.*float8_e4m3fn"):
+    with pytest.raises(ConfigError, match=r"dtype must be one of float32.*float8_e4m3fn"):
         DIT.from_pretrained(dense("dit"), quantization_config=RTNConfig(bits=4), torch_dtype=torch.float8_e4m3fn)
