@@ -52,6 +52,7 @@ FOREIGN: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 # What else may lie beside a weight in few bits and change its meaning.
 MEANINGFUL = ("scale", "scales", "zero_point", "zeros", "svd_up", "svd_down", "smooth", "weight_shape", "g_idx", "lut")
+Read = Callable[[list[str]], Mapping[str, Tensor]]  # tensors of a checkpoint by name
 
 
 class Rows(NamedTuple):
@@ -149,7 +150,7 @@ class SourceWeights:
     def __init__(
         self,
         infos: Mapping[str, TensorInfo],
-        read: Callable[[list[str]], Mapping[str, Tensor]],
+        read: Read,
         metadata: Mapping[str, str] | None = None,
         where: str = "the checkpoint",
     ) -> None:
@@ -247,23 +248,12 @@ class SourceWeights:
         scale = scales.get(f"{module}.weight" if module else "weight", "")
         return bool(scale) and (leaf in OF_INPUTS or (leaf == "weight_format" and scale.endswith("SCB")))
 
-    def _comfy_formats(self, read: Callable[[list[str]], Mapping[str, Tensor]], metadata: Mapping[str, str]) -> dict[str, str]:
-        """What ComfyUI says of modules, in tensors or in the file's metadata."""
-        try:
-            described: dict[str, Any] = dict(json.loads(metadata.get(COMFY_METADATA, "{}")).get("layers", {}))
-            keys = [name for name in self.infos if name.rpartition(".")[2] == COMFY]
-            for key, value in read(keys).items():
-                described[key.removesuffix(f".{COMFY}")] = json.loads(bytes(value.flatten().to(torch.uint8).tolist()))
-            out = {}
-            for module, settings in described.items():
-                unusual = [f"{key}={value!r}" for key, value in settings.items() if key not in COMFY_HARMLESS and value]
-                out[module] = " with ".join([str(settings["format"]), *unusual])
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise CheckpointError(f"{self.where} has a malformed description of ComfyUI's formats: {error!r}") from error
-        for module, kind in out.items():
+    def _comfy_formats(self, read: Read, metadata: Mapping[str, str]) -> dict[str, str]:
+        formats = comfy_formats(self.infos, read, metadata, self.where)
+        for module, kind in formats.items():
             if kind not in COMFY_FORMATS:
                 self._refuse([f"{module}.weight"], f"ComfyUI's format {kind}")
-        return out
+        return formats
 
     def _check_numbers(self, scales: Mapping[str, str], formats: Mapping[str, str]) -> None:
         """Refuse weights whose numbers mean nothing that is known."""
@@ -290,6 +280,25 @@ class SourceWeights:
             raise CheckpointError(f"{name} of {self.where} is {dtype}, so what its {key} means is not known; {START}")
         scale = scale.float()
         return scale / BITSANDBYTES_UNIT if key.endswith("SCB") else scale
+
+
+def comfy_formats(infos: Mapping[str, TensorInfo], read: Read, metadata: Mapping[str, str], where: str) -> dict[str, str]:
+    """What ComfyUI says of modules, in tensors or in a file's metadata: the name of a format, and whatever is unusual about it.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    try:
+        described: dict[str, Any] = dict(json.loads(metadata.get(COMFY_METADATA, "{}")).get("layers", {}))
+        for key, value in read([name for name in infos if name.rpartition(".")[2] == COMFY]).items():
+            described[key.removesuffix(f".{COMFY}")] = json.loads(bytes(value.flatten().to(torch.uint8).tolist()))
+        out = {}
+        for module, settings in described.items():
+            unusual = [f"{key}={value!r}" for key, value in settings.items() if key not in COMFY_HARMLESS and value]
+            out[module] = " with ".join([str(settings["format"]), *unusual])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{where} has a malformed description of ComfyUI's formats: {error!r}") from error
+    return out
 
 
 def _check_scale(name: str, weight: TensorInfo, key: str, scale: TensorInfo) -> None:

@@ -17,7 +17,7 @@ def by_tensor(weight: Tensor, largest: float) -> Tensor:
 
 
 def by_row(weight: Tensor, largest: float) -> Tensor:
-    return weight.flatten(1).abs().amax(1) / largest
+    return weight.flatten(1).abs().amax(1).clamp(min=1e-6) / largest  # the row of a token that pads is all zero
 
 
 def by_block(weight: Tensor, largest: float) -> Tensor:
