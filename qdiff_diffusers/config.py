@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 ACTIVATION_SCALES = ("token", "static", "timestep")
 SCALE_SEARCHES = ("fast", "grid", "absmax")
 RANK_SHARES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of a mean rank, what a layer can have
+STORED = ("specs", "layers", "skipped", "provenance")  # what a checkpoint's config has besides settings
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -254,12 +255,15 @@ class QDiffConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Inverse of :meth:`to_dict`.
+        """Inverse of :meth:`to_dict`. A user's own settings, without a version and layers, make a config too.
 
         Raises:
             CheckpointError: the version, the method or a layer's spec is unknown or malformed.
+            ConfigError: a setting is.
         """
         data = dict(config_dict) | kwargs
+        if not data.keys() & {"format_version", *STORED}:
+            return _from_settings(data, return_unused_kwargs)
         version = data.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -267,7 +271,7 @@ class QDiffConfig(QuantizationConfigMixin):
                 "install the qdiff-diffusers release that wrote it, or a newer one"
             )
         data.pop("quant_method", None)
-        stored = {key: data.pop(key, None) for key in ("specs", "layers", "skipped", "provenance")}
+        stored = {key: data.pop(key, None) for key in STORED}
         method = data.get("method")
         if not isinstance(method, str) or method not in METHODS:
             raise CheckpointError(f"unknown method {method!r} in quantization_config; known: {', '.join(METHODS)}")
@@ -281,6 +285,18 @@ class QDiffConfig(QuantizationConfigMixin):
                 raise CheckpointError(f"quantization_config.{key} must be an object, got {stored[key]!r}")
             setattr(config, key, dict(stored[key] or {}))
         return (config, {}) if return_unused_kwargs else config
+
+
+def _from_settings(data: dict[str, Any], return_unused_kwargs: bool) -> Any:
+    settings = {key: value for key, value in data.items() if key != "quant_method"}
+    method = settings.get("method")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    kind = METHODS[method]
+    if unknown := sorted(set(settings) - {f.name for f in fields(kind)}):
+        raise ConfigError(f"{kind.__name__} has no setting {', '.join(unknown)}")
+    config = kind(**settings)
+    return (config, {}) if return_unused_kwargs else config
 
 
 def _as_config(pattern: str, value: Any) -> QDiffConfig | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import COMPUTE_DTYPES, QDiffConfig
-from .errors import CheckpointError, QDiffError
+from .errors import CheckpointError, ConfigError, QDiffError
 from .formats import codebook_table
 from .layer_table import StoredLayer
 from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, set_tensor, unsupported_reason
@@ -39,6 +39,19 @@ def quantize_named(name: str, weight: Tensor, config: QDiffConfig) -> tuple[Stor
     except ValueError as failure:
         raise QDiffError(f"layer {name} {list(weight.shape)}: {failure}") from failure
     return StoredLayer(spec, tuple(weight.shape), float(f"{error:.4g}")), tensors
+
+
+def check_compute_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype that layers which are not packed cannot compute in.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if str(dtype).removeprefix("torch.") not in COMPUTE_DTYPES:
+        raise ConfigError(
+            f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype}: what is not quantized is computed in it. Weights that "
+            "are stored in float8 need no such dtype, they are read as they are"
+        )
 
 
 def new_provenance(model_class: str) -> dict[str, str]:

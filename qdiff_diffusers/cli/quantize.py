@@ -34,6 +34,12 @@ def quantize(
     skip: Annotated[list[str] | None, typer.Option(help="Leave layers with this in their name in 16 bits.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Of the pipeline; its transformer or UNet if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="Of all that is not quantized.")] = "bfloat16",
+    use_safetensors: Annotated[
+        bool | None,
+        typer.Option("--use-safetensors/--no-safetensors", help="Read only safetensors, or only pickles (.bin), of the source."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Files of the source to read, such as fp16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a source on the Hub.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the output folder.")] = False,
     calibrate: Annotated[
@@ -99,6 +105,9 @@ def quantize(
         dtype=getattr(torch, dtype),
         overwrite=overwrite,
         push_to_hub=push,
+        use_safetensors=use_safetensors,
+        variant=variant,
+        revision=revision,
     )
     _tell(output, push)
 

@@ -73,8 +73,15 @@ WRAPPED = (
         "diffusers.quantizers.auto",
         "DiffusersAutoQuantizer.merge_quantization_configs",
         f"{PACKAGE}.nunchaku_quantizer:merge_configs",
-        feature="loading Nunchaku folders into qdiff's layers",
+        feature="loading Nunchaku folders into qdiff's layers, and saying that a config is ignored for a model that is quantized",
         upstream="diffusers letting the config that is passed choose the backend",
+    ),
+    Patch(
+        "transformers.quantizers.auto",
+        "AutoHfQuantizer.merge_quantization_configs",
+        f"{PACKAGE}.prequantized:obey_or_refuse",
+        feature="saying that a config is ignored for a text encoder that is quantized already",
+        upstream="transformers refusing a config of another backend than the stored one",
     ),
     Patch(
         "diffusers.quantizers.pipe_quant_config",
@@ -121,9 +128,30 @@ WRAPPED = (
     Patch(
         "diffusers.loaders.single_file_utils",
         "load_state_dict",
-        f"{PACKAGE}.guards:state_dict",
-        feature="saying what is wrong with a damaged single file",
-        upstream="diffusers passing on what safetensors says",
+        f"{PACKAGE}.single_file:load_state_dict",
+        feature="saying what is wrong with a damaged single file, and reading the formats of its weights from its metadata",
+        upstream="diffusers passing on what safetensors says, metadata included",
+    ),
+    Patch(
+        "transformers.modeling_utils",
+        "convert_and_load_state_dict_in_model",
+        f"{PACKAGE}.guards:decode_sources",
+        feature="applying the scales of text encoders in 8 bits",
+        upstream="transformers showing its quantizers the state dict, as diffusers does",
+    ),
+    *(
+        Patch(
+            module,
+            f"{kind}.save_pretrained",
+            f"{PACKAGE}.guards:refuse_pickles",
+            feature=f"refusing to write quantized models as pickles ({kind})",
+            upstream="the libraries telling a quantizer how a model is about to be saved",
+        )
+        for module, kind in (
+            ("diffusers.models.modeling_utils", "ModelMixin"),
+            ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline"),
+            ("transformers.modeling_utils", "PreTrainedModel"),
+        )
     ),
     Patch(
         "diffusers.loaders.single_file_model",
