@@ -213,14 +213,14 @@ def save_model(patcher: Any, folder: Path) -> Path:
     if patcher.patches:
         raise ConfigError("LoRAs and merges on a quantized MODEL cannot be saved into it; put them before Quantize Model (qdiff)")
     settings = {key: value for key, value in info["settings"].items() if key != "quantization_config"}
-    return write_stored_model(folder, settings, info["quantization"], _stored(patcher, NATIVE in settings))
+    return write_stored_model(folder, settings, info["quantization"], _stored(patcher))
 
 
-def _stored(patcher: Any, native: bool) -> Iterator[tuple[str, Tensor]]:
+def _stored(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under the name that it is stored by."""
     weights = _weights(patcher)
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    family = None if native else family_of_native(type(patcher.model).__name__, shapes)
+    family = family_of_native(type(patcher.model).__name__, shapes)
     names = to_diffusers(family.rules(shapes) if family else [], shapes)
     for key, weight in weights.items():
         if family and key in family.unused:
