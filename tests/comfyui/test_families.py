@@ -9,17 +9,12 @@ import diffusers
 import pytest
 import torch
 from comfyui import host
+from comfyui.test_patches import METHODS
 from comfyui.tiny_families import TINY
 
-from qdiff_diffusers import AQConfig, CheckpointError, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers import CheckpointError, RTNConfig
 
 TOLERANCE = 1e-5  # of outputs of order one, in float32
-METHODS = {
-    "rtn": lambda: RTNConfig(bits=4, group_size=32),
-    "svdquant": lambda: SVDQuantConfig(bits=4, rank=2, rounds=1),
-    "vq": lambda: VQConfig(codebook_bits=4, vector_size=2, restarts=1),
-    "aq": lambda: AQConfig(bits=2, effort=0),
-}
 
 
 def load(path):
