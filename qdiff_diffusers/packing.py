@@ -24,7 +24,7 @@ def quantize_layer(module: nn.Module, name: str, weight: Tensor, config: QDiffCo
         QDiffError: names the layer whose weight cannot be quantized.
     """
     stored, tensors = quantize_named(name, weight, config)
-    pack_layer(module, stored.spec, compute_dtype, tensors)
+    check_magnitude(name, pack_layer(module, stored.spec, compute_dtype, tensors))
     return stored
 
 
@@ -52,10 +52,25 @@ def pack_finished(model: nn.Module, layers: dict[str, tuple[StoredLayer, dict[st
     """Convert the named layers in place to what was made of them: their spec and tensors. A bias takes up the inputs' shift."""
     for name, (stored, tensors) in layers.items():
         layer = pack_layer(model.get_submodule(name), stored.spec, compute_dtype, tensors)
+        check_magnitude(name, layer)
         if stored.spec.shift and layer.bias is not None:
             offset = stored.spec.shift_offset(layer.packed_tensors(), layer.weight_shape)
             layer.bias.data = (layer.bias.float() - offset).to(layer.bias.dtype)
     follow_timesteps(model)
+
+
+def check_magnitude(name: str, layer: PackedLayer) -> None:
+    """Refuse weights that a layer's compute dtype cannot hold, as a dense layer's would be infinite.
+
+    Raises:
+        QDiffError: names the layer.
+    """
+    tensors, limit = layer.packed_tensors(), torch.finfo(layer.compute_dtype).max
+    if layer.compute_dtype != torch.float16 or any(t.is_meta for t in tensors.values()) or layer.spec.bound(tensors) <= limit:
+        return
+    largest = float(layer.dequantize(torch.float32).abs().amax())
+    if not largest <= limit:
+        raise QDiffError(f"layer {name} has weights of up to {largest:.3g}, float16 ends at {limit:.0f}; load it as torch.bfloat16")
 
 
 def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], compute_dtype: torch.dtype) -> None:
@@ -98,6 +113,7 @@ def check_loaded(model: nn.Module) -> None:
         if table is not None and not module.packed_tensors()["scales"].is_meta:
             # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
             module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device, copy=True)
+        check_magnitude(name, module)
 
 
 def _check_scales(name: str, values: Tensor, positive: bool) -> None:

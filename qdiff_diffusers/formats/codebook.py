@@ -84,6 +84,10 @@ class CodebookFormat(WeightFormat):
             out["codebooks"] = codebooks.to(CODEBOOK_DTYPES[self.codebook_dtype]).contiguous()
         return out | {"scales": scales.to(SCALE_DTYPES[self.scale_dtype]).contiguous()}
 
+    def largest_level(self, tensors: dict[str, Tensor]) -> float:
+        codebooks = tensors["codebooks"] if "codebooks" in tensors else codebook_table(self.table or "")
+        return float(codebooks.float().abs().amax((1, 2)).sum())
+
     def op_arguments(self, tensors: dict[str, Tensor], columns: int) -> tuple[Any, ...]:
         codebooks = tensors["codebooks"] if "codebooks" in tensors else codebook_table(self.table or "")
         return (tensors["codes"], codebooks, tensors["scales"], group_columns(self.group_size, columns))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from ..errors import QDiffError
-from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
+from ..formats import IntegerFormat, LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
 from ..formats.transform import kernels_first, smooth_matrix
 from . import aq, fp, rtn, svdquant, vq
 from .calibrated import fit_to_inputs, keep_gain
@@ -87,7 +87,7 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         raise QDiffError("the weight holds NaN or infinity")
     channels, block = shape[1], rotation_block(shape[1], config)
     by_kernels = wants_kernel_vectors(shape, config)
-    exact, exponents = matrix, row_exponents(matrix, reach(config, tuple(matrix.shape)))
+    exact, exponents = matrix, row_exponents(matrix, reach(_formats(config, tuple(matrix.shape))))
     if exponents is not None:
         matrix = times_power(matrix, -exponents)
     smooth = _smoothing(matrix, config, seed, inputs, channels, block)
@@ -228,6 +228,22 @@ def relative_error(matrix: Tensor, spec: LayerSpec, tensors: dict[str, Tensor], 
     exponent = torch.tensor(-even_exponent(float(exact.abs().max())), device=matrix.device)
     packed, exact = times_power(packed, exponent), times_power(exact, exponent)  # squares stay finite
     return float((packed - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
+
+
+def _formats(config: QDiffConfig, shape: tuple[int, ...]) -> Sequence[WeightFormat]:
+    """Those that a config may choose for a matrix of ``shape [rows, columns]``."""
+    if isinstance(config, SVDQuantConfig):
+        if (inner := config.codebooks()) is not None:
+            return _formats(inner, shape)
+        return [svdquant.residual_quantizer(int(config.bits or 4), config.weight_format, config.group_size).format]
+    if isinstance(config, AQConfig):
+        return [aq.choose_format(config, shape)]
+    if isinstance(config, VQConfig):
+        return [vq.choose_format(config, shape)]
+    if isinstance(config, FPConfig):
+        return fp.formats_for(config.bits, config.weight_format, config.group_size, config.scale_dtype)
+    assert isinstance(config, RTNConfig)
+    return [IntegerFormat(int(config.bits or 8), config.group_size, symmetric=False)]
 
 
 def _aq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ of ``W * 2**k`` are those of ``W``, and no square inside a method leaves the ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,10 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from ..formats import CodebookFormat, IntegerFormat, LayerSpec, MinifloatFormat, WeightFormat
 from ..formats.spec import EXTRAS_DTYPES
-from . import aq, fp, svdquant, vq
 from .scales import short_scale
 
 HIGH = 10  # exponent below which weights are ordinary, and which those beyond are brought to: 64 times it is still below 65504
@@ -27,7 +26,7 @@ LEAST_STEPS = 4  # of which a scale must be at least these many, or its row is l
 
 
 class Reach(NamedTuple):
-    """What the formats that a config may choose can hold with float16 scales.
+    """What a weight's formats hold with float16 scales.
 
     Attributes:
         least: smallest largest weight of a layer whose scales float16 holds as finely as the format's own steps.
@@ -40,30 +39,14 @@ class Reach(NamedTuple):
     by_row: bool
 
 
-def reach(config: QDiffConfig, shape: tuple[int, ...]) -> Reach:
-    """Of the formats that ``config`` may choose for a matrix of ``shape [rows, columns]``."""
-    formats = _formats(config, shape)
+def reach(formats: Sequence[WeightFormat]) -> Reach:
+    """Of the formats that may be chosen for a weight."""
     tops = [_top(fmt) for fmt in formats]
     return Reach(
-        max(level / gap * level * FINEST * 2 for level, gap in tops),
+        max(level * level / gap * FINEST * 2 for level, gap in tops),
         max(level * FINEST * LEAST_STEPS for level, _ in tops),
         all(getattr(fmt, "group_size", None) != "tensor" and not getattr(fmt, "tensor_scale", False) for fmt in formats),
     )
-
-
-def _formats(config: QDiffConfig, shape: tuple[int, ...]) -> Sequence[WeightFormat]:
-    if isinstance(config, SVDQuantConfig):
-        if (inner := config.codebooks()) is not None:
-            return _formats(inner, shape)
-        return [svdquant.residual_quantizer(int(config.bits or 4), config.weight_format, config.group_size).format]
-    if isinstance(config, AQConfig):
-        return [aq.choose_format(config, shape)]
-    if isinstance(config, VQConfig):
-        return [vq.choose_format(config, shape)]
-    if isinstance(config, FPConfig):
-        return fp.formats_for(config.bits, config.weight_format, config.group_size, config.scale_dtype)
-    assert isinstance(config, RTNConfig)
-    return [IntegerFormat(int(config.bits or 8), config.group_size, symmetric=False)]
 
 
 def _top(fmt: WeightFormat) -> tuple[float, float]:
@@ -88,7 +71,7 @@ def row_exponents(matrix: Tensor, limits: Reach) -> Tensor | None:
 
     Args:
         matrix: float32 ``[rows, columns]``, finite.
-        limits: of the formats that may be chosen.
+        limits: of the formats that may be chosen for it.
 
     Returns:
         int32 ``[rows, 1]``.
@@ -134,7 +117,9 @@ def restore(spec: LayerSpec, tensors: dict[str, Tensor], exponents: Tensor) -> t
     shared = len(scales) != len(exponents)
     if scales.dtype == torch.int8:
         return spec, tensors | {"scales": _restore_powers(scales, common if shared else exponents)}
-    moved = {name: times_power(tensors[name].float(), common if shared else exponents) for name in ("scales", "zeros") if name in tensors}
+    moved = {
+        name: times_power(tensors[name].float(), common if shared else exponents) for name in ("scales", "zeros") if name in tensors
+    }
     if all(_holds(scales.dtype, tensor) for tensor in moved.values()):
         return spec, tensors | {name: tensor.to(scales.dtype) for name, tensor in moved.items()}
     assert isinstance(spec.format, CodebookFormat | IntegerFormat | MinifloatFormat)
@@ -176,5 +161,5 @@ def half_precision(values: Tensor, anywhere: bool) -> Tensor:
 
 
 def even_exponent(value: float) -> int:
-    """The even ``e`` with ``1 <= value / 2**e < 4``; 0 for 0."""
-    return int(_even(torch.tensor(value, dtype=torch.float64).frexp().exponent - 1)) if value else 0
+    """The even ``e`` with ``1 <= value / 2**e < 4``; 0 for what is 0 or not finite."""
+    return (math.frexp(value)[1] - 1) // 2 * 2 if value and math.isfinite(value) else 0
