@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .config import COMPUTE_DTYPES, QDiffConfig
 from .errors import CheckpointError, QDiffError
-from .formats import codebook_table
 from .layer_table import StoredLayer
 from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, unsupported_reason
 from .methods import quantize_weight
@@ -96,10 +95,11 @@ def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], comp
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Make sure that every packed layer has its codes, and put shared codebooks beside them.
+    """Make sure that every packed layer has its codes, and numbers to multiply them by that its compute dtype holds.
 
     Raises:
         CheckpointError: names the first layer that was not filled, or whose scales of inputs are no positive numbers.
+        QDiffError: names the first layer with weights beyond float16 that is to compute in it.
     """
     for name, module in model.named_modules():
         if not isinstance(module, PackedLayer):
@@ -109,10 +109,6 @@ def check_loaded(model: nn.Module) -> None:
                 raise CheckpointError(f"tensor {name}.{leaf} was never loaded; the checkpoint is incomplete")
         for leaf in ("input_scales", "input_steps")[: module.spec.input_scales]:
             _check_scales(f"{name}.{leaf}", getattr(module, leaf), positive=leaf == "input_scales")
-        table = getattr(module.spec.format, "table", None)
-        if table is not None and not module.packed_tensors()["scales"].is_meta:
-            # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
-            module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device, copy=True)
         check_magnitude(name, module)
 
 

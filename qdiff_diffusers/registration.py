@@ -13,6 +13,7 @@ from diffusers.utils.hub_utils import PushToHubMixin
 from .casting import guard_casts
 from .components import leave_decoders
 from .config import QDiffConfig, QDiffMethod
+from .counting import count_dense_weights
 from .errors import ConfigError
 from .guards import check_files, check_indices
 from .hub.cards import write_cards_on_upload
@@ -85,6 +86,7 @@ def _guard_diffusers() -> None:
     check_indices(sys.modules["diffusers.models.modeling_utils"], "_get_checkpoint_shard_files")
     check_files(sys.modules["diffusers.models.modeling_utils"])
     guard_casts(sys.modules["diffusers.models.modeling_utils"], "ModelMixin")
+    count_dense_weights(sys.modules["diffusers.models.modeling_utils"], "ModelMixin")
 
 
 def _guard_single_files() -> None:
@@ -93,6 +95,7 @@ def _guard_single_files() -> None:
 
 def _guard_transformers() -> None:
     check_indices(sys.modules["transformers.modeling_utils"], "get_checkpoint_shard_files")
+    count_dense_weights(sys.modules["transformers.modeling_utils"], "PreTrainedModel")
 
 
 def _write_cards_of_transformers() -> None:

@@ -1,4 +1,4 @@
-"""Weights of any finite magnitude: the error is what it is near 1, a power of two changes no code, and what cannot be held has a name."""
+"""Weights of any finite magnitude err as those near 1 do, a power of two changes no code, and what cannot be held is named."""
 
 from __future__ import annotations
 
@@ -100,8 +100,7 @@ def test_a_power_of_two_multiplies_the_stored_weight_exactly(name: str, kind: st
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_all_magnitudes_between_err_alike(name: str) -> None:
-    """Where float16 holds scales coarsely, too, and with numbers that are no powers of two. Powers of two as scales err by whichever
-    of them is near."""
+    """Where float16 holds scales coarsely, too, and with factors that are no powers of two; scales that are err by what is near."""
     config, weight = CONFIGS[name], gaussian(seed=3)
     expected = error(weight, quantize_weight(weight, config))
     for exponent in (-34, -9, -7, -6, -5.5, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 9, 36):

@@ -220,8 +220,10 @@ def rotation_block(channels: int, config: QDiffConfig) -> int:
 
 
 def relative_error(matrix: Tensor, spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> float:
-    """Squared error of the packed weight over the squared norm of ``matrix [rows, columns]``, from evenly spaced rows; NaN where the
-    packed weight is not finite."""
+    """Squared error of the packed weight over the squared norm of ``matrix [rows, columns]``, from evenly spaced rows.
+
+    Not a number where the packed weight is infinite.
+    """
     exact, sample = sample_rows(matrix, tensors)
     sampled_shape = (exact.shape[0], *shape[1:])
     packed = matrix_layout(spec.dequantize(sample, sampled_shape))

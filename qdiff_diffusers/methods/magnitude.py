@@ -1,8 +1,9 @@
 """Weights of any magnitude: rows are brought near 1 by powers of two before anything is fitted, and their scales take them back.
 
-Scales are float16 where that holds them: from about 1e-6 to 65504. What lies beyond is multiplied by a power of two, quantized like
-any other weight, and stored with float32 scales, which hold the product with that power exactly. So the codes, and the relative error,
-of ``W * 2**k`` are those of ``W``, and no square inside a method leaves the range of float32. Ordinary weights are left alone.
+Scales are float16 where that holds them: from about 1e-6 to 65504. What lies beyond is divided by a power of two, quantized like
+any other weight, and stored with float32 scales, which hold the product with that power exactly. So the codes of ``W * 2**k`` are
+those of ``W``, with the same relative error, and no square inside a method leaves the range of float32. Ordinary weights are left
+as they are.
 """
 
 from __future__ import annotations

@@ -1,0 +1,41 @@
+"""``model.num_parameters()`` of quantized models: that of the dense model, whatever each weight is packed into.
+
+diffusers and transformers count the elements of parameters, which of packed layers are bytes of codes; they unpack those of
+bitsandbytes alone. ``get_memory_footprint()`` counts bytes, and is right as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from .layers import PackedLayer
+
+
+def count_dense_weights(module: ModuleType, name: str) -> None:
+    """Make ``num_parameters`` of a class that ``module`` defines count packed weights; calling it again changes nothing."""
+    kind = getattr(module, name, None)
+    original = getattr(kind, "num_parameters", None)
+    if original is None or hasattr(original, "of_qdiff"):
+        return
+
+    @functools.wraps(original)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        count = int(original(self, only_trainable, exclude_embeddings))
+        layers = {id(m.codes): m for m in self.modules() if isinstance(m, PackedLayer)}.values()  # tied layers count once
+        return count + sum(_missing(layer, only_trainable, exclude_embeddings) for layer in layers)
+
+    num_parameters.of_qdiff = True  # type: ignore[attr-defined]
+    kind.num_parameters = num_parameters  # type: ignore[union-attr]
+
+
+def _missing(layer: PackedLayer, only_trainable: bool, exclude_embeddings: bool) -> int:
+    """What a layer has more weights than bytes of codes, so far as the codes were counted."""
+    if only_trainable and not layer.codes.requires_grad:
+        return 0
+    without = exclude_embeddings and isinstance(layer, nn.Embedding)
+    return (0 if without else math.prod(layer.weight_shape)) - layer.codes.numel()
