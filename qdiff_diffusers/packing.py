@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from .config import COMPUTE_DTYPES, QDiffConfig
 from .errors import CheckpointError, ConfigError, QDiffError
-from .formats import codebook_table
 from .layer_table import StoredLayer
-from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, set_tensor, unsupported_reason
+from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, unsupported_reason
 from .methods import quantize_weight
 
 ALIGNMENT = 64  # bytes, of memory that torch allocates on the CPU
@@ -24,7 +23,7 @@ def quantize_layer(module: nn.Module, name: str, weight: Tensor, config: QDiffCo
         QDiffError: names the layer whose weight cannot be quantized.
     """
     stored, tensors = quantize_named(name, weight, config)
-    pack_layer(module, stored.spec, compute_dtype, tensors)
+    check_magnitude(name, pack_layer(module, stored.spec, compute_dtype, tensors))
     return stored
 
 
@@ -65,10 +64,25 @@ def pack_finished(model: nn.Module, layers: dict[str, tuple[StoredLayer, dict[st
     """Convert the named layers in place to what was made of them: their spec and tensors. A bias takes up the inputs' shift."""
     for name, (stored, tensors) in layers.items():
         layer = pack_layer(model.get_submodule(name), stored.spec, compute_dtype, tensors)
+        check_magnitude(name, layer)
         if stored.spec.shift and layer.bias is not None:
             offset = stored.spec.shift_offset(layer.packed_tensors(), layer.weight_shape)
             layer.bias.data = (layer.bias.float() - offset).to(layer.bias.dtype)
     follow_timesteps(model)
+
+
+def check_magnitude(name: str, layer: PackedLayer) -> None:
+    """Refuse weights that a layer's compute dtype cannot hold, as a dense layer's would be infinite.
+
+    Raises:
+        QDiffError: names the layer.
+    """
+    tensors, limit = layer.packed_tensors(), torch.finfo(layer.compute_dtype).max
+    if layer.compute_dtype != torch.float16 or any(t.is_meta for t in tensors.values()) or layer.spec.bound(tensors) <= limit:
+        return
+    largest = float(layer.dequantize(torch.float32).abs().amax())
+    if not largest <= limit:
+        raise QDiffError(f"layer {name} has weights of up to {largest:.3g}, float16 ends at {limit:.0f}; load it as torch.bfloat16")
 
 
 def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], compute_dtype: torch.dtype) -> None:
@@ -94,10 +108,11 @@ def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], comp
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Make sure that every packed layer has its codes, and put shared codebooks beside them.
+    """Make sure that every packed layer has its codes, and numbers to multiply them by that its compute dtype holds.
 
     Raises:
         CheckpointError: names the first layer that was not filled, or whose scales of inputs are no positive numbers.
+        QDiffError: names the first layer with weights beyond float16 that is to compute in it.
     """
     for name, module in model.named_modules():
         if not isinstance(module, PackedLayer):
@@ -107,11 +122,7 @@ def check_loaded(model: nn.Module) -> None:
                 raise CheckpointError(f"tensor {name}.{leaf} was never loaded; the checkpoint is incomplete")
         for leaf in ("input_scales", "input_steps")[: module.spec.input_scales]:
             _check_scales(f"{name}.{leaf}", getattr(module, leaf), positive=leaf == "input_scales")
-        table = getattr(module.spec.format, "table", None)
-        if table is not None and not module.packed_tensors()["scales"].is_meta:
-            # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
-            codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device, copy=True)
-            set_tensor(module, "codebooks", codebooks, persistent=False)
+        check_magnitude(name, module)
 
 
 def _check_scales(name: str, values: Tensor, positive: bool) -> None:

@@ -59,6 +59,9 @@ class IntegerFormat(WeightFormat):
         out = {"codes": pack_bits(unsigned, self.bits), "scales": scales.to(dtype).contiguous()}
         return out | ({} if zeros is None else {"zeros": zeros.to(dtype).contiguous()})
 
+    def largest_level(self, tensors: dict[str, Tensor]) -> float:
+        return float(1 << (self.bits - 1 if self.symmetric else self.bits))
+
     def op_arguments(self, tensors: dict[str, Tensor], columns: int) -> tuple[Any, ...]:
         group = group_columns(self.group_size, columns)
         return (tensors["codes"], tensors["scales"], tensors.get("zeros"), self.bits, group)

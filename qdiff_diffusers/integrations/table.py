@@ -90,6 +90,16 @@ WRAPPED = (
         feature="leaving the VAE of a pipeline unquantized when no components are listed",
         upstream="diffusers leaving VAEs alone, or asking the backend",
     ),
+    *(
+        Patch(
+            module,
+            f"{kind}.num_parameters",
+            f"{PACKAGE}.counting:num_parameters",
+            feature=f"counting packed weights as the dense ones that they stand for ({kind}.num_parameters)",
+            upstream="the libraries asking a quantizer how many weights a packed parameter holds",
+        )
+        for module, kind in (("diffusers.models.modeling_utils", "ModelMixin"), ("transformers.modeling_utils", "PreTrainedModel"))
+    ),
     Patch(
         "diffusers.models.modeling_utils",
         "ModelMixin.to",

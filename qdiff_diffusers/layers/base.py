@@ -18,7 +18,7 @@ from qdiff_kernels import (
 )
 from torch import Tensor, nn
 
-from ..formats import LayerSpec, TensorInfo, codebook_table
+from ..formats import LayerSpec, TensorInfo, load_shared_codebooks
 from ..formats.spec import EXTRAS_DTYPES
 
 LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integer": integer_linear}
@@ -102,24 +102,19 @@ class PackedLayer(nn.Module):
         module.compute_dtype = compute_dtype  # type: ignore[assignment]
         for name, tensor in tensors.items():
             set_tensor(module, name, tensor)
-        if isinstance(table := getattr(spec.format, "table", None), str):
-            device = tensors["codes"].device
-            on = torch.device("cpu") if device.type == "meta" else device
-            # A copy of its own, of some 16 KB: offloading swaps ``.data``, which must not empty the table for everybody else, and
-            # offloading to disk writes groups of layers with safetensors, which refuses tensors that share memory.
-            set_tensor(module, "codebooks", codebook_table(table).to(on, copy=True), persistent=False)
         return module
 
     def describe(self, spec: LayerSpec) -> None:
         """Take ``spec``, and the names of its tensors, which a traced forward pass had better not work out."""
-        self.spec, self.tensor_names = spec, (*spec.tensors(self.weight_shape), "codebooks")
+        self.spec, self.tensor_names = spec, tuple(spec.tensors(self.weight_shape))
+        load_shared_codebooks(spec.format)
 
     def tensor_infos(self) -> dict[str, TensorInfo]:
         """Name, shape and dtype of the stored tensors."""
         return self.spec.tensors(self.weight_shape)
 
     def packed_tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by name, and the shared codebooks if the format uses some."""
+        """The stored tensors by name."""
         return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name, None)) is not None}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -211,6 +206,7 @@ class PackedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         float8 = state.pop("_float8")
         super().__setstate__(state)
+        load_shared_codebooks(self.spec.format)
         self._buffers.update({name: cast(Tensor, self._buffers[name]).view(torch.float8_e4m3fn) for name in float8})
 
     def extra_repr(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,15 +13,17 @@ from torch import Tensor
 
 from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from ..errors import QDiffError
-from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
+from ..formats import IntegerFormat, LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
 from ..formats.transform import kernels_first, smooth_matrix
 from . import aq, fp, rtn, svdquant, vq
 from .calibrated import fit_to_inputs, keep_gain
 from .inputs import NOISE_SHARE, Samples, fit_inputs, for_noisy_inputs, input_noise
+from .magnitude import even_exponent, half_precision, reach, restore, row_exponents, times_power
 from .output_error import damped
 from .smoothing import search_smoothing
 from .unbias import sample_rows, unbias
 
+ORDINARY_MOMENTS = 20  # exponent of second moments within which they are left as they are
 MIN_ROTATION = 16  # a smaller Hadamard block mixes too few weights to be worth a pass over the activations
 
 
@@ -72,6 +76,9 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         raise QDiffError("the weight holds NaN or infinity")
     channels, block = shape[1], rotation_block(shape[1], config)
     by_kernels = wants_kernel_vectors(shape, config)
+    exact, exponents = matrix, row_exponents(matrix, reach(_formats(config, tuple(matrix.shape))))
+    if exponents is not None:
+        matrix = times_power(matrix, -exponents)
     smooth = _smoothing(matrix, config, seed, inputs, channels, block)
     working = rotate_matrix(matrix if smooth is None else smooth_matrix(matrix, smooth), channels, block)
     if by_kernels:
@@ -88,7 +95,8 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         tensors = unbias(working, weight_format, tensors)
     if "low_rank_down" in tensors:  # found in the rotated and smoothed space, used on the raw input
         down = unrotate_matrix(tensors["low_rank_down"].float(), channels, block)
-        tensors["low_rank_down"] = (down if smooth is None else smooth_matrix(down, 1 / smooth)).to(torch.float16)
+        down = down if smooth is None else smooth_matrix(down, 1 / smooth)
+        tensors["low_rank_down"] = half_precision(down, anywhere=exponents is not None)
     if smooth is not None:
         tensors["smooth"] = smooth.to(torch.float16)
     if config.needs_samples and inputs is not None and inputs.samples:
@@ -104,9 +112,14 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         kernel_vectors=by_kernels,
         input_scales=len(tensors.get("input_scales", ())),
     )
+    if exponents is not None:
+        spec, tensors = restore(spec, tensors, exponents)
     # With the strides and the memory of a tensor read from a file: BLAS rounds [1, n] of stride (1, 1) and of (n, 1) differently.
     tensors = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in spec.tensors(shape)}
-    return QuantizedWeight(spec, tensors, relative_error(matrix, spec, tensors, shape))
+    error = relative_error(exact, spec, tensors, shape)
+    if not math.isfinite(error):
+        raise QDiffError(f"weights of up to {float(exact.abs().max()):.3g} are too large for float32 once they are quantized")
+    return QuantizedWeight(spec, tensors, error)
 
 
 def _smoothing(
@@ -171,10 +184,20 @@ def _fit(
         matrix = matrix - tensors["low_rank_up"].float() @ tensors["low_rank_down"].float()
     own = {name: tensors[name] for name in weight_format.tensors(*matrix.shape)}
     assert inputs.hessian is not None
-    hessian = damped(inputs.hessian, inputs.damping)
+    hessian, noise = _near_one(inputs.hessian, noise)
+    hessian = damped(hessian, inputs.damping)
     target, seen = (matrix, hessian) if noise is None else for_noisy_inputs(matrix, hessian, noise.to(hessian))
     found = fit_to_inputs(target, weight_format, own, seen, errors=inputs.errors)
     return keep_gain(matrix, weight_format, found, hessian) if unbiased else found
+
+
+def _near_one(hessian: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Second moments of inputs and of their noise, both over the power of two that brings inputs of unusual size near 1."""
+    exponent = even_exponent(float(hessian.diagonal().mean()))
+    if abs(exponent) <= ORDINARY_MOMENTS:
+        return hessian, noise
+    power = torch.tensor(-exponent, device=hessian.device)
+    return times_power(hessian, power), None if noise is None else times_power(noise, power)
 
 
 def rotation_block(channels: int, config: QDiffConfig) -> int:
@@ -186,11 +209,32 @@ def rotation_block(channels: int, config: QDiffConfig) -> int:
 
 
 def relative_error(matrix: Tensor, spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> float:
-    """Squared error of the packed weight over the squared norm of ``matrix [rows, columns]``, from evenly spaced rows."""
+    """Squared error of the packed weight over the squared norm of ``matrix [rows, columns]``, from evenly spaced rows.
+
+    Not a number where the packed weight is infinite.
+    """
     exact, sample = sample_rows(matrix, tensors)
     sampled_shape = (exact.shape[0], *shape[1:])
     packed = matrix_layout(spec.dequantize(sample, sampled_shape))
+    exponent = torch.tensor(-even_exponent(float(exact.abs().max())), device=matrix.device)
+    packed, exact = times_power(packed, exponent), times_power(exact, exponent)  # squares stay finite
     return float((packed - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
+
+
+def _formats(config: QDiffConfig, shape: tuple[int, ...]) -> Sequence[WeightFormat]:
+    """Those that a config may choose for a matrix of ``shape [rows, columns]``."""
+    if isinstance(config, SVDQuantConfig):
+        if (inner := config.codebooks()) is not None:
+            return _formats(inner, shape)
+        return [svdquant.residual_quantizer(int(config.bits or 4), config.weight_format, config.group_size).format]
+    if isinstance(config, AQConfig):
+        return [aq.choose_format(config, shape)]
+    if isinstance(config, VQConfig):
+        return [vq.choose_format(config, shape)]
+    if isinstance(config, FPConfig):
+        return fp.formats_for(config.bits, config.weight_format, config.group_size, config.scale_dtype)
+    assert isinstance(config, RTNConfig)
+    return [IntegerFormat(int(config.bits or 8), config.group_size, symmetric=False)]
 
 
 def _aq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
