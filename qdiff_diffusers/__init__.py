@@ -6,7 +6,7 @@ from .api import quantize
 from .calibration import Calibration, Tuning
 from .checkpoint import CheckpointInfo, LayerInfo, inspect_checkpoint
 from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
-from .errors import CalibrationError, CheckpointError, ConfigError, QDiffError
+from .errors import CalibrationError, CheckpointError, ConfigError, OutputError, QDiffError
 from .registration import register
 from .steps import high_precision_steps
 from .version import package_version
@@ -22,6 +22,7 @@ __all__ = [
     "ConfigError",
     "FPConfig",
     "LayerInfo",
+    "OutputError",
     "QDiffConfig",
     "QDiffError",
     "RTNConfig",

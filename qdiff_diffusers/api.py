@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .calibration import as_calibration, calibrate
+from .calibration import Calibration, as_calibration, calibrate, check_places, discard_workspace, parallel
 from .config import QDiffConfig
 from .errors import ConfigError, QDiffError
-from .folders import CONFIG, INDEX, check_output, written_at_once
+from .folders import CONFIG, INDEX, reserved
 from .hub.push import check_name, push_folder
 from .packing import packed_layers
 from .prequantized import check_dense, check_source, refuse_quantized_model
+from .writing import write_text
 
 DENOISERS = ("transformer", "unet")  # with a suffix too: "transformer_2" is the second expert of some video models
 CALIBRATION_LOG = "calibration.json"
@@ -70,9 +72,6 @@ def quantize(
     stored = isinstance(source, str | Path)
     if output_dir is None and (stored or push_to_hub):
         raise ConfigError("give output_dir, the folder to write")
-    folder = None if output_dir is None else Path(output_dir)
-    if folder:
-        check_output(folder, overwrite)
     if push_to_hub:
         check_name(push_to_hub)
     loading = {"use_safetensors": use_safetensors, "variant": variant, "revision": revision}
@@ -80,34 +79,62 @@ def quantize(
     if loading and not stored:
         raise ConfigError(f"{', '.join(loading)} say how to read files; {type(source).__name__} is loaded already")
     components = [components] if isinstance(components, str) else components
-    if stored and calibration is None:
-        loaded, log = _load(source, config, components, dtype, loading), {}
-    else:
+    settings = None
+    if calibration is not None or not stored:
         settings = as_calibration({"hessian": False} if calibration is None else calibration)
-        loaded = _load(source, None, components, dtype, loading) if stored else source
-        workspace = folder.parent / f".{folder.name}-calibration" if folder else None
-        models = _models(loaded, components)
-        for name, model in models.items():
-            refuse_quantized_model(model, name or f"this {type(model).__name__}")
-        log = calibrate(loaded, models, config, settings, workspace)
-    for name, model in _models(loaded, components).items():
-        if not packed_layers(model):
-            raise ConfigError(f"no layer of {name or f'this {type(model).__name__}'} is quantized by these settings")
-    if folder is None:
+    if output_dir is None:
+        loaded, _ = _quantize(source, config, settings, components, dtype, loading, None)
+        discard_workspace(settings, None)
         return loaded
-    check_finite(loaded)
-    _save(loaded, folder, log)
-    if push_to_hub:
+    folder = Path(output_dir)
+    if calibration is not None:
+        parallel.join()
+    with reserved(folder, overwrite, source) if parallel.rank() == 0 else nullcontext() as output:
+        workspace = parallel.share(output and output.workspace, 0)
+        loaded, log = _quantize(source, config, settings, components, dtype, loading, workspace)
+        check_finite(loaded)
+        if output:
+            with output.written() as new:
+                _save(loaded, new, log)
+    discard_workspace(settings, workspace)
+    parallel.share(None, 0)  # until it is written
+    if push_to_hub and parallel.rank() == 0:
         push_folder(folder, push_to_hub)
     return folder
 
 
-def _save(loaded: Any, output_dir: Path, logs: dict[str, Any]) -> None:
-    """Write a model or pipeline, and the logs of its calibration; ``output_dir`` appears when all is there."""
-    with written_at_once(output_dir) as folder:
-        loaded.save_pretrained(folder)
-        for component, log in logs.items():
-            (folder / component / CALIBRATION_LOG).write_text(json.dumps(log, indent=1) + "\n")
+def _quantize(
+    source: Any,
+    config: QDiffConfig,
+    calibration: Calibration | None,
+    components: Sequence[str] | None,
+    dtype: torch.dtype,
+    loading: dict[str, Any],
+    workspace: Path | None,
+) -> tuple[Any, dict[str, Any]]:
+    """The quantized model or pipeline, and the logs of its calibration."""
+    stored = isinstance(source, str | Path)
+    log: dict[str, Any] = {}
+    if calibration is None:
+        loaded = _load(source, config, components, dtype, loading)
+    else:
+        check_places(calibration)
+        loaded = _load(source, None, components, dtype, loading) if stored else source
+        models = _models(loaded, components)
+        for name, model in models.items():
+            refuse_quantized_model(model, name or f"this {type(model).__name__}")
+        log = calibrate(loaded, models, config, calibration, workspace)
+    for name, model in _models(loaded, components).items():
+        if not packed_layers(model):
+            raise ConfigError(f"no layer of {name or f'this {type(model).__name__}'} is quantized by these settings")
+    return loaded, log
+
+
+def _save(loaded: Any, folder: Path, logs: dict[str, Any]) -> None:
+    """Write a model or pipeline, and the logs of its calibration."""
+    loaded.save_pretrained(folder)
+    for component, log in logs.items():
+        write_text(folder / component / CALIBRATION_LOG, json.dumps(log, indent=1) + "\n")
 
 
 def _models(loaded: Any, components: Sequence[str] | None) -> dict[str, Any]:

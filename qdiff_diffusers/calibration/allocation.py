@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..budget import Choice, has_settings, spend, with_settings
 from ..config import QDiffConfig, SVDQuantConfig
 from ..methods import quantize_weight
+from ..writing import write_text
 from . import parallel
 from .settings import Calibration
 from .store import Store
@@ -53,8 +54,7 @@ def allocate(
         chosen = _choose(model, targets, calls, calibration) if parallel.rank() == 0 else {}
         chosen = parallel.share(chosen, 0)
         if parallel.rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(chosen))
+            write_text(path, json.dumps(chosen))
     else:
         chosen = parallel.share(json.loads(path.read_text()) if parallel.rank() == 0 else {}, 0)
     return with_settings(targets, chosen)

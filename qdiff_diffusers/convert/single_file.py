@@ -23,7 +23,7 @@ from ..layers import unsupported_reason
 from ..stand_ins import Piece, StandIn
 from .importing import describe, skeleton
 from .nunchaku_folder import WEIGHTS, Advance, counted, read_config
-from .stream import write_file
+from .stream import stored_bytes, write_file
 
 
 class QuantizedFile(Protocol):
@@ -59,7 +59,7 @@ def convert_single_file(
     advance: Advance | None,
 ) -> Path:
     """Write what ``opened`` holds as a model folder; see the importers for arguments and errors."""
-    check_output(output_dir, overwrite)
+    check_output(output_dir, overwrite, source, config)
     if config is None:
         raise ConfigError(f"{source.name} carries no config of its model; give the dense model's folder with --config")
     model_config = read_config(Path(config))
@@ -67,7 +67,7 @@ def convert_single_file(
     contents = plan(model, model_config, opened)
     quantization = settings(contents.layers)
     describe(quantization, model, contents.layers, source.name)
-    with written_at_once(output_dir) as folder:
+    with written_at_once(output_dir, overwrite, source, config, nbytes=stored_bytes(contents.infos)) as folder:
         kept = {key: value for key, value in model_config.items() if key != "quantization_config"}
         (folder / CONFIG).write_text(json.dumps(kept | {"quantization_config": quantization.to_dict()}, indent=2) + "\n")
         tensors = counted(_everything(contents, opened), len(contents.infos), advance)

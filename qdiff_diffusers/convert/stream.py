@@ -42,6 +42,11 @@ class Source:
         return {name: self.get(name) for name in names}
 
 
+def stored_bytes(infos: Mapping[str, TensorInfo]) -> int:
+    """What the tensors take in a file."""
+    return sum(info.nbytes for info in infos.values())
+
+
 def write_file(
     path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]
 ) -> None:

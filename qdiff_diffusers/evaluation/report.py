@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -61,13 +60,6 @@ def render_report(rows: Sequence[Row], run: dict[str, Any], grid_png: bytes) -> 
         grid=base64.b64encode(grid_png).decode(),
         plot=quality_plot(_points(rows), METHOD_LABELS),
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its target and rename it, so that it is never half-written."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _methods(rows: Iterable[Row]) -> list[str]:
