@@ -7,8 +7,9 @@ from dataclasses import replace
 from torch import nn
 
 from .budget import spread_by_kind
-from .config import METHODS, QDiffConfig, SVDQuantConfig
+from .config import METHODS, QDiffConfig
 from .layers import unsupported_reason
+from .methods import method_of
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
 
@@ -48,18 +49,10 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
                 targets[name] = METHODS["rtn"](bits=config.outer_bits)  # type: ignore[call-arg]
             else:
                 skipped[name] = "outside the repeated blocks"
-        elif isinstance(layer_config, SVDQuantConfig) and layer_config.adaln_w4a16 and _is_modulation(model, name):
-            targets[name] = layer_config.modulation()
         else:
-            targets[name] = layer_config
+            targets[name] = method_of(layer_config).for_module(layer_config, model, name)
     shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if name in targets}  # type: ignore[union-attr, arg-type]
     return spread_by_kind(targets, shapes), skipped
-
-
-def _is_modulation(model: nn.Module, name: str) -> bool:
-    """Whether a layer gives an adaptive norm's scales and shifts: diffusers calls them AdaLayerNorm... and AdaGroupNorm."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return type(parent).__name__.removeprefix("SD35").startswith(("AdaLayerNorm", "AdaGroupNorm"))
 
 
 def _inside_blocks(model: nn.Module) -> set[str]:
