@@ -14,6 +14,7 @@ from .config import QDiffConfig
 from .errors import ConfigError
 from .folders import CONFIG, INDEX, check_output, written_at_once
 from .hub.push import check_name, push_folder
+from .patterns import one_config_for_all
 
 DENOISERS = ("transformer", "unet")  # with a suffix too: "transformer_2" is the second expert of some video models
 CALIBRATION_LOG = "calibration.json"
@@ -68,7 +69,8 @@ def quantize(
         settings = as_calibration({"hessian": False} if calibration is None else calibration)
         loaded = _load(source, None, components, dtype) if stored else source
         workspace = folder.parent / f".{folder.name}-calibration" if folder else None
-        log = calibrate(loaded, _denoisers(loaded, components), config, settings, workspace)
+        with one_config_for_all():
+            log = calibrate(loaded, _denoisers(loaded, components), config, settings, workspace)
     if folder is None:
         return loaded
     _save(loaded, folder, log)
@@ -131,7 +133,8 @@ def _load(source: str | Path, config: QDiffConfig | None, components: Sequence[s
     # Each component records its own layers, so each gets its own config.
     mapping = {name: type(config).from_dict(config.to_dict()) for name in components}
     quantization = PipelineQuantizationConfig(quant_mapping=mapping)
-    return DiffusionPipeline.from_pretrained(str(source), quantization_config=quantization, dtype=dtype)
+    with one_config_for_all():
+        return DiffusionPipeline.from_pretrained(str(source), quantization_config=quantization, dtype=dtype)
 
 
 def _choose(available: Collection[str], components: Sequence[str] | None, owner: str) -> Sequence[str]:

@@ -228,9 +228,7 @@ class QDiffConfig(QuantizationConfigMixin):
     def _check_patterns(self) -> None:
         for field, patterns in (("modules_to_not_convert", self.modules_to_not_convert), ("overrides", self.overrides)):
             if "" in (patterns or ()):
-                raise ConfigError(
-                    f"{type(self).__name__}: {field} has an empty pattern, {''!r}, which is part of every layer's name"
-                )
+                raise ConfigError(f"{type(self).__name__}: {field} has an empty pattern '', which is part of every layer's name")
 
     def _check_overrides(self, name: str) -> None:
         patterns = self.modules_to_not_convert or []

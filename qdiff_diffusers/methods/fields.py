@@ -86,7 +86,10 @@ class _Kind(NamedTuple):
 
 @lru_cache(maxsize=128)
 def _kinds(cls: type) -> dict[str, tuple[_Kind, ...]]:
-    hints = get_type_hints(cls, include_extras=True)
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    except NameError as error:
+        raise ConfigError(f"the annotations of {cls.__name__} cannot be read: {error}; import it in the config's module") from error
     return {f.name: tuple(_flat(hints[f.name])) for f in fields(cls)}
 
 
