@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from diffusers.utils import logging
 
@@ -13,8 +16,18 @@ from .config import QDiffConfig
 
 logger = logging.get_logger(__name__)
 
-Unmatched = dict[tuple[str, str], str]  # (field, pattern) -> what is wrong with it
-_gathering: ContextVar[list[Unmatched] | None] = ContextVar("gathering over several models", default=None)
+Pattern = tuple[str, str]  # the field that it stands in, and its text
+Unmatched = dict[Pattern, str]  # what is wrong with those that have no effect
+
+
+class Checked(NamedTuple):
+    """What became of a config's patterns in one model."""
+
+    patterns: list[Pattern]
+    unmatched: Unmatched
+
+
+_gathering: ContextVar[list[Checked] | None] = ContextVar("gathering over several models", default=None)
 
 
 def check_patterns(config: QDiffConfig, modules: Collection[str], layers: Collection[str], where: str) -> None:
@@ -31,32 +44,57 @@ def check_patterns(config: QDiffConfig, modules: Collection[str], layers: Collec
     if gathered is None:
         _warn(found)
     else:
-        gathered.append(found)
+        gathered.append(Checked(_patterns(config), found))
 
 
 @contextmanager
 def one_config_for_all() -> Iterator[None]:
-    """Several models are quantized here with one config: a pattern that matches in one of them is no mistake."""
-    gathered: list[Unmatched] = []
+    """Several models are quantized here, perhaps with one config: a pattern that has an effect on one of them is no mistake."""
+    if _gathering.get() is not None:
+        yield
+        return
+    gathered: list[Checked] = []
     token = _gathering.set(gathered)
     try:
         yield
     finally:
         _gathering.reset(token)
-    if gathered:
-        _warn({key: text for key, text in gathered[-1].items() if all(key in found for found in gathered)})
+    told = {pattern: text for checked in gathered for pattern, text in checked.unmatched.items()}
+    at_work = {pattern for checked in gathered for pattern in checked.patterns if pattern not in checked.unmatched}
+    _warn({pattern: text for pattern, text in told.items() if pattern not in at_work})
+
+
+def gather_over_pipelines(module: ModuleType) -> None:
+    """Make ``DiffusionPipeline.from_pretrained`` tell of patterns once all of its components are there. Calling it again changes
+    nothing."""
+    kind = module.DiffusionPipeline
+    original = getattr(kind.__dict__.get("from_pretrained"), "__func__", None)
+    if original is None or hasattr(original, "of_qdiff"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        with one_config_for_all():
+            return original(cls, *args, **kwargs)
+
+    from_pretrained.of_qdiff = True  # type: ignore[attr-defined]
+    kind.from_pretrained = classmethod(from_pretrained)
+
+
+def _patterns(config: QDiffConfig) -> list[Pattern]:
+    fields = {"modules_to_not_convert": config.modules_to_not_convert or (), "overrides": config.overrides or ()}
+    return [(field, pattern) for field, patterns in fields.items() for pattern in patterns]
 
 
 def unmatched(config: QDiffConfig, modules: Collection[str], layers: Collection[str], where: str) -> Unmatched:
     """The patterns that match no module, and those of ``overrides`` that never come first."""
     skips, overrides = config.modules_to_not_convert or [], list(config.overrides or {})
     out: Unmatched = {}
-    for field, patterns in (("modules_to_not_convert", skips), ("overrides", overrides)):
-        for pattern in patterns:
-            if not any(pattern in name for name in modules):
-                near = nearest_names(pattern, modules)
-                hint = f"; near it are {', '.join(near)}" if near else ""
-                out[field, pattern] = f"{field}: no module of {where} has {pattern!r} in its name{hint}"
+    for field, pattern in _patterns(config):
+        if not any(pattern in name for name in modules):
+            near = nearest_names(pattern, modules)
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            out[field, pattern] = f"{field}: no module of {where} has {pattern!r} in its name{hint}"
     left = [name for name in layers if not any(pattern in name for pattern in skips)]
     for i, pattern in enumerate(overrides):
         named = [name for name in layers if pattern in name]

@@ -18,6 +18,7 @@ from .guards import check_files, check_indices
 from .hub.cards import write_cards_on_upload
 from .imports import after_import
 from .nunchaku_quantizer import NunchakuQuantizer, read_nunchaku
+from .patterns import gather_over_pipelines
 from .quantizer import QDiffQuantizer
 from .single_file import explain_failures
 
@@ -75,6 +76,7 @@ class _Refusal:
 
 def _guard_pipelines() -> None:
     guard_casts(sys.modules["diffusers.pipelines.pipeline_utils"], "DiffusionPipeline")
+    gather_over_pipelines(sys.modules["diffusers.pipelines.pipeline_utils"])
 
 
 def _leave_decoders() -> None:

@@ -7,7 +7,7 @@ import logging
 import pytest
 import tiny_models
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, PipelineQuantizationConfig
 
 from qdiff_diffusers import AQConfig, ConfigError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.config import METHODS
@@ -85,6 +85,23 @@ def test_loading_warns_once(method, tmp_path, said):
     model = DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
     assert len(set(said())) == 1 and "'no_such_layer'" in said()[0]
     assert model.config.quantization_config.layers
+
+
+def test_a_pipeline_tells_once_all_components_are_there(tmp_path, said):
+    """One config for two models, another for a third: what neither of the two has is told, and the other's own mistake."""
+    from diffusers import DiTPipeline
+
+    dit = tiny_models.make("dit")
+    DiTPipeline(transformer=dit, vae=tiny_models.make("vae"), scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    config = RTNConfig(bits=8, modules_to_not_convert=["attn1", "mid_block", "nowhere"])
+    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": config, "vae": config})
+    pipe = DiTPipeline.from_pretrained(tmp_path, quantization_config=mapping)
+    assert pipe.transformer.is_quantized and pipe.vae.is_quantized
+    assert len(set(said())) == 1 and "'nowhere'" in said()[0]
+    other = RTNConfig(bits=8, overrides={"nothing_here": None})
+    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": RTNConfig(bits=8), "vae": other})
+    DiTPipeline.from_pretrained(tmp_path, quantization_config=mapping)
+    assert len(set(said())) == 2 and "AutoencoderKL" in said()[-1] and "'nothing_here'" in said()[-1]
 
 
 def test_names_that_are_near_are_of_as_many_parts():

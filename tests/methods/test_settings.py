@@ -241,7 +241,7 @@ def test_every_documented_combination_works(config, shape):
     spec, tensors, error = quantize_weight(weight, config)
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {n: i.shape for n, i in spec.tensors(shape).items()}
     assert spec.activations == (config.activations or "none")
-    assert 0 <= error and (error < 1 or config.bits == 1)  # one bit between minimum and maximum is worse than nothing
+    assert error >= 0 and (error < 1 or config.bits == 1)  # one bit between minimum and maximum is worse than nothing
     assert QDiffConfig.from_dict(config.to_dict()) == config
 
 
