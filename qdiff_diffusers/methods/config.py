@@ -62,9 +62,9 @@ class QDiffConfig(QuantizationConfigMixin):
     Args:
         bits: nominal bits per weight; each method says which it offers.
         rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None``: as the method prefers.
-        activations: ``None`` (16-bit), "int8" or "fp8", or for SVDQuant "int4" (groups of 64).
-        activation_scales: of "int8" and "fp8". "token": each token's own, found at run time. "static": one per layer, "timestep":
-            one per layer and timestep, both found on a calibration, which they need.
+        activations: ``None`` (16-bit), "int8" or "fp8", or for SVDQuant "int4" (groups of 64) or "nvfp4" (groups of 16).
+        activation_scales: scales of "int8" and "fp8" activations. "token": each token's own, found at run time. "static": one per
+            layer, "timestep": one per layer and timestep, both found on a calibration, which they need.
         unsigned: let layers whose inputs are bounded below, as those after a GELU or SiLU are, shift them and quantize to unsigned
             numbers where that errs less; for "int4" activations and static scales, without rotation. Needs a calibration.
         modules_to_not_convert: substrings of module names to leave in 16 bits, besides the default ones.
@@ -75,7 +75,7 @@ class QDiffConfig(QuantizationConfigMixin):
         keep_outer_layers: leave the layers outside the repeated blocks (embedders, final norm and projection) in 16 bits.
         outer_bits: 8 (or another width of RTNConfig) rounds those outer layers to nearest instead of leaving them in 16 bits.
         compute_dtype: dtype of the model's other parameters, "bfloat16" and the like; set by loading.
-        seed: of everything random.
+        seed: seeds everything random.
     """
 
     method: str | None = None
@@ -340,8 +340,9 @@ def _as_config(pattern: str, value: Any) -> QDiffConfig | None:
             raise ConfigError(f"overrides[{pattern!r}]: {error}") from error
     if value is not None and not isinstance(value, QDiffConfig):
         raise ConfigError(f"overrides[{pattern!r}] must be a qdiff config or None, got {value!r}")
-    if value is not None and value.overrides:
-        raise ConfigError(f"overrides[{pattern!r}] has overrides of its own, which would never apply")
+    own = ("overrides",) if _reading.get() else ("overrides", "modules_to_not_convert", "outer_bits")
+    if value is not None and (idle := [name for name in own if getattr(value, name)]):
+        raise ConfigError(f"overrides[{pattern!r}] has {' and '.join(idle)} of its own, which would never apply")
     return value
 
 

@@ -128,6 +128,8 @@ CONTRADICTIONS = {
     "other settings": lambda: SVDQuantConfig(bits=4, weight_format="int4", by_kind=True),
     'activation_scales="static"': lambda: RTNConfig(activation_scales="static"),
     "unsigned goes without rotation": lambda: SVDQuantConfig(activations="int4", unsigned=True, rotation=True),
+    "has modules_to_not_convert of its own": lambda: RTNConfig(overrides={"ff": RTNConfig(modules_to_not_convert=["net"])}),
+    "has outer_bits of its own": lambda: AQConfig(overrides={"ff": FPConfig(outer_bits=8)}),
     "give bits too": lambda: RTNConfig(by_kind=True),
 }
 
