@@ -128,7 +128,8 @@ def make_config(method: dict[str, Any], skip: str, outer_layers: bool, seed: int
     if shown is not None:
         bits, weight_format = (shown.split()[0], None) if shown.endswith("bits") else (None, shown)
         options["weight_format"] = weight_format
-    unset = {option.name: option.unset for option in METHODS[method["method"]].options if option.unset is not None}
+    known = METHODS.get(method["method"])  # of an unknown one the config tells
+    unset = {option.name: option.unset for option in (known.options if known else ()) if option.unset is not None}
     options = {key: value for key, value in options.items() if key not in unset or value != unset[key]}
     return QDiffConfig(
         method=method["method"],
