@@ -22,6 +22,8 @@ from qdiff_diffusers import QDiffConfig
 from qdiff_diffusers.errors import ConfigError
 from qdiff_diffusers.layer_table import StoredLayer
 from qdiff_diffusers.packing import new_provenance, quantize_named
+from qdiff_diffusers.patterns import check_patterns
+from qdiff_diffusers.selection import check_layers
 from qdiff_diffusers.stored import write_stored_model
 
 from .families import Family, Slice, family_of_native, to_diffusers
@@ -63,6 +65,7 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     targets = _choose(patcher.model.diffusion_model, names, config, _kept_in_float32(family))
     if not targets:
         raise ConfigError("nothing to quantize: the settings leave every layer as it is")
+    _check(targets, shapes, config, names, type(patcher.model).__name__)
     dtype = _computing_dtype(patcher.model)
     total = sum(_module_name(part) not in config.skipped for slices in targets.values() for part in slices)
     pieces: dict[str, list[Piece]] = {}
@@ -172,6 +175,17 @@ def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig
         if chosen:
             out[key] = names[key]
     return out
+
+
+def _check(
+    targets: dict[str, list[Slice]], shapes: dict[str, Any], config: QDiffConfig, names: dict[str, list[Slice]], where: str
+) -> None:
+    """Refuse what cannot be done before the first layer, and tell of patterns that match nothing."""
+    parts = {_module_name(part): (part.stop - part.start, *shapes[key][1:]) for key in targets for part in targets[key]}
+    configs = {name: config.config_for(name) for name in parts if name not in config.skipped}
+    check_layers({name: chosen for name, chosen in configs.items() if chosen is not None}, parts)
+    modules = [_module_name(part) for parts_of_one in names.values() for part in parts_of_one]
+    check_patterns(config, modules, modules, where)
 
 
 def _reason_to_skip(name: str, module: nn.Module, config: QDiffConfig, keep: list[str]) -> str | None:

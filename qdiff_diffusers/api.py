@@ -18,6 +18,7 @@ from .errors import ConfigError, QDiffError
 from .folders import CONFIG, INDEX, reserved
 from .hub.push import check_name, push_folder
 from .packing import packed_layers
+from .patterns import one_config_for_all
 from .prequantized import check_dense, check_source, refuse_quantized_model
 from .writing import write_text
 
@@ -123,7 +124,8 @@ def _quantize(
         models = _models(loaded, components)
         for name, model in models.items():
             refuse_quantized_model(model, name or f"this {type(model).__name__}")
-        log = calibrate(loaded, models, config, calibration, workspace)
+        with one_config_for_all():
+            log = calibrate(loaded, models, config, calibration, workspace)
     for name, model in _models(loaded, components).items():
         if not packed_layers(model):
             raise ConfigError(f"no layer of {name or f'this {type(model).__name__}'} is quantized by these settings")
@@ -227,7 +229,8 @@ def _load(
     # Each component records its own layers, so each gets its own config.
     mapping = {name: type(config).from_dict(config.to_dict()) for name in components}
     quantization = PipelineQuantizationConfig(quant_mapping=mapping)
-    return DiffusionPipeline.from_pretrained(str(source), quantization_config=quantization, dtype=dtype, **loading)
+    with one_config_for_all():
+        return DiffusionPipeline.from_pretrained(str(source), quantization_config=quantization, dtype=dtype, **loading)
 
 
 def _choose(available: Collection[str], components: Sequence[str] | None, owner: str) -> Sequence[str]:

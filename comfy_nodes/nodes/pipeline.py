@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..folders import DEMO, fingerprint, pipelines
 from ..package import problem, require
-from .quantize import METHODS, make_config
+from .quantize import make_config, method_inputs
 
 Pipeline = io.Custom("QDIFF_PIPELINE")
 
@@ -19,7 +19,7 @@ class LoadPipeline(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        methods = [io.DynamicCombo.Option("as stored", []), *(io.DynamicCombo.Option(n, i) for n, i in METHODS.items())]
+        methods = [io.DynamicCombo.Option("as stored", []), *(io.DynamicCombo.Option(n, i) for n, i in method_inputs().items())]
         return io.Schema(
             node_id="QDiffLoadPipeline",
             display_name="Load Pipeline (qdiff)",

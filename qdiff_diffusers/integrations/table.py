@@ -101,6 +101,13 @@ WRAPPED = (
         for module, kind in (("diffusers.models.modeling_utils", "ModelMixin"), ("transformers.modeling_utils", "PreTrainedModel"))
     ),
     Patch(
+        "diffusers.pipelines.pipeline_utils",
+        "DiffusionPipeline.from_pretrained",
+        f"{PACKAGE}.patterns:from_pretrained",
+        feature="telling of patterns without effect once for a pipeline, instead of for each of its components",
+        upstream="none: this is about our own messages",
+    ),
+    Patch(
         "diffusers.models.modeling_utils",
         "ModelMixin.to",
         f"{PACKAGE}.casting:model_to",

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from qdiff_kernels import largest_block, matrix_layout
 from torch import Tensor
 
-from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from ..errors import QDiffError
-from ..formats import IntegerFormat, LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
+from ..formats import LayerSpec, WeightFormat, matrix_shape, rotate_matrix, unrotate_matrix
 from ..formats.transform import kernels_first, smooth_matrix
-from . import aq, fp, rtn, svdquant, vq
+from .base import method_of
 from .calibrated import fit_to_inputs, keep_gain
+from .config import QDiffConfig
 from .inputs import NOISE_SHARE, Samples, fit_inputs, for_noisy_inputs, input_noise
 from .magnitude import even_exponent, half_precision, reach, restore, row_exponents, times_power
 from .output_error import damped
@@ -70,20 +68,20 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
     Raises:
         QDiffError: the weight holds NaN or infinity.
     """
-    shape = tuple(weight.shape)
+    shape, method = tuple(weight.shape), method_of(config)
     matrix = matrix_layout(weight.detach()).float().contiguous()
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
         raise QDiffError("the weight holds NaN or infinity")
     channels, block = shape[1], rotation_block(shape[1], config)
-    by_kernels = wants_kernel_vectors(shape, config)
-    exact, exponents = matrix, row_exponents(matrix, reach(_formats(config, tuple(matrix.shape))))
+    by_kernels = method.kernel_vectors(config, shape)
+    exact, exponents = matrix, row_exponents(matrix, reach(method.formats(config, matrix_shape(shape))))
     if exponents is not None:
         matrix = times_power(matrix, -exponents)
     smooth = _smoothing(matrix, config, seed, inputs, channels, block)
     working = rotate_matrix(matrix if smooth is None else smooth_matrix(matrix, smooth), channels, block)
     if by_kernels:
         working = kernels_first(working, channels)
-    weight_format, tensors = _METHODS[config.method_name](working, config, seed)
+    weight_format, tensors = method.quantize(working, config, seed)
     if inputs is not None and inputs.hessian is not None:
         seen = rotate_hessian(smooth_hessian(inputs.hessian.to(working), smooth), channels, block)
         noise = input_noise(inputs.samples, config, channels, share=inputs.noise_share, smooth=smooth, rotation=block)
@@ -126,12 +124,12 @@ def _smoothing(
     matrix: Tensor, config: QDiffConfig, seed: int, inputs: LayerInputs | None, channels: int, block: int
 ) -> Tensor | None:
     """The vector that inputs are divided by, where a config asks for one and there are inputs to find it on."""
-    if not isinstance(config, SVDQuantConfig) or not config.smoothing or inputs is None or not inputs.samples:
+    quantize = method_of(config).smoother(config, seed)
+    if quantize is None or inputs is None or not inputs.samples:
         return None
-    once = replace(config, rounds=1)
     rows = torch.cat(list(inputs.samples.values())).to(matrix)
     activations = config.activations or "none"
-    return search_smoothing(matrix, rows, channels, block, activations, lambda m: svdquant.quantize_config(m, once, seed))
+    return search_smoothing(matrix, rows, channels, block, activations, quantize)
 
 
 @torch.no_grad()
@@ -149,13 +147,6 @@ def format_target(weight: Tensor, spec: LayerSpec, tensors: dict[str, Tensor]) -
         matrix = smooth_matrix(matrix, tensors["smooth"].to(matrix))
     matrix = rotate_matrix(matrix, shape[1], spec.rotation)
     return (kernels_first(matrix, shape[1]) if spec.kernel_vectors else matrix).contiguous()
-
-
-def wants_kernel_vectors(shape: tuple[int, ...], config: QDiffConfig) -> bool:
-    """Whether a convolution's vectors should run through its kernels' taps: if that was asked for, and there are several."""
-    if not isinstance(config, AQConfig) or not config.kernel_vectors or len(shape) != 4:
-        return False
-    return shape[2] * shape[3] > 1
 
 
 def rotate_hessian(hessian: Tensor, channels: int, block: int) -> Tensor:
@@ -202,8 +193,10 @@ def _near_one(hessian: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | N
 
 def rotation_block(channels: int, config: QDiffConfig) -> int:
     """Hadamard block for a layer of ``channels`` inputs; 0 if the config wants none or the width allows none."""
-    inner = config.codebooks() if isinstance(config, SVDQuantConfig) else None
-    wanted = ROTATES[(inner or config).method_name] if config.rotation is None else config.rotation
+    method = method_of(config)
+    inner = method.inner(config)
+    rotates = (method if inner is None else method_of(inner)).rotates
+    wanted = rotates if config.rotation is None else config.rotation
     block = largest_block(channels) if wanted else 0
     return block if block >= MIN_ROTATION else 0
 
@@ -219,54 +212,3 @@ def relative_error(matrix: Tensor, spec: LayerSpec, tensors: dict[str, Tensor], 
     exponent = torch.tensor(-even_exponent(float(exact.abs().max())), device=matrix.device)
     packed, exact = times_power(packed, exponent), times_power(exact, exponent)  # squares stay finite
     return float((packed - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
-
-
-def _formats(config: QDiffConfig, shape: tuple[int, ...]) -> Sequence[WeightFormat]:
-    """Those that a config may choose for a matrix of ``shape [rows, columns]``."""
-    if isinstance(config, SVDQuantConfig):
-        if (inner := config.codebooks()) is not None:
-            return _formats(inner, shape)
-        return [svdquant.residual_quantizer(int(config.bits or 4), config.weight_format, config.group_size).format]
-    if isinstance(config, AQConfig):
-        return [aq.choose_format(config, shape)]
-    if isinstance(config, VQConfig):
-        return [vq.choose_format(config, shape)]
-    if isinstance(config, FPConfig):
-        return fp.formats_for(config.bits, config.weight_format, config.group_size, config.scale_dtype)
-    assert isinstance(config, RTNConfig)
-    return [IntegerFormat(int(config.bits or 8), config.group_size, symmetric=False)]
-
-
-def _aq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, AQConfig)
-    weight_format = aq.choose_format(config, tuple(matrix.shape))
-    return weight_format, aq.quantize(matrix, weight_format, effort=config.effort, seed=seed)
-
-
-def _vq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, VQConfig)
-    weight_format = vq.choose_format(config, tuple(matrix.shape))
-    return weight_format, vq.quantize(matrix, weight_format, restarts=config.restarts, seed=seed)
-
-
-def _fp(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, FPConfig)
-    return fp.quantize_config(matrix, config)
-
-
-def _svdquant(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, SVDQuantConfig)
-    if (inner := config.codebooks()) is None:
-        return svdquant.quantize_config(matrix, config, seed)
-    method = _METHODS[inner.method_name]
-    return svdquant.quantize_config(matrix, config, seed, lambda residual: method(residual, inner, seed))
-
-
-def _rtn(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, RTNConfig)
-    return rtn.quantize(matrix, bits=int(config.bits or 8), group_size=config.group_size)
-
-
-_METHODS = {"aq": _aq, "vq": _vq, "fp": _fp, "svdquant": _svdquant, "rtn": _rtn}
-# Universal codebooks are made for Gaussian weights, which rotation provides; small groups with searched scales gain little from it.
-ROTATES = {"aq": True, "vq": True, "fp": False, "svdquant": False, "rtn": False}

@@ -10,6 +10,7 @@ from comfyui.models_folder import native_tensors
 from comfyui.tiny_families import TINY
 
 from qdiff_diffusers import CheckpointError, ConfigError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers.methods import METHODS
 from qdiff_diffusers.stored import read_stored_model, write_stored_model
 
 CONFIGS = {
@@ -182,12 +183,13 @@ def test_errors_say_what_to_do(native, tmp_path):
 
 def test_the_node_offers_what_the_methods_take():
     node = host.part("nodes.quantize")
-    for method, inputs in node.METHODS.items():
+    assert set(node.method_inputs()) == set(METHODS)
+    for method, inputs in node.method_inputs().items():
         kind = type(QDiffConfig(method=method))
         by_name = {entry.id: entry for entry in inputs}
         assert set(by_name["activations"].options) == {"none", *kind.activation_choices}
         if "bits" in by_name:
-            assert {float(b) for b in by_name["bits"].options} <= set(kind.bit_choices)
+            assert {float(b) for b in by_name["bits"].options} == set(kind.bit_choices)
         for choice in by_name["format"].options if "format" in by_name else by_name["bits"].options:
             shown = {"method": method, "format" if "format" in by_name else "bits": choice, "activations": "int8"}
             assert node.make_config(shown, "a, b", False, 3).modules_to_not_convert == ["a", "b"]
