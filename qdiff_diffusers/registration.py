@@ -13,13 +13,17 @@ from diffusers.utils.hub_utils import PushToHubMixin
 from .casting import guard_casts
 from .components import leave_decoders
 from .config import QDiffConfig, QDiffMethod
+from .copying import install as copy_dense_equivalents
 from .errors import ConfigError
+from .fusing import install_in_models, install_in_pipelines
 from .guards import check_files, check_indices
 from .hub.cards import write_cards_on_upload
 from .imports import after_import
 from .nunchaku_quantizer import NunchakuQuantizer, read_nunchaku
+from .offloading import bring_back_from_disk
 from .quantizer import QDiffQuantizer
 from .single_file import explain_failures
+from .token_tables import install as widen_dense_tables
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +40,9 @@ def register() -> None:
     write_cards_on_upload(PushToHubMixin, "_upload_folder")
     after_import("peft.tuners.lora", _register_with_peft)
     after_import("diffusers.loaders.lora_pipeline", _register_with_flux_loras)
+    after_import("diffusers.loaders.peft", _register_with_models_loras)
+    after_import("diffusers.loaders.lora_base", _register_with_pipelines_loras)
+    after_import("diffusers.hooks.group_offloading", _register_with_group_offloading)
     after_import("diffusers.models.controlnets", _register_with_controlnets)
     after_import("diffusers.loaders.single_file_model", _explain_single_files)
     after_import("diffusers.pipelines.pipeline_utils", _guard_pipelines)
@@ -85,6 +92,7 @@ def _guard_diffusers() -> None:
     check_indices(sys.modules["diffusers.models.modeling_utils"], "_get_checkpoint_shard_files")
     check_files(sys.modules["diffusers.models.modeling_utils"])
     guard_casts(sys.modules["diffusers.models.modeling_utils"], "ModelMixin")
+    copy_dense_equivalents(sys.modules["diffusers.models.modeling_utils"].ModelMixin)
 
 
 def _guard_single_files() -> None:
@@ -93,6 +101,7 @@ def _guard_single_files() -> None:
 
 def _guard_transformers() -> None:
     check_indices(sys.modules["transformers.modeling_utils"], "get_checkpoint_shard_files")
+    widen_dense_tables(sys.modules["transformers.modeling_utils"].PreTrainedModel)
 
 
 def _write_cards_of_transformers() -> None:
@@ -115,7 +124,19 @@ def _register_with_flux_loras() -> None:
     install()
 
 
-def _register_with_controlnets() -> None:
-    from .copying import install
+def _register_with_models_loras() -> None:
+    install_in_models(sys.modules["diffusers.loaders.peft"].PeftAdapterMixin)
 
-    install()
+
+def _register_with_pipelines_loras() -> None:
+    install_in_pipelines(sys.modules["diffusers.loaders.lora_base"].LoraBaseMixin)
+
+
+def _register_with_group_offloading() -> None:
+    bring_back_from_disk(sys.modules["diffusers.hooks.group_offloading"].GroupOffloadingHook)
+
+
+def _register_with_controlnets() -> None:
+    from .copying import install_in_package
+
+    install_in_package("diffusers.models.controlnets")
