@@ -1,4 +1,4 @@
-"""The methods by which models, pipelines and PEFT's tuners load, fuse and save adapters, made safe for quantized models.
+"""The methods by which models, pipelines and PEFT's tuners load, fuse and save, made safe for quantized models that are offloaded.
 
 Nothing here imports PEFT: it takes seconds, and may not be installed.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
+from .errors import QDiffError
+from .layers import PackedLayer
 from .offloading import changing_all, without_group_offloading
 from .packing import packed_layers
 
@@ -22,42 +25,55 @@ OF_MODELS = ("add_adapter", "load_lora_adapter", "save_lora_adapter", "fuse_lora
 def install_in_models(kind: Any) -> None:
     """Wrap what diffusers' ``PeftAdapterMixin`` does with a model's adapters; calling it again changes nothing."""
     for name in OF_MODELS:
-        fuse_in_memory(kind, name)
+        guard_method(kind, name)
 
 
 def install_in_pipelines(kind: Any) -> None:
     """The same for ``LoraBaseMixin``: pipelines go past the models' methods to unfuse, and to fuse in text encoders."""
     for name in ("fuse_lora", "unfuse_lora"):
-        fuse_in_memory(kind, name)
+        guard_method(kind, name)
 
 
-def fuse_in_memory(kind: Any, name: str) -> None:
-    """Wrap a method of models, pipelines or tuners: all adapters are checked before the first is fused, offloading in groups, which
-    holds on to every tensor, is off meanwhile, and an adapter that accelerate offloads is there to be read and replaced.
+def guard_method(kind: Any, name: str) -> None:
+    """Wrap a method of models, pipelines or tuners. What has no packed layers is left alone; calling it again changes nothing.
 
-    What has no packed layers is left alone; calling it again changes nothing.
+    All adapters are checked before the first is fused. Offloading in groups, which holds on to every tensor, is off meanwhile. An
+    adapter that accelerate offloads is there to be read and replaced; a whole model that it offloads is not, and is not saved.
     """
-    function = getattr(kind, name)
-    if hasattr(function, "of_qdiff"):
+    function = getattr(kind, name, None)
+    if function is None or hasattr(function, "of_qdiff"):
         return
     signature = inspect.signature(function)
+
+    saving = name == "save_pretrained"
 
     @functools.wraps(function)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         models = [model for model in _models_of(self, given.get("components")) if packed_layers(model)]
+        for model in models if saving else ():
+            _check_in_memory(model)
         with ExitStack() as stack:
             for model in models:
                 stack.enter_context(without_group_offloading(model))
             for model in models:
                 if name in FUSING and given.get("merge", True):
                     _check_fusable(model, given.get("adapter_names"))
-                if name in ("load_lora_adapter", "save_lora_adapter") and kwargs.get("_pipeline") is None:
+                if not saving and kwargs.get("_pipeline") is None:  # or diffusers takes the hooks off itself
                     stack.enter_context(changing_all(_parts_of_adapters(model)))
             return function(self, *args, **kwargs)
 
     wrapped.of_qdiff = True  # type: ignore[attr-defined]
     setattr(kind, name, wrapped)
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    away = next((name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta), None)
+    if away is not None:
+        raise QDiffError(
+            f"{away} is offloaded by accelerate, and a model is saved from memory: take the hooks off first "
+            "(pipe.remove_all_hooks() or accelerate.hooks.remove_hook_from_module(model, recurse=True)), offload again afterwards"
+        )
 
 
 def _check_fusable(model: nn.Module, adapter_names: list[str] | None) -> None:
@@ -67,10 +83,14 @@ def _check_fusable(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 
 def _parts_of_adapters(model: nn.Module) -> list[nn.Module]:
-    from .lora import packed_adapters
+    """The adapters' own modules, and the dense layers under some of them, which PEFT changes without asking where they are."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapters = packed_adapters(model).values()
-    return [part for adapter in adapters for name, part in adapter.named_modules() if name and "base_layer" not in name]
+    adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    parts = {id(part): part for adapter in adapters for part in adapter.modules() if not isinstance(part, PackedLayer)}
+    return list(parts.values())
 
 
 def _models_of(owner: Any, components: list[str] | None) -> list[nn.Module]:

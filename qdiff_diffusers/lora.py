@@ -18,7 +18,7 @@ from qdiff_kernels import matrix_layout
 from torch import Tensor, nn
 
 from .errors import QDiffError
-from .fusing import fuse_in_memory
+from .fusing import guard_method
 from .layers import PackedLayer
 from .offloading import away_between_calls, changing, fetch, follow_class
 
@@ -218,7 +218,7 @@ def install() -> None:
     if not hasattr(tuner._replace_module, "of_qdiff"):
         tuner._replace_module = _unfusable(tuner._replace_module)
     for name in ("merge_adapter", "unmerge_adapter", "_unload_and_optionally_merge"):
-        fuse_in_memory(tuner, name)
+        guard_method(tuner, name)
 
 
 def check_fusable(model: nn.Module, adapter_names: list[str] | None = None) -> None:

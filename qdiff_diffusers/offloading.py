@@ -91,11 +91,16 @@ def changing(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for hook in hooks:
-            tensors = own_tensors(module)
-            hook.weights_map = {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
-            hook.original_devices = {name: tensor.device for name, tensor in hook.weights_map.items()}
+            _remember(hook, own_tensors(module))
         for hook in away:
             hook.post_forward(module, None)
+
+
+def _remember(hook: Any, tensors: dict[str, Tensor]) -> None:
+    """Make ``tensors`` the ones that accelerate's ``hook`` brings from now on. Of those that it took away already it has them."""
+    kept = {name: hook.weights_map[name] if tensor.is_meta else tensor.detach().to("cpu") for name, tensor in tensors.items()}
+    hook.weights_map = kept
+    hook.original_devices = {name: tensor.device for name, tensor in kept.items()}
 
 
 @contextmanager

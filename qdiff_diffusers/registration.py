@@ -15,7 +15,7 @@ from .components import leave_decoders
 from .config import QDiffConfig, QDiffMethod
 from .copying import install as copy_dense_equivalents
 from .errors import ConfigError
-from .fusing import install_in_models, install_in_pipelines
+from .fusing import guard_method, install_in_models, install_in_pipelines
 from .guards import check_files, check_indices
 from .hub.cards import write_cards_on_upload
 from .imports import after_import
@@ -92,6 +92,7 @@ def _guard_diffusers() -> None:
     check_indices(sys.modules["diffusers.models.modeling_utils"], "_get_checkpoint_shard_files")
     check_files(sys.modules["diffusers.models.modeling_utils"])
     guard_casts(sys.modules["diffusers.models.modeling_utils"], "ModelMixin")
+    guard_method(sys.modules["diffusers.models.modeling_utils"].ModelMixin, "save_pretrained")
     copy_dense_equivalents(sys.modules["diffusers.models.modeling_utils"].ModelMixin)
 
 
@@ -101,6 +102,7 @@ def _guard_single_files() -> None:
 
 def _guard_transformers() -> None:
     check_indices(sys.modules["transformers.modeling_utils"], "get_checkpoint_shard_files")
+    guard_method(sys.modules["transformers.modeling_utils"].PreTrainedModel, "save_pretrained")
     widen_dense_tables(sys.modules["transformers.modeling_utils"].PreTrainedModel)
 
 

@@ -145,8 +145,11 @@ class QDiffTransformersQuantizer(HfQuantizer):
         sources = {name: source for source, followers in self.tied.items() for name in followers}
         for name in dict.fromkeys(sources.get(name, name) for name in names):
             followers = self.tied.pop(name, [])
-            for each in (name, *followers):
-                dense_layer(model.get_submodule(each))
+            layers = {
+                id(layer): layer for layer in map(model.get_submodule, (name, *followers))
+            }  # transformers may have merged them
+            for layer in layers.values():
+                dense_layer(layer)
             tie_dense(model, name, followers)
             del self.packed[name]
             self.quantization_config.layers.pop(name)
