@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 
 import torch
@@ -12,6 +13,7 @@ from .errors import CheckpointError, ConfigError, QDiffError
 from .layer_table import StoredLayer
 from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, unsupported_reason
 from .methods import quantize_weight
+from .offloading import CASTING, check_forward, diffusers_hook, fetch, without_group_offloading
 
 ALIGNMENT = 64  # bytes, of memory that torch allocates on the CPU
 
@@ -170,7 +172,53 @@ def without_adapters(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dequantize_model(model: nn.Module) -> None:
-    """Turn every packed layer back into a dense one, in place."""
-    for module in list(model.modules()):
-        if isinstance(module, PackedLayer):
-            dense_layer(module)
+    """Turn every packed layer back into a dense one, in place. Adapters, hooks and offloading go on with the dense layers.
+
+    Raises:
+        QDiffError: something hangs on a layer that could not follow it; nothing was changed.
+    """
+    layers, adapters = packed_layers(model), _checked_adapters(model)
+    for name, module in (*layers.items(), *adapters.items()):
+        check_forward(name, module)
+    with without_group_offloading(model):
+        for name, layer in layers.items():
+            _check_reachable(name, layer)
+        for layer in layers.values():
+            dense_layer(layer)
+            _store_in_casting_dtype(layer)
+        if adapters:
+            _follow_dense_bases(adapters)
+    follow_timesteps(model)
+
+
+def _checked_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's adapters on packed layers, fit to go on with dense ones. Whoever has not imported PEFT has none."""
+    if "peft.tuners.lora" not in sys.modules:
+        return {}
+    from .lora import check_dense_base, packed_adapters
+
+    adapters = packed_adapters(model)
+    for name, adapter in adapters.items():
+        check_dense_base(name, adapter)
+    return adapters
+
+
+def _follow_dense_bases(adapters: dict[str, nn.Module]) -> None:
+    from .lora import follow_dense_base
+
+    for adapter in adapters.values():
+        follow_dense_base(adapter)
+
+
+def _check_reachable(name: str, layer: PackedLayer) -> None:
+    if layer.codes.is_meta and fetch(layer)["codes"].is_meta:
+        raise QDiffError(
+            f"layer {name} is on the meta device, offloaded by a hook of a module around it; take the hooks off first "
+            "(pipe.remove_all_hooks() or accelerate.hooks.remove_hook_from_module(model, recurse=True)), offload again afterwards"
+        )
+
+
+def _store_in_casting_dtype(layer: nn.Module) -> None:
+    """With layerwise casting, dense layers lie in another dtype than they compute in, from the first forward pass on."""
+    if (hook := diffusers_hook(layer, CASTING)) is not None:
+        layer.to(hook.storage_dtype)

@@ -16,7 +16,8 @@ from .checkpoint import check_tensors, read_headers
 from .config import QDiffConfig
 from .errors import CheckpointError, QDiffError
 from .hub.origin import origin_of
-from .layers import PackedLayer
+from .layers import PackedLayer, dense_layer
+from .offloading import without_group_offloading
 from .packing import (
     check_compute_dtype,
     check_loaded,
@@ -162,10 +163,26 @@ class QDiffTransformersQuantizer(HfQuantizer):
             return None, {}
         return {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] not in tied}, {}
 
+    def make_dense(self, model: Any, names: list[str]) -> None:
+        """Make some packed layers dense, together with those that share their weight; the others stay packed."""
+        sources = {name: source for source, followers in self.tied.items() for name in followers}
+        for name in dict.fromkeys(sources.get(name, name) for name in names):
+            followers = self.tied.pop(name, [])
+            layers = {
+                id(layer): layer for layer in map(model.get_submodule, (name, *followers))
+            }  # transformers may have merged them
+            for layer in layers.values():
+                dense_layer(layer)
+            tie_dense(model, name, followers)
+            del self.packed[name]
+            self.quantization_config.layers.pop(name)
+            self.quantization_config.skipped |= dict.fromkeys((name, *followers), "made dense to add tokens")
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dequantize_model(model)
-        for name, names in self.tied.items():
-            tie_dense(model, name, names)
+        with without_group_offloading(model):
+            dequantize_model(model)
+            for name, names in self.tied.items():
+                tie_dense(model, name, names)
         self.packed, self.tied = {}, {}
         return model
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..copying import COPYING
-from .patches import Entry, Patch
+from .patches import Entry, Patch, Setup
 
 PACKAGE = "qdiff_diffusers"
 LOADING = f"{PACKAGE}.integrations.loading"
@@ -185,15 +184,58 @@ WRAPPED = (
         upstream="diffusers 0.42, which shows a single file to the quantizer before it converts it",
         versions="<0.42",
     ),
+    Setup(
+        "diffusers.models.modeling_utils",
+        "ModelMixin",
+        f"{PACKAGE}.copying:install",
+        feature="ControlNets and motion models that copy a quantized model",
+        upstream="diffusers copying models in strict mode, or asking the quantizer",
+    ),
+    Setup(
+        "diffusers.models.controlnets",
+        "",
+        f"{PACKAGE}.copying:install_in_package",
+        feature="parts of ControlNets that copy those of a quantized model",
+        upstream="diffusers copying models in strict mode, or asking the quantizer",
+    ),
     *(
         Patch(
-            "diffusers.models.controlnets",
-            f"*.{name}",
-            f"{PACKAGE}.copying:from_dense",
-            feature=f"ControlNets that copy a quantized model ({name})",
-            upstream="diffusers copying models in strict mode, or asking the quantizer",
+            module,
+            f"{kind}.{name}",
+            f"{PACKAGE}.fusing:on_offloaded",
+            feature=f"{name} of {kind} while a quantized model is offloaded",
+            upstream="offloading of diffusers and accelerate being taken off while adapters are changed or a model is saved",
         )
-        for name in COPYING
+        for module, kind, names in (
+            (
+                "diffusers.loaders.peft",
+                "PeftAdapterMixin",
+                ("add_adapter", "load_lora_adapter", "save_lora_adapter", "fuse_lora", "unfuse_lora"),
+            ),
+            ("diffusers.loaders.lora_base", "LoraBaseMixin", ("fuse_lora", "unfuse_lora")),
+            ("diffusers.models.modeling_utils", "ModelMixin", ("save_pretrained",)),
+            ("transformers.modeling_utils", "PreTrainedModel", ("save_pretrained",)),
+            (
+                "peft.tuners.tuners_utils",
+                "BaseTuner",
+                ("merge_adapter", "unmerge_adapter", "_unload_and_optionally_merge"),
+            ),
+        )
+        for name in names
+    ),
+    Patch(
+        "diffusers.hooks.group_offloading",
+        "GroupOffloadingHook.deinitalize_hook",
+        f"{PACKAGE}.offloading:deinitialize_hook",
+        feature="changing the adapters of a model that is offloaded to disk",
+        upstream="diffusers reading back from disk what its hook wrote, when it is taken off",
+    ),
+    Patch(
+        "transformers.modeling_utils",
+        "PreTrainedModel.resize_token_embeddings",
+        f"{PACKAGE}.token_tables:resize_token_embeddings",
+        feature="adding tokens to a text encoder whose token table is packed",
+        upstream="transformers asking the quantizer for a table that can be written",
     ),
     Patch(
         "diffusers.loaders.lora_pipeline",

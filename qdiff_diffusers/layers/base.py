@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..formats import LayerSpec, TensorInfo, load_shared_codebooks
 from ..formats.spec import EXTRAS_DTYPES
+from ..offloading import fetch, has_hooks
 
 LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integer": integer_linear}
 CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integer": integer_conv2d}
@@ -118,8 +119,11 @@ class PackedLayer(nn.Module):
         return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name, None)) is not None}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight this layer is equivalent to, in its logical shape."""
-        return self.spec.dequantize(self.packed_tensors(), self.weight_shape, dtype or self.compute_dtype)
+        """The dense weight this layer is equivalent to, in its logical shape; of an offloaded layer too."""
+        tensors = self.packed_tensors()
+        if has_hooks(self):
+            tensors |= {name: tensor for name, tensor in fetch(self).items() if name in tensors}
+        return self.spec.dequantize(tensors, self.weight_shape, dtype or self.compute_dtype)
 
     def dense_bias(self) -> Tensor | None:
         """The bias of the dense layer this layer is equivalent to."""
@@ -152,7 +156,8 @@ class PackedLayer(nn.Module):
         name = next((name for name in choices if _fits(down, name) and _fits(up, name)), "float32")
         self._cast_extras(name)
         for dim, (key, factor) in enumerate({"low_rank_down": down, "low_rank_up": up}.items()):
-            factor = factor.to(self.codes.device, EXTRAS_DTYPES[name]).contiguous()
+            # A copy, or training or swapping the adapter would change what was fused, without a word.
+            factor = factor.to(self.codes.device, EXTRAS_DTYPES[name], copy=True).contiguous()
             old = getattr(self, key, None)
             set_tensor(self, key, factor if old is None else torch.cat([old, factor], dim))
         self.describe(replace(self.spec, rank=spec.rank + len(down)))
@@ -186,7 +191,9 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packed = {id(t) for t in self.packed_tensors().values()}
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if dtype.itemsize > 1:  # nothing computes in float8, in which layerwise casting parks a layer between uses
+            self.compute_dtype = dtype
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             result = fn(tensor)
