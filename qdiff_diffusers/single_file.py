@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import tempfile
@@ -66,6 +67,8 @@ def explain_failures(module: ModuleType) -> None:
             return _load_self_contained(cls, from_single_file, settings, args, kwargs)
         config = kwargs.get("quantization_config")
         token = _quantizing.set(isinstance(config, QDiffConfig))
+        if _quantizing.get() and args and isinstance(args[0], dict):
+            args = (copy.copy(args[0]), *args[1:])  # what has been read of it is dropped, and it may be the caller's own
         try:
             return original(cls, *args, **kwargs)
         except (LookupError, AttributeError, TypeError, OSError) as error:
@@ -94,8 +97,10 @@ def _keep_out_of_converters(module: ModuleType) -> None:
     def should_convert(model_state_dict: dict[str, Any], checkpoint_state_dict: dict[str, Any]) -> bool:
         is_packed = any(key.endswith(".codes") for key in checkpoint_state_dict)
         if not is_packed and _quantizing.get():
-            metadata = getattr(checkpoint_state_dict, "metadata", None)
+            metadata = getattr(checkpoint_state_dict, "metadata", {})
             read_source_tensors(checkpoint_state_dict, metadata).defer(checkpoint_state_dict)
+            if isinstance(checkpoint_state_dict, DescribedTensors):
+                checkpoint_state_dict.metadata = {}  # the quantizer, which sees these tensors next, shall not look for their scales
         return not is_packed and original(model_state_dict, checkpoint_state_dict)
 
     module._should_convert_state_dict_to_diffusers = should_convert  # type: ignore[attr-defined]
