@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import diffusers
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 
 from qdiff_diffusers import QDiffConfig
@@ -29,6 +32,8 @@ from .patches import adopt
 from .settings import diffusers_settings
 
 Progress = Callable[[Mapping[str, StoredLayer], int], None]
+# What ComfyUI's layers hold besides: the step of 8-bit inputs, which decoded weights do not need, and factors of the inputs.
+INPUT_SCALE, PRE_SCALE = "input_scale", "pre_quant_scale"
 IN_BLOCKS = re.compile(r"\.\d+\.|\.net\.\d+$")  # what diffusers keeps in an nn.ModuleList, by its name
 
 
@@ -36,18 +41,19 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     """A quantized MODEL with the same behaviour otherwise. Layers are chosen, named and seeded as diffusers would.
 
     Args:
-        patcher: any MODEL. LoRAs and merges on it are baked in.
+        patcher: any MODEL. LoRAs and merges on it are baked in; what ComfyUI has loaded quantized is decoded first.
         config: method and settings.
         progress: called before the first layer and after every one with the layers done and how many there will be; it may raise to
             interrupt.
 
     Raises:
-        ConfigError: the model is quantized by us already, or the settings leave no layer.
+        ConfigError: the model is quantized by us already, or in a way that ComfyUI cannot decode; or the settings leave no layer.
     """
     if packed_weights(patcher):
         raise ConfigError("this MODEL is quantized already; connect the one it was made from")
     config = config.fresh()
     comfy.model_management.unload_all_models()  # takes patches out of the weights, if they were baked in
+    _check_sources(patcher.model.diffusion_model)
     weights = _weights(patcher)
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     family = family_of_native(type(patcher.model).__name__, shapes)
@@ -68,10 +74,10 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
             pieces[native].append(_piece(weight[part.start : part.stop], part, config, dtype))
             progress(config.layers, total)
     tensors = {key: pieces[key] if key in pieces else _patched(patcher, key, value, dtype) for key, value in weights.items()}
-    native = {key: assemble(value, dtype) if isinstance(value, list) else value for key, value in tensors.items()}
+    state = {key: assemble(value, dtype) if isinstance(value, list) else value for key, value in tensors.items()}
     config.compute_dtype = str(dtype).removeprefix("torch.")
     config.provenance = new_provenance(family.classes[0] if family else type(patcher.model).__name__)
-    return _rebuild(patcher, native, config, family, names)
+    return _rebuild(patcher, state, config, family, names)
 
 
 def _module_name(part: Slice) -> str:
@@ -80,10 +86,47 @@ def _module_name(part: Slice) -> str:
 
 
 def _weights(patcher: Any) -> dict[str, Tensor]:
-    """The diffusion model's tensors, those of ComfyUI's own quantized formats as they are."""
+    """The diffusion model's tensors, those of ComfyUI's own quantized formats as they are, without what belongs to these."""
     model = patcher.model.diffusion_model
     stored = model.state_dict()
-    return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    tensors = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in (INPUT_SCALE, PRE_SCALE)}
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers with a weight matrix, by name."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kinds) or _is_linear(module))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, or what ComfyUI has in the place of one in a model with quantized layers."""
+    stand_in = isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
+    return isinstance(module, nn.Linear) or (stand_in and getattr(getattr(module, "weight", None), "ndim", 0) == 2)
+
+
+def _check_sources(model: nn.Module) -> None:
+    """Codes must not be taken for weights. ComfyUI's own formats are decoded; it says so, as that costs quality.
+
+    Raises:
+        ConfigError: names a layer of another format.
+    """
+    decoded: dict[str, int] = {}
+    for name, module in _layers(model):
+        weight = module.weight
+        if isinstance(weight, QuantizedTensor):
+            decoded[weight._layout_cls] = decoded.get(weight._layout_cls, 0) + 1
+            continue
+        extra = {*module._parameters, *module._buffers} - {"weight", "bias", INPUT_SCALE, PRE_SCALE}
+        if extra or (weight is not None and not weight.is_floating_point()):
+            held = f"{', '.join(sorted(extra))} beside its weight" if extra else f"codes of the type {weight.dtype}"
+            raise ConfigError(
+                f"layer {name} of this MODEL is quantized in a way that this node cannot decode: it has {held}; connect the MODEL "
+                "in 16 bits that it was made from"
+            )
+    if decoded:
+        formats = ", ".join(f"{count} in {name.removesuffix('Layout')}" for name, count in decoded.items())
+        logging.warning("qdiff: layers of this MODEL are quantized already (%s); the original in 16 bits would lose less", formats)
 
 
 def _computing_dtype(model: Any) -> torch.dtype:
@@ -95,22 +138,30 @@ def _computing_dtype(model: Any) -> torch.dtype:
 def _patched(patcher: Any, key: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor, decoded, with the patches on it baked in."""
     weight = weight.detach()
-    weight = weight.dequantize() if hasattr(weight, "_layout_cls") else weight
+    weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
     weight = weight.to(dtype) if weight.is_floating_point() and weight.dtype.itemsize == 1 else weight
-    patches = patcher.patches.get(f"diffusion_model.{key}")
-    if patches is None:
+    patches, factors = patcher.patches.get(f"diffusion_model.{key}"), _input_factors(patcher, key)
+    if patches is None and factors is None:
         return weight
     device = comfy.model_management.get_torch_device()
     exact = weight.to(device, torch.float32, copy=True)
-    return comfy.lora.calculate_weight(patches, exact, f"diffusion_model.{key}").to("cpu", weight.dtype)
+    exact = exact if patches is None else comfy.lora.calculate_weight(patches, exact, f"diffusion_model.{key}")
+    exact = exact if factors is None else exact * factors.to(exact)
+    return exact.to("cpu", weight.dtype)
+
+
+def _input_factors(patcher: Any, key: str) -> Tensor | None:
+    """What a layer of ComfyUI's multiplies its inputs by before the weight with this name, ``[columns]``."""
+    name, _, leaf = key.rpartition(".")
+    return getattr(patcher.model.diffusion_model.get_submodule(name), PRE_SCALE, None) if leaf == "weight" else None
 
 
 def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig, keep: list[str]) -> dict[str, list[Slice]]:
     """Weights to pack, with the layers of diffusers' that they consist of; what is skipped is noted in ``config``."""
     out = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in _layers(model):
         key = f"{module_name}.weight"
-        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding) or key not in names:
+        if key not in names:
             continue
         chosen = False
         for part in names[key]:
@@ -126,7 +177,7 @@ def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig
 def _reason_to_skip(name: str, module: nn.Module, config: QDiffConfig, keep: list[str]) -> str | None:
     """As ``qdiff_diffusers.selection`` decides, from diffusers' names and ComfyUI's modules."""
     chosen = config.config_for(name)
-    if not isinstance(module, nn.Linear | nn.Conv2d) or not hasattr(module, "comfy_cast_weights"):
+    if not (_is_linear(module) or isinstance(module, nn.Conv2d)) or not hasattr(module, "comfy_cast_weights"):
         return f"{type(module).__name__} is not a plain Linear or Conv2d"
     if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return "convolution with groups or unusual padding"
@@ -213,14 +264,14 @@ def save_model(patcher: Any, folder: Path) -> Path:
     if patcher.patches:
         raise ConfigError("LoRAs and merges on a quantized MODEL cannot be saved into it; put them before Quantize Model (qdiff)")
     settings = {key: value for key, value in info["settings"].items() if key != "quantization_config"}
-    return write_stored_model(folder, settings, info["quantization"], _stored(patcher, NATIVE in settings))
+    return write_stored_model(folder, settings, info["quantization"], _stored(patcher))
 
 
-def _stored(patcher: Any, native: bool) -> Iterator[tuple[str, Tensor]]:
+def _stored(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under the name that it is stored by."""
     weights = _weights(patcher)
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    family = None if native else family_of_native(type(patcher.model).__name__, shapes)
+    family = family_of_native(type(patcher.model).__name__, shapes)
     names = to_diffusers(family.rules(shapes) if family else [], shapes)
     for key, weight in weights.items():
         if family and key in family.unused:

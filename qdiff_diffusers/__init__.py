@@ -9,8 +9,9 @@ from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, 
 from .errors import CalibrationError, CheckpointError, ConfigError, QDiffError
 from .registration import register
 from .steps import high_precision_steps
+from .version import package_version
 
-__version__ = "0.1.0"
+__version__ = package_version()
 
 __all__ = [
     "AQConfig",

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Conv2d, Linear, LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.lora import Conv2d, Linear
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from qdiff_kernels import matrix_layout
 from torch import Tensor, nn
 
@@ -106,39 +106,19 @@ class PackedLoraConv2d(PackedLora, Conv2d):  # type: ignore[misc]
 PACKED: dict[type[nn.Module], type[nn.Module]] = {Linear: PackedLoraLinear, Conv2d: PackedLoraConv2d}
 
 
-def install() -> None:
-    """Teach PEFT about packed layers; calling it again changes nothing."""
-    model: Any = LoraModel
-    if not hasattr(model._create_new_module, "of_qdiff"):
-        model._create_new_module = staticmethod(_packed_aware(model._create_new_module))
-    tuner: Any = BaseTuner
-    if not hasattr(tuner._replace_module, "of_qdiff"):
-        tuner._replace_module = _unfusable(tuner._replace_module)
+def create_new_module(create: Any, lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+    """What PEFT's ``LoraModel`` puts around a layer; around a packed one, a layer that fuses into its branch."""
+    module = create(lora_config, adapter_name, target, **kwargs)
+    if type(module) in PACKED and isinstance(module.get_base_layer(), PackedLayer):
+        module.__class__ = PACKED[type(module)]
+    return module
 
 
-def _packed_aware(create: Any) -> Any:
-    @functools.wraps(create)
-    def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
-        module = create(lora_config, adapter_name, target, **kwargs)
-        if type(module) in PACKED and isinstance(module.get_base_layer(), PackedLayer):
-            module.__class__ = PACKED[type(module)]
-        return module
-
-    create_new_module.of_qdiff = True  # type: ignore[attr-defined]
-    return create_new_module
-
-
-def _unfusable(replace_module: Any) -> Any:
+def refuse_to_fuse(replace_module: Any, self: Any, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
     """Adapters other than LoRA (LoKr, LoHa, OFT, ...) run beside a packed layer; fused, they would be lost without a word."""
-
-    @functools.wraps(replace_module)
-    def refuse_to_fuse(self: Any, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
-        replace_module(self, parent, child_name, new_module, child)
-        if isinstance(new_module, BaseTunerLayer) and isinstance(new_module.get_base_layer(), PackedLayer):
-            new_module.merge = functools.partial(_refuse, type(self).__name__)  # type: ignore[method-assign]
-
-    refuse_to_fuse.of_qdiff = True  # type: ignore[attr-defined]
-    return refuse_to_fuse
+    replace_module(self, parent, child_name, new_module, child)
+    if isinstance(new_module, BaseTunerLayer) and isinstance(new_module.get_base_layer(), PackedLayer):
+        new_module.merge = functools.partial(_refuse, type(self).__name__)  # type: ignore[method-assign]
 
 
 def _refuse(kind: str, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from .config import COMPUTE_DTYPES, QDiffConfig
 from .errors import CheckpointError, ConfigError, QDiffError
 from .formats import codebook_table
 from .layer_table import StoredLayer
-from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, unsupported_reason
+from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, set_tensor, unsupported_reason
 from .methods import quantize_weight
 
 ALIGNMENT = 64  # bytes, of memory that torch allocates on the CPU
@@ -110,7 +110,8 @@ def check_loaded(model: nn.Module) -> None:
         table = getattr(module.spec.format, "table", None)
         if table is not None and not module.packed_tensors()["scales"].is_meta:
             # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
-            module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device, copy=True)
+            codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device, copy=True)
+            set_tensor(module, "codebooks", codebooks, persistent=False)
 
 
 def _check_scales(name: str, values: Tensor, positive: bool) -> None:

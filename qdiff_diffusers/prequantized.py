@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import warnings
@@ -14,7 +13,6 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from .config import QDiffConfig, QDiffMethod
-from .convert.nunchaku_folder import is_lite
 from .errors import ConfigError
 from .folders import CONFIG
 from .hub.origin import is_hub_name
@@ -147,37 +145,26 @@ def _as_dict(quantization: Any) -> dict[str, Any]:
         return {key: value for key, value in vars(quantization).items() if not key.startswith("_")}
 
 
-def obey_or_refuse(auto_quantizer: Any) -> None:
-    """Make ``merge_quantization_configs`` of a library's auto quantizer say what becomes of a config of ours that was passed for a
-    model that is quantized already. Calling it again changes nothing.
+def obey_or_refuse(merge: Any, cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
+    """``merge_quantization_configs`` of a library's auto quantizer, where a config of ours is passed for a quantized model.
 
     The same settings go without a word, others with a warning that names both; those for another backend's model are refused, which
     the libraries would load as it is.
     """
-    merge = auto_quantizer.merge_quantization_configs.__func__
-    if hasattr(merge, "says_what_is_ignored"):
-        return
-
-    @functools.wraps(merge)
-    def merge_quantization_configs(cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
-        passed = quantization_config_from_args
-        if not isinstance(passed, QDiffConfig) or is_lite(quantization_config):
-            return merge(cls, quantization_config, passed, **kwargs)
-        stored = _as_dict(quantization_config)
-        if stored.get("quant_method") != QDiffMethod.QDIFF.value:
-            _refuse(quantization_config, "the model", None)
-        merged = merge(cls, quantization_config, None, **kwargs)
-        if _settings(merged) != _settings(passed):
-            warnings.warn(
-                "the model already has a `quantization_config`, which is used as it is stored: "
-                f"{describe_quantization(merged)}. The one that was passed, {describe_quantization(passed)}, is ignored; pass it "
-                "with the full-precision model",
-                stacklevel=2,
-            )
-        return merged
-
-    merge_quantization_configs.says_what_is_ignored = True  # type: ignore[attr-defined]
-    auto_quantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
+    passed = quantization_config_from_args
+    if not isinstance(passed, QDiffConfig):
+        return merge(cls, quantization_config, passed, **kwargs)
+    if _as_dict(quantization_config).get("quant_method") != QDiffMethod.QDIFF.value:
+        _refuse(quantization_config, "the model", None)
+    merged = merge(cls, quantization_config, None, **kwargs)
+    if _settings(merged) != _settings(passed):
+        warnings.warn(
+            "the model already has a `quantization_config`, which is used as it is stored: "
+            f"{describe_quantization(merged)}. The one that was passed, {describe_quantization(passed)}, is ignored; pass it "
+            "with the full-precision model",
+            stacklevel=2,
+        )
+    return merged
 
 
 def _settings(config: QDiffConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .config import FORMAT_VERSION, QDiffConfig
 from .errors import CheckpointError, ConfigError
 from .formats import TensorInfo
 from .hub.origin import origin_of, origin_of_model
+from .layers import set_tensor
 from .packing import (
     check_compute_dtype,
     check_loaded,
@@ -192,8 +193,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         module = model.get_submodule(name)
         raw = state_dict[param_name]  # param_value has already been cast to the model's dtype
         if self.pre_quantized:
-            value = raw.to(target_device)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False) if leaf == "codes" else value)
+            set_tensor(module, leaf, raw.to(target_device))
             return
         weight = raw.decode(target_device) if isinstance(raw, EightBit) else raw.to(target_device)
         state_dict[param_name] = torch.empty(0)  # the dense weight is not needed again: let its memory go

@@ -161,21 +161,24 @@ class SaveModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
-        if reason := problem():
-            return reason
-        return _problem_with(name) or True
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        return problem() or (name is not None and _problem_with(name)) or True
 
     @classmethod
-    def fingerprint_inputs(cls, name: str, **kwargs: Any) -> bool:
-        return _problem_with(name) is None
+    def fingerprint_inputs(cls, name: str | None = None, **kwargs: Any) -> bool:
+        return name is not None and _problem_with(name) is None
 
     @classmethod
     def execute(cls, model: Any, name: str) -> io.NodeOutput:
         require()
         from comfy_api.latest import ui
 
+        from qdiff_diffusers.errors import ConfigError
+
         from ..quantize import save_model
+
+        if reason := _problem_with(name):  # where another node has made it
+            raise ConfigError(reason)
 
         file = save_model(model, _target(name))
         return io.NodeOutput(ui=ui.PreviewText(f"{file.parent}: {file.stat().st_size / 1e6:.1f} MB"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from importlib import resources
@@ -82,21 +81,12 @@ def is_handwritten(path: Path) -> bool:
     return TAG not in tags and "has been automatically generated" not in path.read_text(encoding="utf-8")
 
 
-def write_cards_on_upload(mixin: Any, method: str) -> None:
-    """Make a library's ``push_to_hub`` send our card; its ``mixin`` uploads by ``method(folder, repo_id, ...)``."""
-    original = getattr(mixin, method)
-    if getattr(original, "writes_qdiff_cards", False):
-        return
-
-    @functools.wraps(original)
-    def upload(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # A part of a larger repository (subfolder=...) has no card of its own.
-        if not kwargs.get("subfolder") and _is_quantized(Path(working_dir)):
-            write_card(working_dir, repo_id)
-        return original(self, working_dir, repo_id, *args, **kwargs)
-
-    upload.writes_qdiff_cards = True  # type: ignore[attr-defined]
-    setattr(mixin, method, upload)
+def write_cards_on_upload(original: Any, self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """How a library's ``push_to_hub`` uploads a folder; ours get their card before."""
+    # A part of a larger repository (subfolder=...) has no card of its own.
+    if not kwargs.get("subfolder") and _is_quantized(Path(working_dir)):
+        write_card(working_dir, repo_id)
+    return original(self, working_dir, repo_id, *args, **kwargs)
 
 
 def _is_quantized(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..formats import LayerSpec
 from . import decoded
-from .base import CONV2D_OPS, LINEAR_OPS, PackedLayer, op_arguments
+from .base import CONV2D_OPS, LINEAR_OPS, PackedLayer, op_arguments, set_tensor
 from .conv import QDiffConv2d
 from .embedding import QDiffEmbedding, is_table
 from .linear import QDiffLinear
@@ -28,6 +28,7 @@ __all__ = [
     "follow_timesteps",
     "op_arguments",
     "pack_layer",
+    "set_tensor",
     "unsupported_reason",
 ]
 
@@ -72,7 +73,7 @@ def dense_layer(layer: PackedLayer) -> nn.Module:
         delattr(layer, name)
     del layer.spec, layer.compute_dtype
     layer.__class__ = layer.__dict__.pop("dense_class")
-    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    set_tensor(layer, "weight", weight)
     if bias is not None and bias is not layer.bias:
-        layer.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+        set_tensor(layer, "bias", bias)
     return layer

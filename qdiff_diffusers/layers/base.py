@@ -23,6 +23,7 @@ from ..formats.spec import EXTRAS_DTYPES
 
 LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integer": integer_linear}
 CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integer": integer_conv2d}
+PARAMETERS = ("codes", "weight", "bias")
 
 
 def op_arguments(
@@ -52,6 +53,19 @@ def input_scale(tensors: dict[str, Tensor], timestep: Tensor | None) -> Tensor |
     if (steps := tensors.get("input_steps")) is None or timestep is None:
         return scales.amax().reshape(1)
     return scales[(steps - timestep.to(steps)).abs().argmin().reshape(1)]
+
+
+def set_tensor(module: nn.Module, name: str, tensor: Tensor, persistent: bool = True) -> None:
+    """Make ``tensor`` the parameter or buffer ``name`` of a module: codes and dense weights are parameters, the rest are buffers.
+
+    Past ``register_parameter`` and ``register_buffer``, which belong to the whole process: accelerate and PEFT replace them for a
+    while, in every thread, so that what is registered meanwhile ends on the meta device.
+    """
+    if name in PARAMETERS:
+        module._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        return
+    module._buffers[name] = tensor
+    (module._non_persistent_buffers_set.discard if persistent else module._non_persistent_buffers_set.add)(name)
 
 
 class PackedLayer(nn.Module):
@@ -87,16 +101,13 @@ class PackedLayer(nn.Module):
         cast(PackedLayer, module).describe(spec)
         module.compute_dtype = compute_dtype  # type: ignore[assignment]
         for name, tensor in tensors.items():
-            if name == "codes":
-                module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-            else:
-                module.register_buffer(name, tensor)
+            set_tensor(module, name, tensor)
         if isinstance(table := getattr(spec.format, "table", None), str):
             device = tensors["codes"].device
             on = torch.device("cpu") if device.type == "meta" else device
             # A copy of its own, of some 16 KB: offloading swaps ``.data``, which must not empty the table for everybody else, and
             # offloading to disk writes groups of layers with safetensors, which refuses tensors that share memory.
-            module.register_buffer("codebooks", codebook_table(table).to(on, copy=True), persistent=False)
+            set_tensor(module, "codebooks", codebook_table(table).to(on, copy=True), persistent=False)
         return module
 
     def describe(self, spec: LayerSpec) -> None:
@@ -148,7 +159,7 @@ class PackedLayer(nn.Module):
         for dim, (key, factor) in enumerate({"low_rank_down": down, "low_rank_up": up}.items()):
             factor = factor.to(self.codes.device, EXTRAS_DTYPES[name]).contiguous()
             old = getattr(self, key, None)
-            self.register_buffer(key, factor if old is None else torch.cat([old, factor], dim))
+            set_tensor(self, key, factor if old is None else torch.cat([old, factor], dim))
         self.describe(replace(self.spec, rank=spec.rank + len(down)))
 
     def drop_branch(self, rank: int, extras_dtype: str) -> None:
@@ -156,8 +167,8 @@ class PackedLayer(nn.Module):
         left = self.spec.rank - rank
         self.describe(replace(self.spec, rank=left))
         if left:
-            self.low_rank_down = self.low_rank_down[:left].clone()
-            self.low_rank_up = self.low_rank_up[:, :left].contiguous()
+            set_tensor(self, "low_rank_down", self.low_rank_down[:left].clone())
+            set_tensor(self, "low_rank_up", self.low_rank_up[:, :left].contiguous())
         else:
             del self.low_rank_down, self.low_rank_up
         self._cast_extras(extras_dtype)
@@ -166,7 +177,7 @@ class PackedLayer(nn.Module):
         """Store branch, ``smooth`` and ``shift`` in another dtype."""
         for key in ("low_rank_down", "low_rank_up", "smooth", "shift"):
             if (tensor := getattr(self, key, None)) is not None:
-                self.register_buffer(key, tensor.to(EXTRAS_DTYPES[name]))
+                set_tensor(self, key, tensor.to(EXTRAS_DTYPES[name]))
         self.describe(replace(self.spec, extras_dtype=name))
 
     def check_channels(self, given: int, expected: int) -> None:

@@ -61,7 +61,7 @@ def seed_centroids(points: Tensor, k: int, generator: torch.Generator, weights: 
     """k-means++ (Arthur and Vassilvitskii 2007): each further centroid is a point drawn in proportion to its squared distance."""
     mass = points.new_ones(len(points)) if weights is None else weights.to(points.dtype)
     chosen = torch.empty(k, dtype=torch.long, device=points.device)
-    uniform = torch.rand(k, generator=generator).to(points.device)
+    uniform = torch.rand(k, generator=generator, dtype=torch.float32).to(points.device)
     distance = torch.ones_like(mass)
     for i in range(k):
         cumulative = (distance * mass).cumsum(0)
@@ -108,7 +108,7 @@ def _lloyd_max(values: Tensor, k: int, weights: Tensor | None, iterations: int) 
     mass = torch.ones_like(values) if weights is None else weights.double()[order]
     count = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
     total = torch.cat([mass.new_zeros(1), (mass * values).cumsum(0)])
-    edges = torch.linspace(0, len(values) - 1, min(4 * k, len(values)) + 1, device=values.device).long()
+    edges = torch.linspace(0, len(values) - 1, min(4 * k, len(values)) + 1, dtype=torch.float32, device=values.device).long()
     width = values[edges[1:]] - values[edges[:-1]]
     share = ((count[edges[1:]] - count[edges[:-1]]) * width.square()).pow(1 / 3).cumsum(0).clamp_min(1e-30)
     targets = (torch.arange(k, dtype=torch.float64, device=values.device) + 0.5) / k * share[-1]

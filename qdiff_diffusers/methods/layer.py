@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -54,20 +52,10 @@ class LayerInputs(NamedTuple):
     noise_share: float = NOISE_SHARE
 
 
-@contextmanager
-def plain_defaults() -> Iterator[None]:
-    """New tensors are float32, whatever the process has made its default: the methods compute in float32 throughout."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-@plain_defaults()
 def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: LayerInputs | None = None) -> QuantizedWeight:
     """Quantize one weight, by itself or for inputs that are known.
+
+    All is computed in float32: tensors are made with a dtype, whatever the process, or another thread, has made its default.
 
     Args:
         weight: floating ``[out, in]`` or ``[out, in, kh, kw]``, on any device.

@@ -185,7 +185,7 @@ def _tensor_unit(weight: Tensor, grids: Sequence[Grid]) -> float:
     """Second-level scale: the largest group's scale, six ladder steps above absmax included, is E4M3's largest number."""
     low, high = (float(v) for v in weight.aminmax())
     largest = max(-low, high) / min(max(g.high, g.low) * g.unit for g in grids)
-    return float(short_scale(torch.tensor(max(largest * 1.75 / 448, TINY))))
+    return float(short_scale(torch.tensor(max(largest * 1.75 / 448, TINY), dtype=torch.float32)))
 
 
 def _quantize_rows(
@@ -193,7 +193,7 @@ def _quantize_rows(
 ) -> tuple[Tensor, float]:
     columns = weight.shape[1]
     groups = -(-columns // group)
-    scales = torch.empty(len(weight), groups, device=weight.device)
+    scales = torch.empty(len(weight), groups, dtype=torch.float32, device=weight.device)
     scratch = _Scratch()
 
     def work(part: slice) -> float:
@@ -309,7 +309,7 @@ def _search(block: _Block, grids: Sequence[Grid], store: ScaleStore, search: Sea
     found = []
     for grid in grids:
         mirror = len(grids) == 1 and not grid.symmetric
-        sign = torch.where(positive > negative, -1.0, 1.0) if mirror else None
+        sign = torch.where(positive > negative, -1.0, 1.0).to(peak) if mirror else None
         found.append(_search_grid(block, grid, peak, sign, store, search or default_search(grid, block.group, store.dtype)))
     if len(found) == 1:
         return found[0]

@@ -195,6 +195,6 @@ def plan(weight: Tensor, bits: int, *, overhead: float = OVERHEAD, min_rank: int
     trades = TRADES[bits]
     ranks = {group: int((overhead - SCALE_BITS / group) / rank_bits(weight.shape) + 1e-9) for group in trades}
     ranks = {group: min(rank, *weight.shape) for group, rank in ranks.items() if rank >= min_rank} or {max(trades): min_rank}
-    kept = 1 - torch.cat([torch.zeros(1), energies(weight, max(1, *ranks.values()), seed).cpu().cumsum(0)])
+    kept = 1 - torch.cat([torch.zeros(1, dtype=torch.float32), energies(weight, max(1, *ranks.values()), seed).cpu().cumsum(0)])
     best = min(ranks, key=lambda group: trades[group] * float(kept[ranks[group]]))
     return Plan(best, ranks[best])
