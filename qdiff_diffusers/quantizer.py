@@ -30,7 +30,7 @@ from .packing import (
     without_adapters,
 )
 from .selection import select_layers
-from .source_weights import EightBit, SourceWeights, read_source_files, read_source_tensors
+from .source_weights import EightBit, SourceWeights, defer_source_tensors, read_source_files
 
 logger = logging.get_logger(__name__)
 
@@ -120,8 +120,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
         if not self.pre_quantized:
             self.quantization_config = self.quantization_config.fresh()
-            self.source = read_source_tensors(state_dict, getattr(state_dict, "metadata", None))
-            self.source.defer(state_dict)
+            self.source = defer_source_tensors(state_dict)
             return
         if not layers:
             raise ConfigError(

@@ -16,7 +16,7 @@ from .checkpoint import read_header
 from .config import QDiffConfig
 from .errors import CheckpointError
 from .guards import state_dict
-from .source_weights import COMFY_METADATA, read_source_tensors
+from .source_weights import COMFY_METADATA, defer_source_tensors
 from .stored import stored_settings
 
 # Whether from_single_file was called with a config of ours.
@@ -70,10 +70,7 @@ def should_convert(original: Any, model_state_dict: dict[str, Any], checkpoint_s
     """Before 0.42 diffusers shows a quantizer a single file only after it was converted, and takes packed ones for foreign."""
     is_packed = any(key.endswith(".codes") for key in checkpoint_state_dict)
     if not is_packed and _quantizing.get():
-        metadata = getattr(checkpoint_state_dict, "metadata", None)
-        read_source_tensors(checkpoint_state_dict, metadata).defer(checkpoint_state_dict)
-        if isinstance(checkpoint_state_dict, DescribedTensors):
-            checkpoint_state_dict.metadata = {}  # the quantizer, which sees these tensors next, shall not look for their scales
+        defer_source_tensors(checkpoint_state_dict)
     return not is_packed and original(model_state_dict, checkpoint_state_dict)
 
 
