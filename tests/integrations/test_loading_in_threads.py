@@ -179,6 +179,24 @@ def test_contexts_that_overlap_leave_nothing_behind() -> None:
     assert nn.Module.register_parameter is before
 
 
+def test_a_context_of_another_library_that_ends_later_does_no_harm() -> None:
+    """It puts back what it found, which was ours for a while."""
+    from accelerate import init_empty_weights
+
+    before = nn.Module.register_parameter
+    with init_empty_weights():
+        theirs = nn.Module.register_parameter
+    nn.Module.register_parameter = theirs  # type: ignore[method-assign]
+    try:
+        assert not nn.Linear(2, 2).weight.is_meta
+        with init_empty_weights():
+            assert nn.Linear(2, 2).weight.is_meta
+        assert nn.Module.register_parameter is before
+        assert not nn.Linear(2, 2).weight.is_meta
+    finally:
+        nn.Module.register_parameter = before  # type: ignore[method-assign]
+
+
 def test_parameters_on_a_device_keep_class_gradient_and_attributes() -> None:
     from accelerate import init_on_device
 

@@ -201,7 +201,7 @@ print(json.dumps({module: in_child(user, module, sorted(paths)) for module, path
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     """A module of a library with a function, a class and a dictionary."""
     module = types.ModuleType("some_library.module")
-    exec(  # noqa: S102
+    exec(
         textwrap.dedent(
             """
             TABLE = {}
