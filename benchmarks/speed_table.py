@@ -55,15 +55,23 @@ def models(record: dict[str, Any]) -> str:
     return markdown(rows, columns)
 
 
+def page(name: str) -> str:
+    """``results/speed_<name>.md`` from ``results/<name>_cpu.json``, with the machine it was measured on below."""
+    record = load(f"{name}_cpu")
+    whole = f"[benchmarks/results/{name}_cpu.md](../benchmarks/results/{name}_cpu.md)"
+    return f"{TABLES[name](record)}\n\n{source(record, whole)}\n"
+
+
 def source(record: dict[str, Any], whole: str) -> str:
     run = record["facts"]
     machine = f"{run['processor']}, {run['threads']} threads, {run['date']}, commit {run['commit']}"
     return f"{machine}, {run['busy_cores']:.2f} cores busy with other programs at the start; all rows and spreads: {whole}"
 
 
+TABLES = {"layers": layers, "models": models}
+
+
 if __name__ == "__main__":
-    for name, table in (("layers", layers), ("models", models)):
-        record = load(f"{name}_cpu")
-        whole = f"[benchmarks/results/{name}_cpu.md](benchmarks/results/{name}_cpu.md)"
-        (RESULTS / f"speed_{name}.md").write_text(f"{table(record)}\n\n{source(record, whole)}\n")
-        print(table(record))
+    for name in TABLES:
+        (RESULTS / f"speed_{name}.md").write_text(page(name))
+        print(page(name))

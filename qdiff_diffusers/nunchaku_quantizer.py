@@ -21,6 +21,7 @@ from .convert.nunchaku_folder import check_lite, is_lite, lite_targets, quantiza
 from .convert.stream import Source
 from .errors import CheckpointError, ConfigError
 from .packing import prepare_packed_layers
+from .prequantized import obey_or_refuse
 from .quantizer import QDiffQuantizer
 
 
@@ -44,7 +45,7 @@ def merge_configs(merge: Any, cls: Any, quantization_config: Any, quantization_c
         _check_passed(quantization_config_from_args)
         stored = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
         return NunchakuImport(stored)
-    return merge(cls, quantization_config, quantization_config_from_args, **kwargs)
+    return obey_or_refuse(merge, cls, quantization_config, quantization_config_from_args, **kwargs)
 
 
 def _check_passed(config: QDiffConfig) -> None:

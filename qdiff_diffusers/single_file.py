@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from .checkpoint import read_header
 from .config import QDiffConfig
 from .errors import CheckpointError
+from .guards import state_dict
+from .source_weights import COMFY_METADATA, read_source_tensors
 from .stored import stored_settings
+
+# Whether from_single_file was called with a config of ours.
+_quantizing: ContextVar[bool] = ContextVar("_quantizing", default=False)
+
+
+class DescribedTensors(dict[str, Any]):
+    """A state dict with the metadata of the file that it was read from."""
+
+    def __init__(self, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = metadata
+
+
+def load_state_dict(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function that reads a single file: the header is checked, and what the metadata say of the weights is handed on."""
+    tensors = state_dict(original, file, *args, **kwargs)
+    if isinstance(file, str | Path) and str(file).endswith(".safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        if COMFY_METADATA in metadata:
+            return DescribedTensors(tensors, metadata)
+    return tensors
 
 
 def from_single_file(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -20,6 +46,7 @@ def from_single_file(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     if settings := _own_settings(args, kwargs):
         return _load_self_contained(cls, settings, args, kwargs)
     config = kwargs.get("quantization_config")
+    token = _quantizing.set(isinstance(config, QDiffConfig))
     try:
         return original(cls, *args, **kwargs)
     except (LookupError, AttributeError, TypeError, OSError) as error:
@@ -32,11 +59,16 @@ def from_single_file(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
             f"the file does not hold the tensors of a {cls.__name__} under diffusers' names ({type(error).__name__}: {error}); "
             "it is incomplete, or of another model than its config"
         ) from error
+    finally:
+        _quantizing.reset(token)
 
 
 def should_convert(original: Any, model_state_dict: dict[str, Any], checkpoint_state_dict: dict[str, Any]) -> bool:
     """Before 0.42 diffusers shows a quantizer a single file only after it was converted, and takes packed ones for foreign."""
     is_packed = any(key.endswith(".codes") for key in checkpoint_state_dict)
+    if not is_packed and _quantizing.get():
+        metadata = getattr(checkpoint_state_dict, "metadata", None)
+        read_source_tensors(checkpoint_state_dict, metadata).defer(checkpoint_state_dict)
     return not is_packed and original(model_state_dict, checkpoint_state_dict)
 
 

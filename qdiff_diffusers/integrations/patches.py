@@ -27,7 +27,7 @@ from ..imports import after_import
 
 logger = logging.get_logger(__name__)
 
-MARKER = "of_qdiff"  # attribute of every function that we have put in another's place
+MARKER = "of_qdiff"  # attribute of every function that we have put in another's place: the bodies around it
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Patch:
 
     @property
     def target(self) -> str:
-        return f"{self.module}.{self.path}"
+        return f"{self.module}.{self.path}".rstrip(".")
 
     def is_needed(self) -> bool:
         """Whether the installed version of the library is one of ``versions``."""
@@ -78,20 +78,7 @@ class Patch:
             self._wrap(owner, name)
 
     def _wrap(self, owner: Any, name: str) -> None:
-        static = inspect.getattr_static(owner, name)
-        original = static.__func__ if isinstance(static, classmethod | staticmethod) else static
-        if hasattr(original, MARKER):
-            return
-        if not callable(original):
-            raise TypeError(f"{self.path} is a {type(original).__name__}, not a function")
-
-        @functools.wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            body = self._body()
-            return original(*args, **kwargs) if body is None else body(original, *args, **kwargs)
-
-        setattr(wrapper, MARKER, True)
-        setattr(owner, name, type(static)(wrapper) if isinstance(static, classmethod | staticmethod) else wrapper)
+        wrap(owner, name, self.body, self._body)
 
     def _body(self) -> Callable[..., Any] | None:
         """What stands in the name's place; ``None``, after a warning, where importing it fails."""
@@ -100,6 +87,37 @@ class Patch:
         except Exception as error:
             _switch_off(self, error)
             return None
+
+
+def wrap(owner: Any, name: str, body: str, resolve: Callable[[], Callable[..., Any] | None]) -> None:
+    """Put a function, found by ``resolve`` at each call, around ``owner.name``; the same ``body`` a second time changes nothing.
+
+    Raises:
+        TypeError: it is no function.
+    """
+    static = inspect.getattr_static(owner, name)
+    original = static.__func__ if isinstance(static, classmethod | staticmethod) else static
+    bodies = getattr(original, MARKER, ())
+    if body in bodies:
+        return
+    if not callable(original):
+        raise TypeError(f"{name} is a {type(original).__name__}, not a function")
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        function = resolve()
+        return original(*args, **kwargs) if function is None else function(original, *args, **kwargs)
+
+    setattr(wrapper, MARKER, (*bodies, body))
+    setattr(owner, name, type(static)(wrapper) if isinstance(static, classmethod | staticmethod) else wrapper)
+
+
+@dataclass(frozen=True)
+class Setup(Patch):
+    """Something done to a class, or to the module itself where ``path`` is empty: ``body`` is called with it once it is there."""
+
+    def install(self, module: ModuleType) -> None:
+        load(self.body)(functools.reduce(getattr, filter(None, self.path.split(".")), module))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..copying import COPYING
-from .patches import Entry, Patch
+from .patches import Entry, Patch, Setup
 
 PACKAGE = "qdiff_diffusers"
 LOADING = f"{PACKAGE}.integrations.loading"
@@ -73,8 +72,15 @@ WRAPPED = (
         "diffusers.quantizers.auto",
         "DiffusersAutoQuantizer.merge_quantization_configs",
         f"{PACKAGE}.nunchaku_quantizer:merge_configs",
-        feature="loading Nunchaku folders into qdiff's layers",
+        feature="loading Nunchaku folders into qdiff's layers, and saying that a config is ignored for a model that is quantized",
         upstream="diffusers letting the config that is passed choose the backend",
+    ),
+    Patch(
+        "transformers.quantizers.auto",
+        "AutoHfQuantizer.merge_quantization_configs",
+        f"{PACKAGE}.prequantized:obey_or_refuse",
+        feature="saying that a config is ignored for a text encoder that is quantized already",
+        upstream="transformers refusing a config of another backend than the stored one",
     ),
     Patch(
         "diffusers.quantizers.pipe_quant_config",
@@ -82,6 +88,23 @@ WRAPPED = (
         f"{PACKAGE}.components:leave_decoders",
         feature="leaving the VAE of a pipeline unquantized when no components are listed",
         upstream="diffusers leaving VAEs alone, or asking the backend",
+    ),
+    *(
+        Patch(
+            module,
+            f"{kind}.num_parameters",
+            f"{PACKAGE}.counting:num_parameters",
+            feature=f"counting packed weights as the dense ones that they stand for ({kind}.num_parameters)",
+            upstream="the libraries asking a quantizer how many weights a packed parameter holds",
+        )
+        for module, kind in (("diffusers.models.modeling_utils", "ModelMixin"), ("transformers.modeling_utils", "PreTrainedModel"))
+    ),
+    Patch(
+        "diffusers.pipelines.pipeline_utils",
+        "DiffusionPipeline.from_pretrained",
+        f"{PACKAGE}.patterns:from_pretrained",
+        feature="telling of patterns without effect once for a pipeline, instead of for each of its components",
+        upstream="none: this is about our own messages",
     ),
     Patch(
         "diffusers.models.modeling_utils",
@@ -121,9 +144,30 @@ WRAPPED = (
     Patch(
         "diffusers.loaders.single_file_utils",
         "load_state_dict",
-        f"{PACKAGE}.guards:state_dict",
-        feature="saying what is wrong with a damaged single file",
-        upstream="diffusers passing on what safetensors says",
+        f"{PACKAGE}.single_file:load_state_dict",
+        feature="saying what is wrong with a damaged single file, and reading the formats of its weights from its metadata",
+        upstream="diffusers passing on what safetensors says, metadata included",
+    ),
+    Patch(
+        "transformers.modeling_utils",
+        "convert_and_load_state_dict_in_model",
+        f"{PACKAGE}.guards:decode_sources",
+        feature="applying the scales of text encoders in 8 bits",
+        upstream="transformers showing its quantizers the state dict, as diffusers does",
+    ),
+    *(
+        Patch(
+            module,
+            f"{kind}.save_pretrained",
+            f"{PACKAGE}.guards:refuse_pickles",
+            feature=f"refusing to write quantized models as pickles ({kind})",
+            upstream="the libraries telling a quantizer how a model is about to be saved",
+        )
+        for module, kind in (
+            ("diffusers.models.modeling_utils", "ModelMixin"),
+            ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline"),
+            ("transformers.modeling_utils", "PreTrainedModel"),
+        )
     ),
     Patch(
         "diffusers.loaders.single_file_model",
@@ -140,15 +184,58 @@ WRAPPED = (
         upstream="diffusers 0.42, which shows a single file to the quantizer before it converts it",
         versions="<0.42",
     ),
+    Setup(
+        "diffusers.models.modeling_utils",
+        "ModelMixin",
+        f"{PACKAGE}.copying:install",
+        feature="ControlNets and motion models that copy a quantized model",
+        upstream="diffusers copying models in strict mode, or asking the quantizer",
+    ),
+    Setup(
+        "diffusers.models.controlnets",
+        "",
+        f"{PACKAGE}.copying:install_in_package",
+        feature="parts of ControlNets that copy those of a quantized model",
+        upstream="diffusers copying models in strict mode, or asking the quantizer",
+    ),
     *(
         Patch(
-            "diffusers.models.controlnets",
-            f"*.{name}",
-            f"{PACKAGE}.copying:from_dense",
-            feature=f"ControlNets that copy a quantized model ({name})",
-            upstream="diffusers copying models in strict mode, or asking the quantizer",
+            module,
+            f"{kind}.{name}",
+            f"{PACKAGE}.fusing:on_offloaded",
+            feature=f"{name} of {kind} while a quantized model is offloaded",
+            upstream="offloading of diffusers and accelerate being taken off while adapters are changed or a model is saved",
         )
-        for name in COPYING
+        for module, kind, names in (
+            (
+                "diffusers.loaders.peft",
+                "PeftAdapterMixin",
+                ("add_adapter", "load_lora_adapter", "save_lora_adapter", "fuse_lora", "unfuse_lora"),
+            ),
+            ("diffusers.loaders.lora_base", "LoraBaseMixin", ("fuse_lora", "unfuse_lora")),
+            ("diffusers.models.modeling_utils", "ModelMixin", ("save_pretrained",)),
+            ("transformers.modeling_utils", "PreTrainedModel", ("save_pretrained",)),
+            (
+                "peft.tuners.tuners_utils",
+                "BaseTuner",
+                ("merge_adapter", "unmerge_adapter", "_unload_and_optionally_merge"),
+            ),
+        )
+        for name in names
+    ),
+    Patch(
+        "diffusers.hooks.group_offloading",
+        "GroupOffloadingHook.deinitalize_hook",
+        f"{PACKAGE}.offloading:deinitialize_hook",
+        feature="changing the adapters of a model that is offloaded to disk",
+        upstream="diffusers reading back from disk what its hook wrote, when it is taken off",
+    ),
+    Patch(
+        "transformers.modeling_utils",
+        "PreTrainedModel.resize_token_embeddings",
+        f"{PACKAGE}.token_tables:resize_token_embeddings",
+        feature="adding tokens to a text encoder whose token table is packed",
+        upstream="transformers asking the quantizer for a table that can be written",
     ),
     Patch(
         "diffusers.loaders.lora_pipeline",

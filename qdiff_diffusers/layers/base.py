@@ -18,8 +18,9 @@ from qdiff_kernels import (
 )
 from torch import Tensor, nn
 
-from ..formats import LayerSpec, TensorInfo, codebook_table
+from ..formats import LayerSpec, TensorInfo, load_shared_codebooks
 from ..formats.spec import EXTRAS_DTYPES
+from ..offloading import fetch, has_hooks
 
 LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integer": integer_linear}
 CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integer": integer_conv2d}
@@ -102,29 +103,27 @@ class PackedLayer(nn.Module):
         module.compute_dtype = compute_dtype  # type: ignore[assignment]
         for name, tensor in tensors.items():
             set_tensor(module, name, tensor)
-        if isinstance(table := getattr(spec.format, "table", None), str):
-            device = tensors["codes"].device
-            on = torch.device("cpu") if device.type == "meta" else device
-            # A copy of its own, of some 16 KB: offloading swaps ``.data``, which must not empty the table for everybody else, and
-            # offloading to disk writes groups of layers with safetensors, which refuses tensors that share memory.
-            set_tensor(module, "codebooks", codebook_table(table).to(on, copy=True), persistent=False)
         return module
 
     def describe(self, spec: LayerSpec) -> None:
         """Take ``spec``, and the names of its tensors, which a traced forward pass had better not work out."""
-        self.spec, self.tensor_names = spec, (*spec.tensors(self.weight_shape), "codebooks")
+        self.spec, self.tensor_names = spec, tuple(spec.tensors(self.weight_shape))
+        load_shared_codebooks(spec.format)
 
     def tensor_infos(self) -> dict[str, TensorInfo]:
         """Name, shape and dtype of the stored tensors."""
         return self.spec.tensors(self.weight_shape)
 
     def packed_tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by name, and the shared codebooks if the format uses some."""
+        """The stored tensors by name."""
         return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name, None)) is not None}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight this layer is equivalent to, in its logical shape."""
-        return self.spec.dequantize(self.packed_tensors(), self.weight_shape, dtype or self.compute_dtype)
+        """The dense weight this layer is equivalent to, in its logical shape; of an offloaded layer too."""
+        tensors = self.packed_tensors()
+        if has_hooks(self):
+            tensors |= {name: tensor for name, tensor in fetch(self).items() if name in tensors}
+        return self.spec.dequantize(tensors, self.weight_shape, dtype or self.compute_dtype)
 
     def dense_bias(self) -> Tensor | None:
         """The bias of the dense layer this layer is equivalent to."""
@@ -157,7 +156,8 @@ class PackedLayer(nn.Module):
         name = next((name for name in choices if _fits(down, name) and _fits(up, name)), "float32")
         self._cast_extras(name)
         for dim, (key, factor) in enumerate({"low_rank_down": down, "low_rank_up": up}.items()):
-            factor = factor.to(self.codes.device, EXTRAS_DTYPES[name]).contiguous()
+            # A copy, or training or swapping the adapter would change what was fused, without a word.
+            factor = factor.to(self.codes.device, EXTRAS_DTYPES[name], copy=True).contiguous()
             old = getattr(self, key, None)
             set_tensor(self, key, factor if old is None else torch.cat([old, factor], dim))
         self.describe(replace(self.spec, rank=spec.rank + len(down)))
@@ -191,7 +191,9 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packed = {id(t) for t in self.packed_tensors().values()}
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if dtype.itemsize > 1:  # nothing computes in float8, in which layerwise casting parks a layer between uses
+            self.compute_dtype = dtype
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -211,6 +213,7 @@ class PackedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         float8 = state.pop("_float8")
         super().__setstate__(state)
+        load_shared_codebooks(self.spec.format)
         self._buffers.update({name: cast(Tensor, self._buffers[name]).view(torch.float8_e4m3fn) for name in float8})
 
     def extra_repr(self) -> str:

@@ -16,8 +16,8 @@ from qdiff_kernels import rotate
 from qdiff_kernels.activations import FP8_MAX, UFP8_MAX, UINT8_MAX, dequantize_activations, quantize_activations
 from torch import Tensor
 
-from ..config import QDiffConfig
 from .clips import ClipSearch, search_clips
+from .config import QDiffConfig
 from .grids import Grid
 from .scales import ScaleStore
 

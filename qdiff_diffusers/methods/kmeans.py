@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .nearest import nearest
 
+SEEDING_PASSES = 8  # over memory for each centroid that k-means++ draws, each as slow as a multiply-add per coordinate
 SAMPLE_PER_CENTROID = 256  # the codebook of a sample of n vectors per entry costs about 1/n more error than that of all vectors
 
 
@@ -55,6 +56,16 @@ def kmeans(
         best = centroids
     assert best is not None
     return lloyd(points, best, iterations, weights)[0]
+
+
+def kmeans_operations(count: int, k: int, d: int, *, iterations: int = 15, restarts: int = 3) -> float:
+    """Multiply-adds of :func:`kmeans` on ``count`` points, roughly."""
+    count = min(count, SAMPLE_PER_CENTROID * k)
+    if d == 1:
+        return float(iterations * 10 * k + 64 * count)
+    part = min(count, (32 if restarts > 1 else 16) * k)
+    seeding = float(k) * part * d * SEEDING_PASSES
+    return restarts * (seeding + (3.0 * part * k * (d + 2) if restarts > 1 else 0)) + float(iterations) * count * k * (d + 2)
 
 
 def seed_centroids(points: Tensor, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:

@@ -111,7 +111,7 @@ class ScaleStore:
             elif self.dtype == "e4m3":
                 # Exponent and mantissa fields moved to those of a float32, whose bias is 120 more; subnormals included.
                 bits = (codes + steps).clamp_(0, 126).bitwise_left_shift_(20)
-                yield bits.view(torch.float32).mul(2.0**120 * self.unit)
+                yield bits.view(torch.float32).mul(2.0**120).mul_(self.unit)
             else:
                 yield self.round(base * (2.0**steps if self.dtype == "e8m0" else 2.0 ** (steps / 8)))
 
