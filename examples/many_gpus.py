@@ -1,10 +1,10 @@
-"""Share a list of prompts (or classes) among the GPUs of a machine: each holds the packed model, which is small, and draws its part.
+"""Share a list of prompts (or classes) among the GPUs of a machine: each holds the packed model and draws its part.
 
     accelerate launch --num_processes 4 examples/many_gpus.py QUANTIZED_FOLDER --prompts prompts.txt
     torchrun --nproc-per-node 2 examples/many_gpus.py QUANTIZED_FOLDER --classes 0,1,2,3      # on a CPU, too
 
-One model over several GPUs is diffusers' own `device_map="balanced"`, and works with packed models. Calibration shares its work in the
-same way: start the script that calls `qdiff_diffusers.quantize(..., calibration=...)` with `torchrun`.
+One model over several GPUs is diffusers' own `device_map="balanced"`, and works with packed models. Calibration shares its work
+in the same way: start the script that calls `qdiff_diffusers.quantize(..., calibration=...)` with `torchrun`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
     asked.add_argument("--classes", help="class labels, such as 0,1,2")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--output", type=Path, default=Path("pictures"))
     args = parser.parse_args(arguments)
 
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with processes.split_between_processes(list(enumerate(wanted))) as mine:
         for number, subject in mine:
             generator = torch.Generator().manual_seed(number)  # the same picture however the list is divided
-            picture = pipe([subject], num_inference_steps=args.steps, generator=generator).images[0]
+            settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "generator": generator}
+            picture = pipe([subject], **settings).images[0]
             picture.save(args.output / f"{number:04}.png")
     processes.wait_for_everyone()
 

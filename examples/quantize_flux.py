@@ -1,10 +1,10 @@
 """FLUX.1 for a GPU with 8 GB: quantize once, then draw.
 
     python examples/quantize_flux.py flux-small                                    # needs the Hub, 40 GB of disk, an hour of CPU
-    python examples/quantize_flux.py flux-small --prompt "a lighthouse at dusk"    # a folder that is there already is not made again
+    python examples/quantize_flux.py flux-small --prompt "a lighthouse at dusk"    # a folder that is there is not made again
 
-The transformer (12 B weights) is stored in 3.5 bits, 5.2 GB, the T5 text encoder (4.8 B) in 4.5, 2.7 GB; both are quantized layer by
-layer while they load. `enable_model_cpu_offload` keeps one of them at a time on the GPU. More memory? `--bits 4` looks better.
+The transformer (12 B weights) is stored in 3.5 bits, 5.2 GB, the T5 text encoder (4.8 B) in 4.5, 2.7 GB; both are quantized layer
+by layer while they load. `enable_model_cpu_offload` keeps one of them at a time on the GPU. More memory? `--bits 4` looks better.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 .venv-test/bin/python scripts/constraints.py      after everything has passed with QDIFF_UNPINNED=1
 
-scripts/environment.sh reads the file. A line holds for this Python only, for versions of other Pythons differ. What a build of torch
-brings along or decides (triton, CUDA's libraries) is left out: environment.sh names the torch.
+scripts/environment.sh reads the file. A line holds for this Python only, for versions of other Pythons differ. What a build of
+torch brings along or decides (triton, CUDA's libraries) is left out: environment.sh names the torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 FILE = Path(__file__).parents[1] / "constraints.txt"
 LEFT_OUT = re.compile(r"torch|triton|nvidia-.*|cuda-.*|pip|setuptools|wheel|qdiff-diffusers")
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-HEADER = """# The versions with which the tests have passed, read by scripts/environment.sh. Written by scripts/constraints.py; QDIFF_UNPINNED=1
-# does without.
+HEADER = """# The versions with which the tests have passed, read by scripts/environment.sh. Written by scripts/constraints.py;
+# QDIFF_UNPINNED=1 does without.
 """
 
 

@@ -8,4 +8,4 @@ source scripts/environment.sh
 make_environment .venv-test --editable ".[docs]"
 command="${1:-build}"
 [ $# = 0 ] || shift
-.venv-test/bin/python -m mkdocs "$command" --strict "$@"
+NO_MKDOCS_2_WARNING=1 .venv-test/bin/python -m mkdocs "$command" --strict "$@"

@@ -15,6 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MOST_LINES = 150  # of the README: a screen and a half of text, and two tables
+PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|sh|toml|yml))`")
+TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 OUTSIDE = re.compile(r"^(https?:|mailto:|#)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
@@ -106,3 +109,36 @@ def test_every_link_leads_to_a_file_of_the_repository(page):
         path = (page.parent / target.partition("#")[0]).resolve()
         assert path.exists(), f"{name_of(page)} links to {target}"
         assert ROOT in (path, *path.parents), f"{name_of(page)} links outside the repository: {target}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("page", [*sorted((ROOT / "docs" / "development").glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_every_file_that_the_development_pages_name_exists(page):
+    text = FENCE.sub("", page.read_text())
+    beside = ROOT / "kernels" / "torch-ext" / "qdiff_kernels" / "cpu"  # whose files its page names without a folder
+    places = (ROOT, beside, beside.parent) if page.name == "cpu_kernels.md" else (ROOT,)
+    for name in PATH.findall(text):
+        assert any((place / name).exists() for place in places), f"{name_of(page)} names {name}"
+    if page.name == "architecture.md":
+        assert len(set(PATH.findall(text))) > 40
+
+
+def test_every_public_report_has_an_address_and_a_test():
+    rows = [line for line in (ROOT / "docs" / "public_reports.md").read_text().splitlines() if line.startswith("| [")]
+    assert len(rows) >= 10
+    for row in rows:
+        named = TEST.findall(row)
+        assert named and "https://" in row, row
+        for file, function in named:
+            path = ROOT / file
+            assert not path.is_file() or f"def {function}(" in path.read_text(), f"{file} has no {function}"
+
+
+def test_every_page_is_in_the_sites_menu_and_the_site_has_no_page_twice():
+    """mkdocs says so too, but needs to be installed."""
+    menu = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.name != "README.md"}
+    assert len(menu) == len(set(menu)) and set(menu) == pages
