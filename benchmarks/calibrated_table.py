@@ -24,7 +24,12 @@ COLUMNS = [
 LISTS = ("dit_calibrated", "dit_low_bit_peers")
 
 
-def main() -> None:
+def table() -> str:
+    """The table from the committed results, with what it was made from below.
+
+    Raises:
+        SystemExit: neither list of rows has been run.
+    """
     runs = {name: json.loads(path.read_text()) for name in LISTS if (path := RESULTS / "quality" / f"{name}.json").is_file()}
     if not runs:
         raise SystemExit(
@@ -42,8 +47,12 @@ def main() -> None:
     rows.sort(key=lambda row: (-row["bits"], row.get("psnr", 99)))
     run = next(iter(runs.values()))["run"]
     about = f"{run['images']} images per row, PSNR and SSIM on {run['paired']} of them; every score with its interval: "
-    links = ", ".join(f"[{name}](benchmarks/results/quality/{name}.md)" for name in runs)
-    (RESULTS / "calibrated.md").write_text(f"{markdown(rows, COLUMNS)}\n\n{about}{links}\n")
+    links = ", ".join(f"[{name}](../benchmarks/results/quality/{name}.md)" for name in runs)
+    return f"{markdown(rows, COLUMNS)}\n\n{about}{links}\n"
+
+
+def main() -> None:
+    (RESULTS / "calibrated.md").write_text(table())
 
 
 if __name__ == "__main__":

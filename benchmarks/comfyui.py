@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+from update_readme import filled
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "comfyui.md"
@@ -58,8 +59,7 @@ def main(folder: Path, version: str) -> None:
     record = dict(sorted(record.items()))
     file.write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "comfyui.md").write_text(render(record))
-    content = f"<!-- table: versions -->\n{render(record)}<!-- end -->"
-    PAGE.write_text(re.sub(r"<!-- table: versions -->.*?<!-- end -->", lambda _: content, PAGE.read_text(), flags=re.DOTALL))
+    PAGE.write_text(filled(PAGE))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,14 @@ SCORES = {
 
 def main() -> None:
     for name in sys.argv[1:] or LISTS:
-        found = {model: json.loads(path.read_text()) for model in MODELS if (path := _results(model, name)).is_file()}
-        if found:
-            (RESULTS / f"ladder_{name}.md").write_text(_table(name, found) + "\n")
+        if text := page(name):
+            (RESULTS / f"ladder_{name}.md").write_text(text)
+
+
+def page(name: str) -> str | None:
+    """``results/ladder_<name>.md`` from the runs of that list; None if there is none."""
+    found = {model: json.loads(path.read_text()) for model in MODELS if (path := _results(model, name)).is_file()}
+    return _table(name, found) + "\n" if found else None
 
 
 def _results(model: str, name: str) -> Any:

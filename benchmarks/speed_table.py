@@ -1,4 +1,4 @@
-"""The README's speed tables, picked from results/layers_cpu.json and results/models_cpu.json.
+"""The short speed tables of README.md and docs/benchmarks.md, picked from results/layers_cpu.json and results/models_cpu.json.
 
     python benchmarks/speed_table.py
 
@@ -19,6 +19,9 @@ PEERS = (
     "torch-compile torchao-int4 torchao-int8 torchao-int8-a8-compile bitsandbytes-nf4 bitsandbytes-int8-a8 quanto-int4 gguf-Q4_0 "
     "gguf-Q2_K sdnq-int4 sdnq-uint4 sdnq-uint2 sdnq-uint4-svd sdnq-int8-a8 orbitquant-w4a4 orbitquant-w2a4"
 )
+OURS_SHORT = "int4-a8 fp4-a8 aq2-a8 svd4-a8 fp4 aq2"
+PEERS_SHORT = "torchao-int8-a8-compile sdnq-int8-a8 bitsandbytes-nf4 torchao-int4 gguf-Q4_0"
+SHORT = ["torch", *(f"qdiff-{name}" for name in OURS_SHORT.split()), *PEERS_SHORT.split()]
 ROWS = [f"qdiff-{name}" for name in OURS.split()] + PEERS.split()
 
 
@@ -55,15 +58,30 @@ def models(record: dict[str, Any]) -> str:
     return markdown(rows, columns)
 
 
+def page(name: str) -> str:
+    """``results/speed_<name>.md`` from the committed run, with the machine it was measured on below."""
+    table, run = TABLES[name]
+    record = load(f"{run}_cpu")
+    whole = f"[benchmarks/results/{run}_cpu.md](../benchmarks/results/{run}_cpu.md)"
+    return f"{table(record)}\n\n{source(record, whole)}\n"
+
+
 def source(record: dict[str, Any], whole: str) -> str:
     run = record["facts"]
     machine = f"{run['processor']}, {run['threads']} threads, {run['date']}, commit {run['commit']}"
     return f"{machine}, {run['busy_cores']:.2f} cores busy with other programs at the start; all rows and spreads: {whole}"
 
 
+def short(record: dict[str, Any]) -> str:
+    """The README's: some rows of ``models``."""
+    cells = sorted(record["cells"], key=lambda cell: -cell.get("ratio", {}).get("median", 0))
+    return models(record | {"cells": [cell for cell in cells if cell["contender"] in SHORT]})
+
+
+TABLES = {"layers": (layers, "layers"), "models": (models, "models"), "short": (short, "models")}
+
+
 if __name__ == "__main__":
-    for name, table in (("layers", layers), ("models", models)):
-        record = load(f"{name}_cpu")
-        whole = f"[benchmarks/results/{name}_cpu.md](benchmarks/results/{name}_cpu.md)"
-        (RESULTS / f"speed_{name}.md").write_text(f"{table(record)}\n\n{source(record, whole)}\n")
-        print(table(record))
+    for name in TABLES:
+        (RESULTS / f"speed_{name}.md").write_text(page(name))
+        print(page(name))

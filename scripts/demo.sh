@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-make_environment .venv-demo ".[plots]"
+make_environment .venv-demo ".[cpu,plots]" # without numba the CPU would run the reference, slower than 16 bits
 .venv-demo/bin/qdiff demo -o demo "$@"

@@ -266,8 +266,10 @@ class TestLayers:
         assert len(seen) == total == 2 * 9
 
     def test_the_report_has_a_table_per_shape(self, tmp_path, run_facts):
-        results = measure(Results(tmp_path / "layers", run_facts))
-        report = layers_markdown(measure(results, shapes="32x64"))
+        results = measure(Results(tmp_path / "layers", run_facts), only=["qdiff-int4*"])
+        for cell in list(results.cells.values()):  # the same figures for a shape that nobody has measured
+            results.cells[(*cell["key"], "again")] = cell | {"shape": "32x64"}
+        report = layers_markdown(results)
         assert "### 64x32" in report and "### 32x64" in report
         heads = next(line for line in report.splitlines() if line.startswith("| contender"))
         rows = [line for line in report.splitlines() if line.startswith("| qdiff-int4 ")]

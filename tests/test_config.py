@@ -97,7 +97,6 @@ def test_settings_of_a_method_may_be_given_by_name():
         (lambda: AQConfig(overrides={"attn": {"method": "rtn", "colour": 1}}), "colour"),
         (lambda: AQConfig(overrides={"attn": RTNConfig(overrides={"to_q": None})}), "attn"),
     ],
-    ids=str,
 )
 def test_a_wrong_setting_is_refused_by_name_before_any_work(make, named):
     with pytest.raises(ConfigError, match=named):

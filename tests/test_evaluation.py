@@ -60,6 +60,14 @@ class TestImageMetrics:
         a, b, c1 = 0.25, 0.75, 0.01**2
         assert ssim(constant(a), constant(b)) == pytest.approx([(2 * a * b + c1) / (a * a + b * b + c1)] * 2)
 
+    def test_ssim_agrees_with_scikit_image(self):
+        metrics = pytest.importorskip("skimage.metrics")
+        x = torch.rand(2, 3, 24, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        y = (x + 0.2 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+        settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0, "channel_axis": 0}
+        expected = [metrics.structural_similarity(a.numpy(), b.numpy(), **settings) for a, b in zip(x, y, strict=True)]
+        assert ssim(x, y).tolist() == pytest.approx(expected, abs=1e-9)
+
     def test_ssim_of_a_mirrored_contrast_is_negative(self):
         images = torch.rand(1, 1, 24, 24, generator=torch.Generator().manual_seed(0))
         assert ssim(images, 1 - images) < -0.9
@@ -221,13 +229,13 @@ class TestPictures:
 
     def test_plot_takes_its_colours_from_the_page(self):
         pytest.importorskip("matplotlib")
-        svg = quality_plot({"aq": [(2.0, 25.0), (4.0, 38.0)]}, {"aq": "AQ"})
+        svg = quality_plot({"aq": [(2.0, 25.0), (4.0, 38.0)]})
         assert svg.startswith("<svg") and "currentColor" in svg and "AQ" in svg
         assert TEXT not in svg and LINES not in svg
 
     def test_plot_is_left_out_without_matplotlib(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        assert quality_plot({"aq": [(2.0, 25.0)]}, {"aq": "AQ"}) is None
+        assert quality_plot({"aq": [(2.0, 25.0)]}) is None
 
     def test_best_of_group_compares_within_equal_nominal_bits(self):
         rows = [

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import itertools
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +16,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import qdiff_diffusers
 from qdiff_diffusers.cli.comfy import PARTS
+from qdiff_diffusers.version import package_version
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 ROOT = Path(__file__).parents[1]
@@ -60,7 +65,7 @@ def test_the_oldest_versions_stated_are_those_that_are_tested():
         "triton": versions.OLD_TRITON["triton"],
     }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "dev"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "docs")]
     for requirement in map(Requirement, itertools.chain(project["dependencies"], *extras)):
         (least,) = [part.version for part in requirement.specifier if part.operator == ">="]
         assert Version(tested[requirement.name].removeprefix("==")) == Version(least), requirement
@@ -89,7 +94,7 @@ def imports() -> dict[str, set[bool]]:
 
 def test_everything_that_is_imported_is_declared_and_everything_declared_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "dev"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "docs")]
     declared = {Requirement(line).name for line in itertools.chain(project["dependencies"], *extras)}
     found = imports()
     assert found.keys() - PEERS == declared
@@ -106,3 +111,50 @@ def test_comfyui_installs_what_pyproject_asks_for():
     assert sorted(map(str, map(Requirement, lines))) == sorted(
         map(str, map(Requirement, wanted + extras["transformers"] + extras["cpu"]))
     )
+
+
+def stated_version() -> str:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_the_version_is_written_once():
+    assert qdiff_diffusers.__version__ == stated_version()
+    again = re.compile(rf"[^0-9.]{re.escape(stated_version())}[\"']")
+    sources = [*(ROOT / "qdiff_diffusers").rglob("*.py"), *(ROOT / "comfy_nodes").rglob("*.py"), ROOT / "__init__.py"]
+    assert not [path for path in sources if again.search(path.read_text())]
+    assert f"\n## [{stated_version()}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("project", "installed", "version"),
+    [
+        ('name = "qdiff-diffusers"\nversion = "1.2.3"\n', "9.9", "1.2.3"),  # a clone beside another that is installed
+        ('name = "something-else"\nversion = "1.2.3"\n', "9.9", "9.9"),
+        (None, "9.9", "9.9"),  # a wheel
+        (None, None, "0+unknown"),  # a folder that was copied from one
+    ],
+)
+def test_a_clone_knows_its_version_without_being_installed(project, installed, version, tmp_path, monkeypatch):
+    def installed_version(name: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", installed_version)
+    if project is not None:
+        (tmp_path / "pyproject.toml").write_text(f"[project]\n{project}")
+    assert package_version(tmp_path / "qdiff_diffusers") == version
+
+
+def test_constraints_leave_the_choice_of_torch_and_hold_for_one_python_only():
+    """scripts/environment.sh installs torch by itself, and what its build brings along comes with it."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    constraints = {found.name: found for found in map(Requirement, lines)}
+    assert {"diffusers", "transformers", "peft", "pytest"} <= constraints.keys()
+    assert not constraints.keys() & {"torch", "triton", "qdiff-diffusers"}
+    assert all(found.marker is not None and "python_version" in str(found.marker) for found in constraints.values())
+
+
+def test_the_scripts_can_be_parsed():
+    for script in (ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))):
+        subprocess.run(["bash", "-n", script], check=True)

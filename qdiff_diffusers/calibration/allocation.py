@@ -13,8 +13,8 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..budget import Choice, has_settings, spend, with_settings
-from ..config import QDiffConfig, SVDQuantConfig
-from ..methods import quantize_weight
+from ..config import QDiffConfig
+from ..methods import method_of, quantize_weight
 from ..writing import write_text
 from . import parallel
 from .settings import Calibration
@@ -69,8 +69,7 @@ def _choose(model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, cal
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         sizes[name] = weight.numel()
-        # A few rows tell the error of codes; but of a low-rank branch they are not typical, which fits few rows too well.
-        rows = 1 if isinstance(config, SVDQuantConfig) else max(1, len(weight) // SAMPLE_ROWS)
+        rows = max(1, len(weight) // SAMPLE_ROWS) if method_of(config).few_rows_suffice else 1
         choices[name] = []
         for settings in config.alternatives():
             found = quantize_weight(weight.detach()[::rows], replace(config, **settings), config.seed)

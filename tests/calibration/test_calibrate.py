@@ -202,36 +202,39 @@ def test_an_interrupted_run_resumes_with_identical_results(stop, objective, tmp_
     assert_equal(tensors(a), tensors(b))
 
 
+SHARED = Calibration(**FEW, memory_limit=200_000, tuning=Tuning(steps=4, objective="blocks"))
 WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from calibration.test_calibrate import CONFIG, FEW, dit, tensors
-from qdiff_diffusers import Calibration, Tuning, quantize
+from calibration.test_calibrate import CONFIG, SHARED, dit, tensors
+from qdiff_diffusers import quantize
 from qdiff_diffusers.calibration import parallel
 from safetensors.torch import save_file
 pipe = dit()
-quantize(pipe, CONFIG, calibration=Calibration(**FEW, memory_limit=200_000, tuning=Tuning(steps=4, objective="blocks")))
+quantize(pipe, CONFIG, calibration=SHARED)
 save_file({{k: v.contiguous() for k, v in tensors(pipe.transformer).items()}}, {out!r} + f"/{{parallel.rank()}}.safetensors")
 """
 
 
+@pytest.mark.serial
 def test_two_processes_give_bit_for_bit_the_result_of_one(tmp_path):
     from safetensors.torch import load_file
 
-    found = {}
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        script = tmp_path / f"worker{processes}.py"
-        script.write_text(WORKER.format(tests=str(Path(__file__).parents[1]), out=str(out)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
-        run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-        assert run.returncode == 0, run.stderr[-3000:]
-        found[processes] = [load_file(out / f"{rank}.safetensors") for rank in range(processes)]
-    assert_equal(found[1][0], found[2][0])
-    assert_equal(found[1][0], found[2][1])
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        alone = dit()  # by this process, meanwhile
+        quantize(alone, CONFIG, calibration=SHARED)
+        _, said = run.communicate(timeout=300)
+    finally:
+        run.kill()
+    assert run.returncode == 0, said[-3000:]
+    for rank in range(2):
+        assert_equal(load_file(tmp_path / f"{rank}.safetensors"), tensors(alone.transformer))
 
 
 def test_a_bare_unet_is_calibrated_with_noise_and_labels():

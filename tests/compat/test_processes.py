@@ -10,6 +10,8 @@ import tiny_models
 import torch
 from compat.child import work, work_in_parallel
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture(scope="module")
 def elsewhere():

@@ -170,7 +170,6 @@ def test_stored_bits_per_weight_count_everything(fmt, bits):
         lambda: CodebookFormat(1, 8, 8, codebook_dtype="float64"),
         lambda: CodebookFormat(1, 8, 8, scale_dtype="e4m3"),
     ],
-    ids=str,
 )
 def test_settings_out_of_range_are_refused(make):
     with pytest.raises(ValueError, match=r"got|multiple of|no sign"):
