@@ -461,6 +461,7 @@ def killed_while_writing(folder: Path, stop: int) -> int:
         os._exit(0)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("stop", range(-1, 4))
 @pytest.mark.parametrize("existing", ["a model", "an empty folder", "nothing"])
 def test_what_a_killed_run_has_left_is_removed_and_what_it_moved_is_moved_back(existing, stop, tmp_path, monkeypatch):
@@ -484,6 +485,7 @@ def test_what_a_killed_run_has_left_is_removed_and_what_it_moved_is_moved_back(e
     assert not any(STAGE in name for name in names(tmp_path))
 
 
+@pytest.mark.serial
 def test_a_run_that_was_killed_before_its_folder_was_made_leaves_nothing_for_long(tmp_path):
     assert killed_while_writing(tmp_path / "model", -1)
     (tmp_path / "model").mkdir()
@@ -509,6 +511,7 @@ quantize(sys.argv[1], RTNConfig(bits=4), sys.argv[2])
 """
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("number", "way"), [(signal.SIGTERM, "cli"), (signal.SIGHUP, "cli"), (signal.SIGINT, "cli"), (signal.SIGTERM, "api")]
 )

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import yaml
 
 from ..calibration import Calibration, as_calibration
-from ..calibration.fingerprints import digest, folder_digest
+from ..calibration.fingerprints import digest
 from ..calibration.settings import read_prompts
 from ..checkpoint import inspect_checkpoint
 from ..config import METHODS, QDiffConfig
 from ..errors import ConfigError, QDiffError
 from .machine import package_version
 from .peers import PEERS
-from .subject import Subject, check_layer_names
+from .subject import Subject, check_layer_names, model_digest
 
 Kind = Literal["reference", "config", "folder", "peer"]
 REFERENCE_NAME = "16-bit"
@@ -62,15 +62,15 @@ class EvalRow:
         if self.kind == "config":
             out["settings"] = self.config().settings()
         if self.kind == "folder":
-            out["files"] = self._files
-        if self.kind == "peer" and (version := package_version(PEERS[self.target].install)):
-            out["version"] = version
+            out["config"] = self._files
+        if self.kind == "peer" and (package := PEERS[self.target].install):
+            out["version"] = package_version(package)
         return out | ({"calibration": _inputs(self.calibration)} if self.calibration is not None else {})
 
     @cached_property
     def _files(self) -> str:
-        """Changes with every file of a folder."""
-        return folder_digest(Path(self.target))
+        """Changes with every file of a folder that decides what it draws, not with a card or results beside them."""
+        return model_digest(Path(self.target))
 
 
 REFERENCE = EvalRow(REFERENCE_NAME, "reference")

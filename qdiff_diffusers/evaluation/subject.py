@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
-from ..api import DENOISERS, pipeline_components
+from ..api import CALIBRATION_LOG, DENOISERS, pipeline_components
 from ..calibration.fingerprints import folder_digest
 from ..calibration.settings import read_prompts
-from ..checkpoint import read_header, weight_files
+from ..checkpoint import read_header, read_json, weight_files
 from ..errors import CheckpointError, ConfigError
+from ..folders import INDEX
 from ..formats import TensorInfo
+from ..hub.results import RESULTS
 
 PACKAGE = Path(__file__).parents[1]
 # The models that come with the package. Both are judged by the classifier of the first.
@@ -80,7 +82,7 @@ class Subject:
         root = Path(self.source)
         if not root.is_dir():
             return f"{self.source}@{_commit(self.source)}"
-        return folder_digest(root, ["model_index.json", *(pipeline_components(root) or ())])
+        return model_digest(root)
 
     @cached_property
     def classifier_fingerprint(self) -> str | None:
@@ -126,6 +128,14 @@ def find_subject(
         labels = labels or tuple(range(len(class_names(bundled))))
     classifier = CLASSIFIER if bundled else _own_classifier(Path(source))
     return Subject(model, source, components, labels, steps, guidance_scale, arguments or {}, classifier)
+
+
+def model_digest(root: Path) -> str:
+    """A hash of the files that a pipeline or bare model is loaded from."""
+    if (root / INDEX).is_file():
+        return folder_digest(root, [INDEX, *read_json(root / INDEX)])  # its keys are the components, and settings
+    found = [path.name for path in root.iterdir() if path.suffix in (".json", ".safetensors")]
+    return folder_digest(root, sorted({*found} - {CALIBRATION_LOG, RESULTS}))
 
 
 def class_names(folder: Path) -> list[str]:

@@ -213,7 +213,8 @@ from qdiff_diffusers import quantize
 from qdiff_diffusers.calibration import parallel
 from safetensors.torch import save_file
 pipe = dit()
-quantize(pipe, CONFIG, calibration=SHARED)
+folder = quantize(pipe, CONFIG, {out!r} + "/model", calibration=SHARED)
+assert (folder / "model_index.json").is_file()  # whichever process has written it
 save_file({{k: v.contiguous() for k, v in tensors(pipe.transformer).items()}}, {out!r} + f"/{{parallel.rank()}}.safetensors")
 """
 
@@ -233,6 +234,7 @@ def test_two_processes_give_bit_for_bit_the_result_of_one(tmp_path):
     finally:
         run.kill()
     assert run.returncode == 0, said[-3000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors", "model", "worker.py"]
     for rank in range(2):
         assert_equal(load_file(tmp_path / f"{rank}.safetensors"), tensors(alone.transformer))
 

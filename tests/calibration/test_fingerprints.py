@@ -232,6 +232,7 @@ print(json.dumps([facts(dit()), input_facts(bare, {{"": bare}}, Calibration()), 
 """
 
 
+@pytest.mark.serial
 def test_digests_are_the_same_in_every_process():
     found = []
     for seed in ("1", "2"):

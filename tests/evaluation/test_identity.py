@@ -120,6 +120,7 @@ def test_a_quantized_folder_and_a_peer_count_by_what_they_are(by_class, tmp_path
         return key(by_class, row)
 
     before = of_folder()
+    (folder / "README.md").write_text("a card")
     assert of_folder() == before
     change_tensor(folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert of_folder() != before
