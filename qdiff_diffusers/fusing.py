@@ -16,7 +16,7 @@ from torch import nn
 from .errors import QDiffError
 from .layers import PackedLayer
 from .offloading import changing_all, without_group_offloading
-from .packing import packed_layers
+from .packing import is_or_was_packed
 
 FUSING = ("fuse_lora", "merge_adapter", "_unload_and_optionally_merge")
 OF_MODELS = ("add_adapter", "load_lora_adapter", "save_lora_adapter", "fuse_lora", "unfuse_lora")
@@ -35,7 +35,7 @@ def install_in_pipelines(kind: Any) -> None:
 
 
 def guard_method(kind: Any, name: str) -> None:
-    """Wrap a method of models, pipelines or tuners. What has no packed layers is left alone; calling it again changes nothing.
+    """Wrap a method of models, pipelines or tuners. What never had packed layers is left alone; calling it again changes nothing.
 
     All adapters are checked before the first is fused. Offloading in groups, which holds on to every tensor, is off meanwhile. An
     adapter that accelerate offloads is there to be read and replaced; a whole model that it offloads is not, and is not saved.
@@ -50,7 +50,7 @@ def guard_method(kind: Any, name: str) -> None:
     @functools.wraps(function)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
-        models = [model for model in _models_of(self, given.get("components")) if packed_layers(model)]
+        models = [model for model in _models_of(self, given.get("components")) if is_or_was_packed(model)]
         for model in models if saving else ():
             _check_in_memory(model)
         with ExitStack() as stack:
