@@ -48,7 +48,7 @@ def _install() -> None:
 
 
 class _Finder:
-    """Finds nothing itself: it wraps the loader of the modules that hold the tables, and leaves when all have been seen."""
+    """Finds nothing itself: it wraps the loader of the modules that hold the tables, and leaves when all have been imported."""
 
     def __init__(self, waiting: set[str]) -> None:
         self.waiting = waiting
@@ -56,26 +56,29 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in self.waiting:
             return None
-        self.waiting.discard(name)
-        if not self.waiting:
-            with contextlib.suppress(ValueError):
-                sys.meta_path.remove(self)  # type: ignore[arg-type]
         with contextlib.suppress(Exception):
             for finder in list(sys.meta_path):
                 find_spec = getattr(finder, "find_spec", None)
                 spec = None if finder is self or find_spec is None else find_spec(name, path, target)
                 if spec is not None:
                     if hasattr(spec.loader, "exec_module"):
-                        spec.loader = _Loader(spec.loader)
+                        spec.loader = _Loader(spec.loader, self)
                     return spec
         return None
+
+    def seen(self, name: str) -> None:
+        """A module has been imported. Looking for one (``importlib.util.find_spec``) does not count."""
+        self.waiting.discard(name)
+        if not self.waiting and self in sys.meta_path:  # type: ignore[comparison-overlap]
+            sys.meta_path.remove(self)  # type: ignore[arg-type]
 
 
 class _Loader:
     """A module's own loader, followed by the registration."""
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, finder: _Finder) -> None:
         self.original = original
+        self.finder = finder
 
     def create_module(self, spec: Any) -> Any:
         return self.original.create_module(spec)
@@ -85,8 +88,12 @@ class _Loader:
         self.original.exec_module(module)
         with contextlib.suppress(Exception):
             _register(module)
+        with contextlib.suppress(Exception):
+            self.finder.seen(module.__name__)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "original":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.original, name)
 
 

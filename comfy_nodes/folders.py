@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def checkpoints(*kinds: str) -> dict[str, Path]:
     for kind in kinds:
         for base in map(Path, folder_paths.get_folder_paths(kind)):
             for path in _models(base):
-                if kind == OURS or _is_ours(path, _modified(path)):
+                if kind == OURS or _is_ours(path, _signature(path / "config.json" if path.is_dir() else path)):
                     out.setdefault(path.relative_to(base).as_posix(), path)
     return dict(sorted(out.items()))
 
@@ -38,38 +39,55 @@ def pipelines() -> dict[str, Path]:
     return {p.parent.relative_to(base).as_posix(): p.parent for base in bases for p in sorted(base.glob(f"*/{PIPELINES}"))}
 
 
-def fingerprint(path: Path) -> str:
-    """Changes when the files do, so that ComfyUI loads a replaced checkpoint anew."""
-    files = sorted(path.glob("**/*")) if path.is_dir() else [path]
-    return "|".join(f"{f.name}:{s.st_mtime_ns}:{s.st_size}" for f in files if f.is_file() for s in [f.stat()])
+def fingerprint(*paths: Path) -> str:
+    """Changes when one of the files does, so that ComfyUI loads a replaced checkpoint anew.
+
+    A single file is described by the config.json beside it, if not by itself.
+    """
+    files = [file for path in paths for file in (sorted(_files(path)) if path.is_dir() else (path, path.with_name("config.json")))]
+    return "|".join(f"{file}:{signature}" for file in files if (signature := _signature(file)))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, those behind links too."""
+    for place, _, names in _walk(folder):
+        yield from (Path(place, name) for name in names)
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from one that has taken its place, be it of the same size and with its time; ``None`` if there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
+
+
+def _walk(base: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk`` through links, which may lead in circles. Folders that begin with a dot are left out."""
+    seen = {os.path.realpath(base)}
+    for folder, subfolders, files in os.walk(base, followlinks=True):
+        yield folder, subfolders, files
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders if not name.startswith(".")}
+        subfolders[:] = [name for name in real if real[name] not in seen]
+        seen.update(real.values())
 
 
 def _models(base: Path) -> list[Path]:
     """Model folders (those with a config.json) and the safetensors files outside of them."""
-    found, seen = [], {os.path.realpath(base)}
-    for folder, subfolders, files in os.walk(base, followlinks=True):
+    found = []
+    for folder, subfolders, files in _walk(base):
         if "config.json" in files and Path(folder) != base:
             found.append(Path(folder))
             subfolders.clear()
             continue
         found += [path for name in files if name.endswith(".safetensors") and (path := Path(folder, name)).is_file()]
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders if not name.startswith(".")}
-        subfolders[:] = [name for name in real if real[name] not in seen]  # links may lead in circles
-        seen.update(real.values())
     return found
 
 
-def _modified(path: Path) -> int:
-    """When a file, or what says what a model folder is, was last changed."""
-    try:
-        return (path / "config.json" if path.is_dir() else path).stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
 @lru_cache(maxsize=4096)
-def _is_ours(path: Path, modified: int) -> bool:
-    """Whether a model says that it is quantized by us. ``modified`` is the time of its last change."""
+def _is_ours(path: Path, signature: tuple[int, ...] | None) -> bool:
+    """Whether a model says that it is quantized by us. ``signature`` is that of the file which says so."""
     try:
         if path.is_dir():
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))

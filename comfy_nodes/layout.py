@@ -151,19 +151,21 @@ def packed_conv2d(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, windo
     return _by_blocks(weight, bias, convolve, 1)
 
 
-def dense_bias(weight: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
-    """The bias that goes with the decoded weight: that of a layer which shifts its inputs already undoes the shift."""
+def shift_offset(weight: QuantizedTensor) -> Tensor | None:
+    """What is to be added to the bias, ``[rows]``, where the decoded weight is used; ``None`` for nothing.
+
+    The bias of a layer that shifts its inputs undoes the shift.
+    """
     blocks = weight._params.blocks
     if not any(block.spec and block.spec.shift for block in blocks):
-        return bias
+        return None
     offsets = [
         block.spec.shift_offset(block.tensors(weight._qdata), block.shape)
         if block.spec and block.spec.shift
         else torch.zeros(block.shape[0], device=weight._qdata.device)
         for block in blocks
     ]
-    offset = torch.cat(offsets)
-    return offset if bias is None else (bias.float() + offset).to(bias.dtype)
+    return torch.cat(offsets)
 
 
 def _by_blocks(weight: QuantizedTensor, bias: Tensor | None, compute: Any, dim: int) -> Tensor:

@@ -14,12 +14,14 @@ from torch import Tensor
 from qdiff_diffusers.errors import CheckpointError
 from qdiff_diffusers.stored import StoredModel, read_stored_model
 
-from .families import FAMILIES, Family, MissingPart, Part, family_of_class, to_native
+from .families import FAMILIES, Family, MissingPart, Part, family_of_class, family_of_native, to_native
 from .layout import Piece, is_packed, make_weight
 from .ops import Operations
 from .patches import adopt
 
-NATIVE = "comfyui_class"  # key in a file's settings: its tensors have ComfyUI's names, this is the class of their model
+# Key in a file's settings: the class of ComfyUI's that its tensors are for, where diffusers' config cannot be told from them. Those
+# of a family that we know have diffusers' names all the same, as the parts of fused layers have no others.
+NATIVE = "comfyui_class"
 ATTACHMENT = "qdiff"
 
 
@@ -51,7 +53,7 @@ def stored_family(stored: StoredModel) -> Family | None:
         CheckpointError: ComfyUI has no native class for this model.
     """
     if NATIVE in stored.settings:
-        return None
+        return family_of_native(stored.settings[NATIVE], stored.tensors)
     if family := family_of_class(stored.model_class):
         return family
     if is_text_encoder(stored):

@@ -10,7 +10,7 @@ import torch
 from qdiff_kernels import use
 from torch import Tensor, nn
 
-from .layout import dense_bias, is_packed, packed_conv2d, packed_linear
+from .layout import is_packed, packed_conv2d, packed_linear, shift_offset
 from .patches import Patches
 
 
@@ -18,6 +18,7 @@ class PackedWeight:
     """Mixin of the layers. ``patches`` are the LoRAs and the like that a patcher has put on a packed weight."""
 
     patches: Patches | None = None
+    offset: Tensor | None = None  # what a weight's decoding leaves for the bias to undo, while a decoded one stands in its place
     kernels: str | None = None  # forced implementation of the ops
 
     def _load_from_state_dict(
@@ -53,10 +54,10 @@ class PackedWeight:
             patches = self.patches
             if patches is not None and patches.dense:
                 exact = weight.to(torch.float32).dequantize() if is_packed(weight) else weight.to(torch.float32, copy=True)
-                bias = dense_bias(weight, bias) if is_packed(weight) else bias
+                bias = _add(bias, shift_offset(weight) if is_packed(weight) else self.offset, x)
                 return dense(x, patches.weight(exact).to(x.dtype), bias)
             if not is_packed(weight):
-                y = dense(x, weight.to(x.dtype), bias)
+                y = dense(x, weight.to(x.dtype), _add(bias, self.offset, x))
             elif self.kernels is None:
                 y = packed(x, weight, bias)
             else:
@@ -73,11 +74,23 @@ class PackedWeight:
     def set_weight(
         self: Any, weight: Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **kwargs: Any
     ) -> Any:
-        """Take up a weight that ComfyUI has moved, cast or patched; only dense ones and unchanged packed ones come here."""
+        """Take up a weight that ComfyUI has moved, cast or patched; in the place of a packed one only if it has another shape."""
         if return_weight:
             return weight
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        if is_packed(self.weight):
+            self.offset = shift_offset(self.weight)
+        self.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
         return None
+
+    def is_plain(self: Any) -> bool:
+        """Whether it is a layer of ComfyUI's like any other."""
+        return not is_packed(self.weight) and self.patches is None and self.offset is None
+
+
+def _add(bias: Tensor | None, offset: Tensor | None, like: Tensor) -> Tensor | None:
+    """The sum of what there is of a bias and an offset, for inputs ``like`` these."""
+    terms = [term.to(like.device, torch.float32) for term in (bias, offset) if term is not None]
+    return sum(terms[1:], terms[0]).to(like.dtype) if terms else None
 
 
 def force_kernels(model: nn.Module, name: str) -> None:
@@ -97,13 +110,13 @@ class Operations(comfy.ops.manual_cast):
             self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = dtype
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if not is_packed(self.weight) and self.patches is None:
+            if self.is_plain():
                 return super().forward(x, *args, **kwargs)
             return self.compute(x, packed_linear, nn.functional.linear)
 
     class Conv2d(PackedWeight, comfy.ops.manual_cast.Conv2d):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if not is_packed(self.weight) and self.patches is None:
+            if self.is_plain():
                 return super().forward(x, *args, **kwargs)
             window = (list(self.stride), list(self.padding), list(self.dilation))
             return self.compute(

@@ -6,13 +6,16 @@ An installed ``qdiff-diffusers`` is used if there is one; a clone of the reposit
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+from functools import cache
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PACK = "qdiff_pack.json"  # what ``qdiff comfy install`` writes beside the nodes
 BUNDLED = {
     "qdiff_diffusers": ROOT / "qdiff_diffusers",
     "qdiff_diffusers.hub_cards": ROOT / "hub_cards",
@@ -44,6 +47,8 @@ def find_package() -> None:
 def problem() -> str | None:
     """Why the nodes cannot work and what to do about it; ``None`` if they can."""
     try:
+        if reason := _other_version(importlib.import_module("qdiff_diffusers")):
+            return reason
         importlib.import_module("qdiff_diffusers.stored")
         importlib.import_module("comfy_kitchen.tensor")
     except ImportError as error:
@@ -52,6 +57,31 @@ def problem() -> str | None:
             f"qdiff cannot run here: {error}. Install what it needs into ComfyUI's Python and start ComfyUI again: "
             f'"{sys.executable}" -m pip install {needs}'
         )
+    return None
+
+
+def _other_version(package: Any) -> str | None:
+    """Nodes and package are parts of one program: what is said if they are of different versions, ``None`` otherwise."""
+    nodes = nodes_version(ROOT)
+    if nodes is None or nodes == package.__version__:
+        return None
+    way_out = (
+        f'Make the nodes those of the package: "{sys.executable}" -m qdiff_diffusers.cli comfy install --overwrite "{ROOT.parent}"'
+        if (ROOT / PACK).is_file()
+        else f'The nodes bring their own copy, so uninstall the package: "{sys.executable}" -m pip uninstall qdiff-diffusers'
+    )
+    return (
+        f"qdiff cannot run here: the nodes in {ROOT} are version {nodes}, the package in {Path(package.__file__).parent} is "
+        f"{package.__version__}. {way_out}, and start ComfyUI again"
+    )
+
+
+@cache
+def nodes_version(root: Path) -> str | None:
+    """The version of the nodes in a folder: what ``qdiff comfy install`` has written, or a clone's; ``None`` without either."""
+    for name, pattern in ((PACK, r'"version":\s*"([^"]+)"'), ("pyproject.toml", r'(?m)^version\s*=\s*"([^"]+)"')):
+        if (root / name).is_file() and (found := re.search(pattern, (root / name).read_text(encoding="utf-8"))):
+            return found[1]
     return None
 
 

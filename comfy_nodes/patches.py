@@ -6,11 +6,15 @@ codebooks, take minutes; so patches stay beside the weight and act when the laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import comfy.lora
+import comfy.utils
+from comfy.model_patcher import LowVramPatch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
@@ -32,11 +36,14 @@ class Branch(NamedTuple):
 
 
 class Patches:
-    """The patches on one packed weight, in ComfyUI's form. ``dense`` says that one of them is no plain low-rank product."""
+    """The patches on one packed weight, in ComfyUI's form. ``dense`` says that one of them is no plain low-rank product.
 
-    def __init__(self, key: str, patches: list[Any]) -> None:
-        self.key, self.patches = key, patches
-        branches = [_branch(patch) for patch in patches]
+    As in ComfyUI, a LoRA that was made for another shape is left out, and the log says so.
+    """
+
+    def __init__(self, key: str, patches: list[Any], shape: tuple[int, ...]) -> None:
+        self.key, self.patches = key, [patch for patch in patches if _fits(key, patch, shape)]
+        branches = [_branch(patch, shape) for patch in self.patches]
         self.dense = any(branch is None for branch in branches)
         self.branches = [branch for branch in branches if branch is not None]
         self.ready: list[Branch] = []
@@ -47,6 +54,8 @@ class Patches:
 
     def add(self, x: Tensor, y: Tensor, layer: Callable[..., Tensor]) -> Tensor:
         """``y``, the layer's output for ``x``, with what the branches add. ``layer(x, weight, bias, ...)`` is the dense layer."""
+        if not self.branches:
+            return y
         if not self.ready or (self.ready[0].up.device, self.ready[0].up.dtype) != (x.device, x.dtype):
             self.ready = [branch.to(x) for branch in self.branches]
         channels = -1 if self.branches[0].down.ndim == 2 else 1
@@ -66,21 +75,45 @@ class Patches:
         return y
 
 
-def _branch(patch: Any) -> Branch | None:
-    """A patch as a low-rank branch, ``None`` if it is something else."""
-    strength, adapter, strength_model, part, function = patch
+def _low_rank(patch: Any) -> tuple[Tensor, Tensor, Any] | None:
+    """``up``, ``down`` and ``alpha`` of a patch that is a plain low-rank product, ``None`` if it is something else."""
+    _, adapter, strength_model, part, function = patch
     if type(adapter) is not LoRAAdapter or strength_model != 1.0 or function is not None:
         return None
     up, down, alpha, *others = adapter.weights
     if any(other is not None for other in others) or not (part is None or part[0] in (0, 1)):
         return None
-    if down.ndim == 2:
-        up = up.flatten(1)
-    elif down.ndim == 4:
-        up = up.reshape(*up.shape[:2], 1, 1)
-    else:
+    return up, down, alpha
+
+
+def _shape_of(part: tuple[int, int, int] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a slice of a weight."""
+    return tuple(part[2] if part and part[0] == dim else size for dim, size in enumerate(shape))
+
+
+def _fits(key: str, patch: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a low-rank product has as many rows and columns as the weight; of anything else ComfyUI finds out itself."""
+    if (factors := _low_rank(patch)) is None:
+        return True
+    up, down, _ = factors
+    rows, *columns = _shape_of(patch[3], shape)
+    if up.shape[0] == rows and down.shape[1:].numel() == math.prod(columns):
+        return True
+    logging.error("LoRA for %s is left out: it is %d x %d, the layer is %s", key, len(up), down.shape[1:].numel(), list(shape))
+    return False
+
+
+def _branch(patch: Any, shape: tuple[int, ...]) -> Branch | None:
+    """A patch as a low-rank branch of a layer with this shape, ``None`` if it is something else.
+
+    LoRAs of linear layers are also stored as 1 x 1 convolutions, and the other way round.
+    """
+    if (factors := _low_rank(patch)) is None:
         return None
-    return Branch(up, down, strength * (1.0 if alpha is None else alpha / down.shape[0]), part)
+    up, down, alpha = factors
+    rank, (rows, *columns) = down.shape[0], _shape_of(patch[3], shape)
+    scale = patch[0] * (1.0 if alpha is None else alpha / rank)
+    return Branch(up.reshape(rows, rank, *(1 for _ in columns[1:])), down.reshape(rank, *columns), scale, patch[3])
 
 
 _ADOPTED: dict[type, type] = {}
@@ -110,11 +143,37 @@ class PackedPatcher:
         self._attach(held)
         return result
 
+    def partially_unload(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._without_packed_patches() as held:
+            result = super().partially_unload(*args, **kwargs)
+        self._attach(held)
+        return result
+
     def unpatch_model(self: Any, device_to: Any = None, unpatch_weights: bool = True) -> Any:
         result = super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             self._attach({})
         return result
+
+    def patch_weight_to_device(self: Any, key: str, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Move a packed weight as it is, or let ComfyUI put patches that change its shape on the decoded one.
+
+        Raises:
+            ConfigError: a patch wants another shape that the weight cannot be padded to.
+        """
+        weight = comfy.utils.get_attr(self.model, key)
+        packed = weight if is_packed(weight) else getattr(self.backup.get(key), "weight", None)
+        if not is_packed(packed):
+            return super().patch_weight_to_device(key, device_to, *args, **kwargs)
+        if key in self.patches:
+            _check_padding(key, tuple(packed.shape), self._new_shape(key, packed))
+            if packed is not weight:  # patched already
+                comfy.utils.set_attr_param(self.model, key, packed)
+        elif kwargs.get("force_cast") and not kwargs.get("return_weight"):
+            self.backup.setdefault(key, Backup(packed.to(device=self.offload_device), False))
+            comfy.utils.set_attr_param(self.model, key, packed.to(device=device_to))
+            return None
+        return super().patch_weight_to_device(key, device_to, *args, **kwargs)
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's save nodes would write packed bytes that nothing reads.
@@ -127,36 +186,88 @@ class PackedPatcher:
     def patch_hook_weight_to_device(
         self: Any, hooks: Any, combined_patches: dict[str, Any], key: str, *args: Any, **kwargs: Any
     ) -> Any:
-        """Patches that come and go during sampling."""
-        if (module := self._packed_modules().get(key)) is None:
+        """Patches that come and go during sampling.
+
+        Raises:
+            ConfigError: one of them changes the shape of the weight.
+        """
+        weight = comfy.utils.get_attr(self.model, key)
+        if not is_packed(weight) or key not in combined_patches:
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
-        module.patches = Patches(key, [*self.patches.get(key, ()), *combined_patches[key]])
+        patches = [*self.withheld.get(key, self.patches.get(key, ())), *combined_patches[key]]
+        shape = tuple(weight.shape)
+        if (wanted := tuple(comfy.lora.calculate_shape(patches, weight, key))) != shape:
+            raise ConfigError(
+                f"a LoRA in hooks makes {key} {list(wanted)} instead of {list(shape)}, and hooks cannot change shapes; apply it "
+                "with LoraLoaderModelOnly"
+            )
+        module, _ = comfy.utils.resolve_attr(self.model, key)
+        module.patches = Patches(key, patches, shape)
         self.__dict__.setdefault("hooked", set()).add(key)
         return None
 
     def unpatch_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().unpatch_hooks(*args, **kwargs)
-        modules = self._packed_modules()
-        for key in self.__dict__.pop("hooked", ()):
-            modules[key].patches = Patches(key, self.patches[key]) if key in self.patches else None
+        hooked, weights = self.__dict__.pop("hooked", set()), self._packed_weights()
+        self._attach({**self.patches, **self.withheld}, [key for key in hooked if key in weights])
         return result
 
-    def _packed_modules(self: Any) -> dict[str, Any]:
-        """Modules with a packed weight, by the weight's name."""
-        return {f"{n}.weight": m for n, m in self.model.named_modules() if is_packed(getattr(m, "weight", None))}
+    @property
+    def withheld(self: Any) -> dict[str, Any]:
+        """The patches of packed weights while ComfyUI must not see them, by the weights' names."""
+        return self.__dict__.get("_withheld", {})
 
-    def _attach(self: Any, patches: dict[str, Any]) -> None:
-        for key, module in self._packed_modules().items():
-            module.patches = Patches(key, patches[key]) if key in patches else None
+    def _packed_weights(self: Any) -> dict[str, Any]:
+        """The packed weights by name, those too in whose place a decoded one stands."""
+        weights = {f"{n}.weight": getattr(m, "weight", None) for n, m in self.model.named_modules()}
+        weights |= {key: backup.weight for key, backup in self.backup.items() if is_packed(backup.weight)}
+        return {key: weight for key, weight in weights.items() if is_packed(weight)}
+
+    def _new_shape(self: Any, key: str, weight: Any) -> tuple[int, ...]:
+        """The shape that the patches give a weight."""
+        return tuple(comfy.lora.calculate_shape(self.patches[key], weight, key))
+
+    def _attach(self: Any, patches: dict[str, Any], keys: Iterable[str] | None = None) -> None:
+        """Hang patches beside the packed weights, of these names or all but those that hooks have patched."""
+        weights, hooked = self._packed_weights(), self.__dict__.get("hooked", ())
+        for key in [key for key in weights if key not in hooked] if keys is None else keys:
+            module, _ = comfy.utils.resolve_attr(self.model, key)
+            module.patches = Patches(key, patches[key], tuple(weights[key].shape)) if key in patches else None
 
     @contextmanager
     def _without_packed_patches(self: Any) -> Iterator[dict[str, Any]]:
-        """ComfyUI must not see patches of packed weights while it loads."""
-        modules = self._packed_modules()
-        held = {key: patches for key, patches in self.patches.items() if key in modules}
-        everything = self.patches
-        self.patches = {key: patches for key, patches in everything.items() if key not in held}
+        """ComfyUI must not see patches of packed weights while it loads, except for those that change a weight's shape.
+
+        Models look at that, to know how many channels to give a layer. So such a weight is decoded, as long as it is patched.
+        """
+        weights = {key: weight for key, weight in self._packed_weights().items() if key in self.patches}
+        reshaped = [key for key, weight in weights.items() if self._new_shape(key, weight) != tuple(weight.shape)]
+        everything, before = self.patches, self.withheld
+        held = {key: everything[key] for key in weights if key not in reshaped}
+        self.patches, self._withheld = {key: p for key, p in everything.items() if key not in held}, held
         try:
             yield held
+            for key in reshaped:
+                self._reshape(key)
         finally:
-            self.patches = everything
+            self.patches, self._withheld = everything, before
+
+    def _reshape(self: Any, key: str) -> None:
+        """Patch a weight that ComfyUI has left on the CPU, to be patched whenever it is used."""
+        module, _ = comfy.utils.resolve_attr(self.model, key)
+        if is_packed(module.weight):
+            module.weight_function = [f for f in module.weight_function if not isinstance(f, LowVramPatch)]
+            self.patch_weight_to_device(key, self.load_device)
+
+
+class Backup(NamedTuple):
+    """What ComfyUI keeps of a weight to put it back."""
+
+    weight: Any
+    inplace_update: bool
+
+
+def _check_padding(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    """A weight can be padded with zeros, and nothing else."""
+    if len(old) != len(new) or any(a > b for a, b in zip(old, new, strict=True)):
+        raise ConfigError(f"a LoRA makes {key} {list(new)}, which is smaller than the model's {list(old)}; it is for another model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,14 +12,18 @@ from typing import Any
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import diffusers
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 
 from qdiff_diffusers import QDiffConfig
 from qdiff_diffusers.errors import ConfigError
 from qdiff_diffusers.layer_table import StoredLayer
 from qdiff_diffusers.packing import new_provenance, quantize_named
+from qdiff_diffusers.patterns import check_patterns
+from qdiff_diffusers.selection import check_layers
 from qdiff_diffusers.stored import write_stored_model
 
 from .families import Family, Slice, family_of_native, to_diffusers
@@ -29,6 +34,8 @@ from .patches import adopt
 from .settings import diffusers_settings
 
 Progress = Callable[[Mapping[str, StoredLayer], int], None]
+# What ComfyUI's layers hold besides: the step of 8-bit inputs, which decoded weights do not need, and factors of the inputs.
+INPUT_SCALE, PRE_SCALE = "input_scale", "pre_quant_scale"
 IN_BLOCKS = re.compile(r"\.\d+\.|\.net\.\d+$")  # what diffusers keeps in an nn.ModuleList, by its name
 
 
@@ -36,18 +43,19 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     """A quantized MODEL with the same behaviour otherwise. Layers are chosen, named and seeded as diffusers would.
 
     Args:
-        patcher: any MODEL. LoRAs and merges on it are baked in.
+        patcher: any MODEL. LoRAs and merges on it are baked in; what ComfyUI has loaded quantized is decoded first.
         config: method and settings.
         progress: called before the first layer and after every one with the layers done and how many there will be; it may raise to
             interrupt.
 
     Raises:
-        ConfigError: the model is quantized by us already, or the settings leave no layer.
+        ConfigError: the model is quantized by us already, or in a way that ComfyUI cannot decode; or the settings leave no layer.
     """
     if packed_weights(patcher):
         raise ConfigError("this MODEL is quantized already; connect the one it was made from")
     config = config.fresh()
     comfy.model_management.unload_all_models()  # takes patches out of the weights, if they were baked in
+    _check_sources(patcher.model.diffusion_model)
     weights = _weights(patcher)
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     family = family_of_native(type(patcher.model).__name__, shapes)
@@ -57,6 +65,7 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     targets = _choose(patcher.model.diffusion_model, names, config, _kept_in_float32(family))
     if not targets:
         raise ConfigError("nothing to quantize: the settings leave every layer as it is")
+    _check(targets, shapes, config, names, type(patcher.model).__name__)
     dtype = _computing_dtype(patcher.model)
     total = sum(_module_name(part) not in config.skipped for slices in targets.values() for part in slices)
     pieces: dict[str, list[Piece]] = {}
@@ -80,10 +89,47 @@ def _module_name(part: Slice) -> str:
 
 
 def _weights(patcher: Any) -> dict[str, Tensor]:
-    """The diffusion model's tensors, those of ComfyUI's own quantized formats as they are."""
+    """The diffusion model's tensors, those of ComfyUI's own quantized formats as they are, without what belongs to these."""
     model = patcher.model.diffusion_model
     stored = model.state_dict()
-    return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    tensors = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in (INPUT_SCALE, PRE_SCALE)}
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers with a weight matrix, by name."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kinds) or _is_linear(module))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, or what ComfyUI has in the place of one in a model with quantized layers."""
+    stand_in = isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
+    return isinstance(module, nn.Linear) or (stand_in and getattr(getattr(module, "weight", None), "ndim", 0) == 2)
+
+
+def _check_sources(model: nn.Module) -> None:
+    """Codes must not be taken for weights. ComfyUI's own formats are decoded; it says so, as that costs quality.
+
+    Raises:
+        ConfigError: names a layer of another format.
+    """
+    decoded: dict[str, int] = {}
+    for name, module in _layers(model):
+        weight = module.weight
+        if isinstance(weight, QuantizedTensor):
+            decoded[weight._layout_cls] = decoded.get(weight._layout_cls, 0) + 1
+            continue
+        extra = {*module._parameters, *module._buffers} - {"weight", "bias", INPUT_SCALE, PRE_SCALE}
+        if extra or (weight is not None and not weight.is_floating_point()):
+            held = f"{', '.join(sorted(extra))} beside its weight" if extra else f"codes of the type {weight.dtype}"
+            raise ConfigError(
+                f"layer {name} of this MODEL is quantized in a way that this node cannot decode: it has {held}; connect the MODEL "
+                "in 16 bits that it was made from"
+            )
+    if decoded:
+        formats = ", ".join(f"{count} in {name.removesuffix('Layout')}" for name, count in decoded.items())
+        logging.warning("qdiff: layers of this MODEL are quantized already (%s); the original in 16 bits would lose less", formats)
 
 
 def _computing_dtype(model: Any) -> torch.dtype:
@@ -95,22 +141,30 @@ def _computing_dtype(model: Any) -> torch.dtype:
 def _patched(patcher: Any, key: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor, decoded, with the patches on it baked in."""
     weight = weight.detach()
-    weight = weight.dequantize() if hasattr(weight, "_layout_cls") else weight
+    weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
     weight = weight.to(dtype) if weight.is_floating_point() and weight.dtype.itemsize == 1 else weight
-    patches = patcher.patches.get(f"diffusion_model.{key}")
-    if patches is None:
+    patches, factors = patcher.patches.get(f"diffusion_model.{key}"), _input_factors(patcher, key)
+    if patches is None and factors is None:
         return weight
     device = comfy.model_management.get_torch_device()
     exact = weight.to(device, torch.float32, copy=True)
-    return comfy.lora.calculate_weight(patches, exact, f"diffusion_model.{key}").to("cpu", weight.dtype)
+    exact = exact if patches is None else comfy.lora.calculate_weight(patches, exact, f"diffusion_model.{key}")
+    exact = exact if factors is None else exact * factors.to(exact)
+    return exact.to("cpu", weight.dtype)
+
+
+def _input_factors(patcher: Any, key: str) -> Tensor | None:
+    """What a layer of ComfyUI's multiplies its inputs by before the weight with this name, ``[columns]``."""
+    name, _, leaf = key.rpartition(".")
+    return getattr(patcher.model.diffusion_model.get_submodule(name), PRE_SCALE, None) if leaf == "weight" else None
 
 
 def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig, keep: list[str]) -> dict[str, list[Slice]]:
     """Weights to pack, with the layers of diffusers' that they consist of; what is skipped is noted in ``config``."""
     out = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in _layers(model):
         key = f"{module_name}.weight"
-        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding) or key not in names:
+        if key not in names:
             continue
         chosen = False
         for part in names[key]:
@@ -123,10 +177,21 @@ def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig
     return out
 
 
+def _check(
+    targets: dict[str, list[Slice]], shapes: dict[str, Any], config: QDiffConfig, names: dict[str, list[Slice]], where: str
+) -> None:
+    """Refuse what cannot be done before the first layer, and tell of patterns that match nothing."""
+    parts = {_module_name(part): (part.stop - part.start, *shapes[key][1:]) for key in targets for part in targets[key]}
+    configs = {name: config.config_for(name) for name in parts if name not in config.skipped}
+    check_layers({name: chosen for name, chosen in configs.items() if chosen is not None}, parts)
+    modules = [_module_name(part) for parts_of_one in names.values() for part in parts_of_one]
+    check_patterns(config, modules, modules, where)
+
+
 def _reason_to_skip(name: str, module: nn.Module, config: QDiffConfig, keep: list[str]) -> str | None:
     """As ``qdiff_diffusers.selection`` decides, from diffusers' names and ComfyUI's modules."""
     chosen = config.config_for(name)
-    if not isinstance(module, nn.Linear | nn.Conv2d) or not hasattr(module, "comfy_cast_weights"):
+    if not (_is_linear(module) or isinstance(module, nn.Conv2d)) or not hasattr(module, "comfy_cast_weights"):
         return f"{type(module).__name__} is not a plain Linear or Conv2d"
     if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return "convolution with groups or unusual padding"
@@ -213,14 +278,14 @@ def save_model(patcher: Any, folder: Path) -> Path:
     if patcher.patches:
         raise ConfigError("LoRAs and merges on a quantized MODEL cannot be saved into it; put them before Quantize Model (qdiff)")
     settings = {key: value for key, value in info["settings"].items() if key != "quantization_config"}
-    return write_stored_model(folder, settings, info["quantization"], _stored(patcher, NATIVE in settings))
+    return write_stored_model(folder, settings, info["quantization"], _stored(patcher))
 
 
-def _stored(patcher: Any, native: bool) -> Iterator[tuple[str, Tensor]]:
+def _stored(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under the name that it is stored by."""
     weights = _weights(patcher)
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    family = None if native else family_of_native(type(patcher.model).__name__, shapes)
+    family = family_of_native(type(patcher.model).__name__, shapes)
     names = to_diffusers(family.rules(shapes) if family else [], shapes)
     for key, weight in weights.items():
         if family and key in family.unused:

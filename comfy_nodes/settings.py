@@ -102,6 +102,12 @@ def _unet(shapes: Shapes, config: Any) -> dict[str, Any]:
         "cross_attention_dim": context,
         "use_linear_projection": len(next(shape for key, shape in shapes.items() if key.endswith("proj_in.weight"))) == 2,
     }
+    if disabled := config.unet_config.get("disable_self_attentions"):
+        out["only_cross_attention"] = list(disabled)
+    if classes := shapes.get("class_embedding.weight"):
+        out["num_class_embeds"] = classes[0]
+    if vector := shapes.get("class_embedding.linear_1.weight"):
+        out |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": vector[1]}
     if extra is None:
         return out
     embedding = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}  # as ComfyUI's SDXL has it

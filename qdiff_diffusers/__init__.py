@@ -6,7 +6,8 @@ from .api import quantize
 from .calibration import Calibration, Tuning
 from .checkpoint import CheckpointInfo, LayerInfo, inspect_checkpoint
 from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
-from .errors import CalibrationError, CheckpointError, ConfigError, QDiffError
+from .errors import CalibrationError, CheckpointError, ConfigError, OutputError, QDiffError
+from .methods import Method, register_method
 from .registration import register
 from .steps import high_precision_steps
 from .version import package_version
@@ -22,6 +23,8 @@ __all__ = [
     "ConfigError",
     "FPConfig",
     "LayerInfo",
+    "Method",
+    "OutputError",
     "QDiffConfig",
     "QDiffError",
     "RTNConfig",
@@ -32,6 +35,7 @@ __all__ = [
     "inspect_checkpoint",
     "quantize",
     "register",
+    "register_method",
 ]
 
 register()

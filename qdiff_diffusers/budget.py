@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .config import AQConfig, QDiffConfig, VQConfig
-from .formats import LayerSpec
-from .methods import aq, vq
+from .config import QDiffConfig
+from .methods import method_of
 
 # The first pattern found in a layer's name tells its kind; "other" if none is. The names are those of diffusers and transformers.
 KINDS = {
@@ -81,7 +80,7 @@ def spread_by_kind(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tupl
     widest = max((width_of(shapes[name]) for name in chosen), default=1)
     for name, config in chosen.items():
         unit = SENSITIVITY[kind_of(name)] * (widest / width_of(shapes[name])) ** WIDTH_EXPONENT * sizes[name]
-        offers = {bits: _stored(replace(config, bits=bits), shapes[name]) for bits in config.widths}
+        offers = {bits: method_of(config).stored_bits(replace(config, bits=bits), shapes[name]) for bits in config.widths}
         choices[name] = [Choice(stored, unit * 4**-bits, {"bits": bits}) for bits, stored in offers.items()]
         budget += offers[float(config.bits or 0)] * sizes[name]
     return with_settings(targets, spend(choices, sizes, budget))
@@ -137,13 +136,3 @@ def spend(choices: Mapping[str, Sequence[Choice]], sizes: Mapping[str, int], bud
             level[name] = i
             offer(name)
     return {name: choices[name][level[name]].settings for name in choices}
-
-
-def _stored(config: QDiffConfig, shape: tuple[int, ...]) -> float:
-    """Stored bits per weight, as far as a config tells them before the weights are seen."""
-    matrix = (shape[0], math.prod(shape[1:]))
-    if isinstance(config, AQConfig):
-        return LayerSpec(aq.choose_format(config, matrix)).bits_per_weight(shape)
-    if isinstance(config, VQConfig):
-        return LayerSpec(vq.choose_format(config, matrix)).bits_per_weight(shape)
-    return float(config.bits or 0)

@@ -10,8 +10,6 @@ quantized components have the dtype already casts the others, any other is refus
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,31 +19,17 @@ from .errors import ConfigError
 from .packing import packed_layers
 
 
-def guard_casts(module: ModuleType, name: str) -> None:
-    """Wrap ``to`` of one of ``GUARDED``'s classes, which ``module`` defines; calling it again changes nothing.
-
-    Models and pipelines without packed layers are left alone.
-    """
-    kind = getattr(module, name)
-    if not hasattr(kind.to, "of_qdiff"):
-        kind.to = GUARDED[name](kind.to)
-        kind.to.of_qdiff = True
-
-
-def _same_dtype(original: Any) -> Any:
-    @functools.wraps(original)
-    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        named = "dtype" in kwargs or any(isinstance(value, torch.dtype) for value in args)
-        if not named or not getattr(self, "is_quantized", False) or not packed_layers(self):
-            return original(self, *args, **kwargs)
-        dtype = _dtype_in(args, kwargs)
-        if dtype is None or (dtype == self.dtype and not self._keep_in_fp32_modules):
-            args, kwargs = _without_dtype(args, kwargs)
-            original(self, *args, **kwargs)
-            return self if dtype is None else nn.Module.to(self, dtype)  # packed tensors keep theirs
+def model_to(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``ModelMixin.to``; models without packed layers are left alone."""
+    named = "dtype" in kwargs or any(isinstance(value, torch.dtype) for value in args)
+    if not named or not getattr(self, "is_quantized", False) or not packed_layers(self):
         return original(self, *args, **kwargs)
-
-    return to
+    dtype = _dtype_in(args, kwargs)
+    if dtype is None or (dtype == self.dtype and not self._keep_in_fp32_modules):
+        args, kwargs = _without_dtype(args, kwargs)
+        original(self, *args, **kwargs)
+        return self if dtype is None else nn.Module.to(self, dtype)  # packed tensors keep theirs
+    return original(self, *args, **kwargs)
 
 
 def _dtype_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
@@ -57,24 +41,21 @@ def _without_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
     return tuple(value for value in args if not isinstance(value, torch.dtype)), left
 
 
-def _all_or_nothing(original: Any) -> Any:
-    @functools.wraps(original)
-    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        dtype = _dtype_in(args, kwargs)
-        models = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
-        packed = {name: part for name, part in models.items() if packed_layers(part)}
-        if dtype is None or not packed:
-            return original(self, *args, **kwargs)
-        for name, part in packed.items():
-            _check_dtype(name, part, dtype)
-        args, kwargs = _without_dtype(args, kwargs)
-        original(self, *args, **kwargs)
-        for part in models.values():
-            if not getattr(part, "is_quantized", False):
-                part.to(dtype)
-        return self
-
-    return to
+def pipeline_to(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``DiffusionPipeline.to``; pipelines without packed layers are left alone."""
+    dtype = _dtype_in(args, kwargs)
+    models = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+    packed = {name: part for name, part in models.items() if packed_layers(part)}
+    if dtype is None or not packed:
+        return original(self, *args, **kwargs)
+    for name, part in packed.items():
+        _check_dtype(name, part, dtype)
+    args, kwargs = _without_dtype(args, kwargs)
+    original(self, *args, **kwargs)
+    for part in models.values():
+        if not getattr(part, "is_quantized", False):
+            part.to(dtype)
+    return self
 
 
 def _check_dtype(name: str, part: Any, dtype: torch.dtype) -> None:
@@ -84,6 +65,3 @@ def _check_dtype(name: str, part: Any, dtype: torch.dtype) -> None:
             f"changed. Pass dtype={dtype} to from_pretrained; from_pipe(pipe, torch_dtype={part.dtype}) and "
             "Pipeline(**pipe.components) take the components as they are"
         )
-
-
-GUARDED = {"ModelMixin": _same_dtype, "DiffusionPipeline": _all_or_nothing}

@@ -40,7 +40,13 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 class LayerInfo(NamedTuple):
@@ -138,9 +144,11 @@ def weight_files(folder: Path) -> list[Path]:
     indices = {match["variant"] or "": path for path in sorted(folder.iterdir()) if (match := INDEX.fullmatch(path.name))}
     if known := sorted(variants.keys() | indices.keys()):
         variant = known[0]  # the one without a name comes first
-        if variant in indices:
-            return check_index(indices[variant])
-        return [p for p in found if (match := WEIGHTS.fullmatch(p.name)) and (match["variant"] or "") == variant]
+        named = [p for p in found if (match := WEIGHTS.fullmatch(p.name)) and (match["variant"] or "") == variant]
+        whole = [p for p in named if p == _whole_file(indices.get(variant))]
+        if whole and whole[0].name.startswith("model"):
+            return whole  # which transformers reads without a look at the index
+        return check_index(indices[variant]) if variant in indices else named
     if not found:
         raise CheckpointError(f"{folder} holds no safetensors file")
     return found
@@ -155,8 +163,23 @@ def check_index(path: Path) -> list[Path]:
     shards = [path.parent / name for name in index_shards(path)]
     for shard in shards:
         if not shard.is_file():
+            whole = _whole_file(path)
+            if whole is not None and whole.is_file():
+                raise CheckpointError(
+                    f"{path} names {shard.name}, which is not there, and would be read instead of {whole.name} beside it; delete "
+                    "the index if it is left from an earlier save"
+                )
             raise CheckpointError(f"{path} names {shard.name}, which is not there; the checkpoint is incomplete")
     return shards
+
+
+def _whole_file(index: Path | None) -> Path | None:
+    """The single weight file that would stand for the shards of an index."""
+    match = INDEX.fullmatch(index.name) if index else None
+    if index is None or match is None:
+        return None
+    stem = index.name.partition(".")[0]
+    return index.with_name(f"{stem}.{match['variant']}.safetensors" if match["variant"] else f"{stem}.safetensors")
 
 
 def index_shards(path: Path) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 from diffusers.utils import logging
@@ -15,24 +13,14 @@ logger = logging.get_logger(__name__)
 DECODERS = ("vae", "movq")  # in a component's name: vae, vqvae, audio_vae, vae_decoder, ...
 
 
-def leave_decoders(module: ModuleType) -> None:
+def leave_decoders(original: Any, self: Any, is_diffusers: bool = True, module_name: str | None = None, **kwargs: Any) -> Any:
     """Make ``PipelineQuantizationConfig(quant_backend="qdiff", ...)`` leave the VAE alone unless it is named.
 
     diffusers quantizes every component if ``components_to_quantize`` is not given. A VAE is small, and every pixel passes through
-    it. Calling it again changes nothing; other backends are left as they are.
+    it. Other backends are left as they are.
     """
-    kind = module.PipelineQuantizationConfig
-    original = kind._resolve_quant_config
-    if hasattr(original, "of_qdiff"):
-        return
-
-    @functools.wraps(original)
-    def resolve(self: Any, is_diffusers: bool = True, module_name: str | None = None) -> Any:
-        ours = self.quant_backend == QDiffMethod.QDIFF.value and not self.components_to_quantize
-        if ours and any(word in (module_name or "") for word in DECODERS):
-            logger.info(f"{module_name} stays as it is; list it in components_to_quantize to have it quantized too")
-            return None
-        return original(self, is_diffusers=is_diffusers, module_name=module_name)
-
-    resolve.of_qdiff = True  # type: ignore[attr-defined]
-    kind._resolve_quant_config = resolve
+    ours = self.quant_backend == QDiffMethod.QDIFF.value and not self.components_to_quantize
+    if ours and any(word in (module_name or "") for word in DECODERS):
+        logger.info(f"{module_name} stays as it is; list it in components_to_quantize to have it quantized too")
+        return None
+    return original(self, is_diffusers=is_diffusers, module_name=module_name, **kwargs)

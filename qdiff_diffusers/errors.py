@@ -20,6 +20,10 @@ class CheckpointError(QDiffError):
     """A stored checkpoint that cannot be read: unknown version, missing or misshapen tensor, truncated file."""
 
 
+class OutputError(QDiffError):
+    """A result that could not be written, for want of space for instance. Nothing is half-written."""
+
+
 class HubError(QDiffError):
     """The Hub, or the way to it, refused: no access, too many requests, no space, no connection."""
 

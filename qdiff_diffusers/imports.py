@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -14,25 +14,27 @@ Action = Callable[[], None]
 
 
 class ImportWatcher(MetaPathFinder):
-    """Lets every import through, and runs an action after those that it watches."""
+    """Lets every import through, and runs actions after those that it watches, each time they are executed (reloading is)."""
 
     def __init__(self) -> None:
-        self.actions: dict[str, Action] = {}
+        self.actions: dict[str, list[Action]] = {}
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        action = self.actions.pop(name, None)
-        if action is None:
+        if name not in self.actions:
             return None
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ActingLoader(spec.loader, action)
+        others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _ActingLoader(spec.loader, self.actions[name])
         return spec
 
 
 class _ActingLoader(Loader):
-    def __init__(self, loader: Any, action: Action) -> None:
+    """A module's own loader, followed by the actions. They must not raise: the import is somebody else's."""
+
+    def __init__(self, loader: Any, actions: list[Action]) -> None:
         self.loader = loader
-        self.action = action
+        self.actions = actions
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -40,17 +42,26 @@ class _ActingLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self.loader  # type: ignore[union-attr]
         self.loader.exec_module(module)
-        self.action()
+        for action in list(self.actions):
+            action()
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a loader can do, such as showing the source."""
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
 
 _watcher = ImportWatcher()
 
 
 def after_import(name: str, action: Action) -> None:
-    """Run ``action`` once ``name`` has been imported: now, if it has been already."""
-    if name in sys.modules:
-        action()
-        return
-    _watcher.actions[name] = action
+    """Run ``action`` whenever ``name`` has been imported, and now if it has been already. An equal action runs once per import."""
+    actions = _watcher.actions.setdefault(name, [])
+    if action not in actions:
+        actions.append(action)
     if _watcher not in sys.meta_path:
         sys.meta_path.insert(0, _watcher)
+    if sys.modules.get(name) is not None:
+        importlib.import_module(name)  # returns once another thread that is importing it has finished
+        action()

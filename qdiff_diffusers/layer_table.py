@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,8 +25,13 @@ def write_layers(layers: Mapping[str, StoredLayer]) -> dict[str, Any]:
     index = {spec: i for i, spec in enumerate(dict.fromkeys(layer.spec for layer in layers.values()))}
     return {
         "specs": [spec.to_dict() for spec in index],
-        "layers": {name: [index[layer.spec], list(layer.shape), layer.error] for name, layer in layers.items()},
+        "layers": {name: [index[layer.spec], list(layer.shape), _number(layer.error)] for name, layer in layers.items()},
     }
+
+
+def _number(error: float | None) -> float | None:
+    """JSON has no NaN and no infinity, which earlier releases wrote for weights that their scales could not hold."""
+    return error if error is not None and math.isfinite(error) else None
 
 
 def read_layers(specs: Any, layers: Any) -> dict[str, StoredLayer]:

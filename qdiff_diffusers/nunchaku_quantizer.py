@@ -6,7 +6,6 @@ the backend. Without it diffusers' own NunchakuLite loads the folder, where it r
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from .convert.nunchaku_folder import check_lite, is_lite, lite_targets, quantiza
 from .convert.stream import Source
 from .errors import CheckpointError, ConfigError
 from .packing import prepare_packed_layers
+from .prequantized import obey_or_refuse
 from .quantizer import QDiffQuantizer
 
 
@@ -39,22 +39,13 @@ class NunchakuImport(QuantizationConfigMixin):
     to_diff_dict = to_dict
 
 
-def read_nunchaku(auto_quantizer: Any) -> None:
-    """Make ``merge_quantization_configs`` of diffusers' auto quantizer obey a config of ours. Calling it again changes nothing."""
-    merge = auto_quantizer.merge_quantization_configs.__func__
-    if hasattr(merge, "of_qdiff"):
-        return
-
-    @functools.wraps(merge)
-    def merge_quantization_configs(cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
-        if isinstance(quantization_config_from_args, QDiffConfig) and is_lite(quantization_config):
-            _check_passed(quantization_config_from_args)
-            stored = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
-            return NunchakuImport(stored)
-        return merge(cls, quantization_config, quantization_config_from_args, **kwargs)
-
-    merge_quantization_configs.of_qdiff = True  # type: ignore[attr-defined]
-    auto_quantizer.merge_quantization_configs = classmethod(merge_quantization_configs)
+def merge_configs(merge: Any, cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
+    """``merge_quantization_configs`` of diffusers' auto quantizer, obeying a config of ours."""
+    if isinstance(quantization_config_from_args, QDiffConfig) and is_lite(quantization_config):
+        _check_passed(quantization_config_from_args)
+        stored = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        return NunchakuImport(stored)
+    return obey_or_refuse(merge, cls, quantization_config, quantization_config_from_args, **kwargs)
 
 
 def _check_passed(config: QDiffConfig) -> None:

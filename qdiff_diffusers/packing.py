@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 
 import torch
 from torch import Tensor, nn
 
 from .config import COMPUTE_DTYPES, QDiffConfig
-from .errors import CheckpointError, QDiffError
-from .formats import codebook_table
+from .errors import CheckpointError, ConfigError, QDiffError
 from .layer_table import StoredLayer
 from .layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, unsupported_reason
 from .methods import quantize_weight
+from .offloading import CASTING, check_forward, diffusers_hook, fetch, without_group_offloading
 
 ALIGNMENT = 64  # bytes, of memory that torch allocates on the CPU
 
@@ -24,7 +25,7 @@ def quantize_layer(module: nn.Module, name: str, weight: Tensor, config: QDiffCo
         QDiffError: names the layer whose weight cannot be quantized.
     """
     stored, tensors = quantize_named(name, weight, config)
-    pack_layer(module, stored.spec, compute_dtype, tensors)
+    check_magnitude(name, pack_layer(module, stored.spec, compute_dtype, tensors))
     return stored
 
 
@@ -41,6 +42,19 @@ def quantize_named(name: str, weight: Tensor, config: QDiffConfig) -> tuple[Stor
     return StoredLayer(spec, tuple(weight.shape), float(f"{error:.4g}")), tensors
 
 
+def check_compute_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype that layers which are not packed cannot compute in.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if str(dtype).removeprefix("torch.") not in COMPUTE_DTYPES:
+        raise ConfigError(
+            f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype}: what is not quantized is computed in it. Weights that "
+            "are stored in float8 need no such dtype, they are read as they are"
+        )
+
+
 def new_provenance(model_class: str) -> dict[str, str]:
     """What a checkpoint says about where it comes from."""
     from . import __version__  # late: the package imports this module
@@ -52,10 +66,25 @@ def pack_finished(model: nn.Module, layers: dict[str, tuple[StoredLayer, dict[st
     """Convert the named layers in place to what was made of them: their spec and tensors. A bias takes up the inputs' shift."""
     for name, (stored, tensors) in layers.items():
         layer = pack_layer(model.get_submodule(name), stored.spec, compute_dtype, tensors)
+        check_magnitude(name, layer)
         if stored.spec.shift and layer.bias is not None:
             offset = stored.spec.shift_offset(layer.packed_tensors(), layer.weight_shape)
             layer.bias.data = (layer.bias.float() - offset).to(layer.bias.dtype)
     follow_timesteps(model)
+
+
+def check_magnitude(name: str, layer: PackedLayer) -> None:
+    """Refuse weights that a layer's compute dtype cannot hold, as a dense layer's would be infinite.
+
+    Raises:
+        QDiffError: names the layer.
+    """
+    tensors, limit = layer.packed_tensors(), torch.finfo(layer.compute_dtype).max
+    if layer.compute_dtype != torch.float16 or any(t.is_meta for t in tensors.values()) or layer.spec.bound(tensors) <= limit:
+        return
+    largest = float(layer.dequantize(torch.float32).abs().amax())
+    if not largest <= limit:
+        raise QDiffError(f"layer {name} has weights of up to {largest:.3g}, float16 ends at {limit:.0f}; load it as torch.bfloat16")
 
 
 def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], compute_dtype: torch.dtype) -> None:
@@ -81,10 +110,11 @@ def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], comp
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Make sure that every packed layer has its codes, and put shared codebooks beside them.
+    """Make sure that every packed layer has its codes, and numbers to multiply them by that its compute dtype holds.
 
     Raises:
         CheckpointError: names the first layer that was not filled, or whose scales of inputs are no positive numbers.
+        QDiffError: names the first layer with weights beyond float16 that is to compute in it.
     """
     for name, module in model.named_modules():
         if not isinstance(module, PackedLayer):
@@ -94,10 +124,7 @@ def check_loaded(model: nn.Module) -> None:
                 raise CheckpointError(f"tensor {name}.{leaf} was never loaded; the checkpoint is incomplete")
         for leaf in ("input_scales", "input_steps")[: module.spec.input_scales]:
             _check_scales(f"{name}.{leaf}", getattr(module, leaf), positive=leaf == "input_scales")
-        table = getattr(module.spec.format, "table", None)
-        if table is not None and not module.packed_tensors()["scales"].is_meta:
-            # Loaders may have left it on another device, and transformers replaces every buffer that is not in a file.
-            module.codebooks = codebook_table(table).to(module.packed_tensors()["scales"].device, copy=True)
+        check_magnitude(name, module)
 
 
 def _check_scales(name: str, values: Tensor, positive: bool) -> None:
@@ -145,7 +172,53 @@ def without_adapters(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dequantize_model(model: nn.Module) -> None:
-    """Turn every packed layer back into a dense one, in place."""
-    for module in list(model.modules()):
-        if isinstance(module, PackedLayer):
-            dense_layer(module)
+    """Turn every packed layer back into a dense one, in place. Adapters, hooks and offloading go on with the dense layers.
+
+    Raises:
+        QDiffError: something hangs on a layer that could not follow it; nothing was changed.
+    """
+    layers, adapters = packed_layers(model), _checked_adapters(model)
+    for name, module in (*layers.items(), *adapters.items()):
+        check_forward(name, module)
+    with without_group_offloading(model):
+        for name, layer in layers.items():
+            _check_reachable(name, layer)
+        for layer in layers.values():
+            dense_layer(layer)
+            _store_in_casting_dtype(layer)
+        if adapters:
+            _follow_dense_bases(adapters)
+    follow_timesteps(model)
+
+
+def _checked_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's adapters on packed layers, fit to go on with dense ones. Whoever has not imported PEFT has none."""
+    if "peft.tuners.lora" not in sys.modules:
+        return {}
+    from .lora import check_dense_base, packed_adapters
+
+    adapters = packed_adapters(model)
+    for name, adapter in adapters.items():
+        check_dense_base(name, adapter)
+    return adapters
+
+
+def _follow_dense_bases(adapters: dict[str, nn.Module]) -> None:
+    from .lora import follow_dense_base
+
+    for adapter in adapters.values():
+        follow_dense_base(adapter)
+
+
+def _check_reachable(name: str, layer: PackedLayer) -> None:
+    if layer.codes.is_meta and fetch(layer)["codes"].is_meta:
+        raise QDiffError(
+            f"layer {name} is on the meta device, offloaded by a hook of a module around it; take the hooks off first "
+            "(pipe.remove_all_hooks() or accelerate.hooks.remove_hook_from_module(model, recurse=True)), offload again afterwards"
+        )
+
+
+def _store_in_casting_dtype(layer: nn.Module) -> None:
+    """With layerwise casting, dense layers lie in another dtype than they compute in, from the first forward pass on."""
+    if (hook := diffusers_hook(layer, CASTING)) is not None:
+        layer.to(hook.storage_dtype)

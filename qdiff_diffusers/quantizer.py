@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from .config import FORMAT_VERSION, QDiffConfig
 from .errors import CheckpointError, ConfigError
 from .formats import TensorInfo
 from .hub.origin import origin_of, origin_of_model
+from .layers import set_tensor
 from .packing import (
+    check_compute_dtype,
     check_loaded,
     dequantize_model,
     describe_layers,
@@ -27,6 +30,7 @@ from .packing import (
     without_adapters,
 )
 from .selection import select_layers
+from .source_weights import EightBit, SourceWeights, read_source_files, read_source_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +45,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True
     requires_calibration = False
     quantization_config: QDiffConfig
+    source: SourceWeights | None = None  # while a dense checkpoint is read
 
     def __init__(self, quantization_config: QDiffConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -79,6 +84,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         stored = self.quantization_config.compute_dtype
         self.compute_dtype = torch_dtype or (getattr(torch, stored) if stored else torch.float32)
+        check_compute_dtype(self.compute_dtype)
         self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
         return self.compute_dtype
 
@@ -95,20 +101,29 @@ class QDiffQuantizer(DiffusersQuantizer):
             check_tensors(self.quantization_config.layers, headers)
             if len(checkpoint_files) > 1 and (lost := sorted(set(loaded_keys) - headers.keys())):
                 raise CheckpointError(f"no shard holds {', '.join(lost[:5])}, which the index lists; the checkpoint is incomplete")
-        self.origin = {} if self.pre_quantized else origin_of(checkpoint_files[0])
-        return loaded_keys
+            self.origin: dict[str, str] = {}
+            return loaded_keys
+        self.origin = origin_of(checkpoint_files[0])
+        self.source = read_source_files(checkpoint_files)
+        return [key for key in loaded_keys if key not in self.source.companions]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not hasattr(self, "origin"):  # from_single_file, whose first sight of a checkpoint this is
-            self._check_single_file(state_dict)
+            metadata = getattr(state_dict, "metadata", None)
+            state_dict = state_dict.copy()  # it may be the caller's own, and what is read of it is dropped below
+            self._check_single_file(state_dict, metadata)
+        elif self.source is not None:
+            self.source.defer(state_dict)
         return state_dict
 
-    def _check_single_file(self, state_dict: dict[str, Any]) -> None:
+    def _check_single_file(self, state_dict: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
         """from_single_file always claims "pre-quantized"; see whether it is, and keep our names out of its converters."""
         layers = self.quantization_config.layers
         self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
         if not self.pre_quantized:
             self.quantization_config = self.quantization_config.fresh()
+            self.source = read_source_tensors(state_dict, metadata)
+            self.source.defer(state_dict)
             return
         if not layers:
             raise ConfigError(
@@ -143,7 +158,10 @@ class QDiffQuantizer(DiffusersQuantizer):
         model.register_to_config(quantization_config=self.quantization_config)
 
     def _choose_layers(self, model: nn.Module, keep: list[str]) -> None:
+        if self.source is not None:
+            self.source.check_floating(model)
         self._select(model, keep)
+        self.keep = keep
         description = f"Quantizing ({self.quantization_config.method_name})"
         self.progress = logging.tqdm(total=len(self.targets), desc=description, unit="layer", delay=2)
 
@@ -159,7 +177,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     ) -> bool:
         module, _, leaf = param_name.rpartition(".")
         if not self.pre_quantized:
-            return leaf == "weight" and module in self.targets
+            return (leaf == "weight" and module in self.targets) or isinstance(state_dict.get(param_name), EightBit)
         layer = self.quantization_config.layers.get(module)
         return layer is not None and leaf in layer.spec.tensors(layer.shape)
 
@@ -177,14 +195,17 @@ class QDiffQuantizer(DiffusersQuantizer):
         module = model.get_submodule(name)
         raw = state_dict[param_name]  # param_value has already been cast to the model's dtype
         if self.pre_quantized:
-            value = raw.to(target_device)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False) if leaf == "codes" else value)
-        else:
-            weight = raw.to(target_device)
-            stored = quantize_layer(module, name, weight, self.targets[name], self.compute_dtype)
-            self.quantization_config.layers[name] = stored
-            self.progress.update()
-            state_dict[param_name] = raw.new_empty(0)  # the dense weight is not needed again: let its memory go
+            set_tensor(module, leaf, raw.to(target_device))
+            return
+        weight = raw.decode(target_device) if isinstance(raw, EightBit) else raw.to(target_device)
+        state_dict[param_name] = torch.empty(0)  # the dense weight is not needed again: let its memory go
+        if leaf != "weight" or name not in self.targets:
+            dtype = torch.float32 if any(part in param_name.split(".") for part in self.keep) else self.compute_dtype
+            set_module_tensor_to_device(model, param_name, target_device, value=weight.to(dtype), dtype=dtype)
+            return
+        stored = quantize_layer(module, name, weight, self.targets[name], self.compute_dtype)
+        self.quantization_config.layers[name] = stored
+        self.progress.update()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if self.pre_quantized and missing_keys:
@@ -198,6 +219,9 @@ class QDiffQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             self.progress.close()
             del self.progress  # a bar holds a terminal, which could not be copied or pickled with the model
+            if self.source is not None:
+                self.source.check_read()
+                self.source = None
             left = sorted(set(self.targets) - set(self.quantization_config.layers))
             if left:
                 raise CheckpointError(f"the checkpoint has no weight for {', '.join(left[:5])}; it is incomplete")

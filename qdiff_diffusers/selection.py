@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from diffusers.utils import logging
 from torch import nn
 
 from .budget import spread_by_kind
-from .config import METHODS, QDiffConfig, SVDQuantConfig
+from .config import METHODS, QDiffConfig
+from .errors import ConfigError
 from .layers import unsupported_reason
+from .methods import method_of
+from .methods.base import DENSE_BITS
+from .patterns import check_patterns
+
+logger = logging.get_logger(__name__)
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
 
@@ -23,6 +31,9 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
 
     Returns:
         ``{module name: config}`` for the layers to pack and ``{module name: reason}`` for those left as they are.
+
+    Raises:
+        ConfigError: names the first layer that cannot be quantized as its config asks. Only shapes are looked at.
     """
     targets: dict[str, QDiffConfig] = {}
     skipped: dict[str, str] = {}
@@ -48,18 +59,42 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
                 targets[name] = METHODS["rtn"](bits=config.outer_bits)  # type: ignore[call-arg]
             else:
                 skipped[name] = "outside the repeated blocks"
-        elif isinstance(layer_config, SVDQuantConfig) and layer_config.adaln_w4a16 and _is_modulation(model, name):
-            targets[name] = layer_config.modulation()
         else:
-            targets[name] = layer_config
+            targets[name] = method_of(layer_config).for_module(layer_config, model, name)
     shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if name in targets}  # type: ignore[union-attr, arg-type]
-    return spread_by_kind(targets, shapes), skipped
+    targets = spread_by_kind(targets, shapes)
+    check_layers(targets, shapes)
+    modules = dict(model.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, WEIGHTED)]
+    check_patterns(config, modules, layers, type(model).__name__)
+    return targets, skipped
 
 
-def _is_modulation(model: nn.Module, name: str) -> bool:
-    """Whether a layer gives an adaptive norm's scales and shifts: diffusers calls them AdaLayerNorm... and AdaGroupNorm."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return type(parent).__name__.removeprefix("SD35").startswith(("AdaLayerNorm", "AdaGroupNorm"))
+def check_layers(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether each layer can be quantized as its config asks, from its shape alone.
+
+    Raises:
+        ConfigError: names the first layer that cannot.
+    """
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    large = []
+    for name, config in targets.items():
+        if (id(config), shapes[name]) in seen:
+            continue
+        seen.add((id(config), shapes[name]))
+        method = method_of(config)
+        try:
+            method.check_layer(config, shapes[name])
+            bits = method.stored_bits(config, shapes[name])
+        except ValueError as error:
+            raise ConfigError(f"layer {name} {list(shapes[name])}: {type(config).__name__}: {error}") from error
+        if bits > DENSE_BITS:
+            large.append(f"{name} {list(shapes[name])} ({bits:.1f})")
+    if large:
+        logger.warning(
+            f"qdiff: {len(large)} shapes of layers take more than the {DENSE_BITS} bits per weight that they have now, such as "
+            f"{large[0]}; smaller codebooks or a lower rank suit them, or modules_to_not_convert"
+        )
 
 
 def _inside_blocks(model: nn.Module) -> set[str]:

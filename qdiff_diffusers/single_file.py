@@ -2,63 +2,74 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import tempfile
+from contextvars import ContextVar
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import diffusers
 import torch
-from packaging import version
+from safetensors import safe_open
 
 from .checkpoint import read_header
 from .config import QDiffConfig
 from .errors import CheckpointError
+from .guards import state_dict
+from .source_weights import COMFY_METADATA, read_source_tensors
 from .stored import stored_settings
 
-
-def explain_failures(module: ModuleType) -> None:
-    """Wrap ``module.FromOriginalModelMixin.from_single_file``, for files whose layers a config describes. Others are left alone."""
-    mixin = module.FromOriginalModelMixin
-    original = mixin.__dict__["from_single_file"].__func__
-    if getattr(original, "explains_qdiff_failures", False):
-        return
-
-    @functools.wraps(original)
-    def from_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if settings := _own_settings(args, kwargs):
-            return _load_self_contained(cls, from_single_file, settings, args, kwargs)
-        config = kwargs.get("quantization_config")
-        try:
-            return original(cls, *args, **kwargs)
-        except (LookupError, AttributeError, TypeError, OSError) as error:
-            if not (isinstance(config, QDiffConfig) and config.layers):
-                raise
-            if isinstance(error, OSError):
-                _read_local(args[0] if args else "")
-                raise
-            raise CheckpointError(
-                f"the file does not hold the tensors of a {cls.__name__} under diffusers' names ({type(error).__name__}: {error}); "
-                "it is incomplete, or of another model than its config"
-            ) from error
-
-    from_single_file.explains_qdiff_failures = True  # type: ignore[attr-defined]
-    mixin.from_single_file = classmethod(from_single_file)
-    if version.parse(diffusers.__version__) < version.parse("0.42"):
-        _keep_out_of_converters(module)
+# Whether from_single_file was called with a config of ours.
+_quantizing: ContextVar[bool] = ContextVar("_quantizing", default=False)
 
 
-def _keep_out_of_converters(module: ModuleType) -> None:
+class DescribedTensors(dict[str, Any]):
+    """A state dict with the metadata of the file that it was read from."""
+
+    def __init__(self, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = metadata
+
+
+def load_state_dict(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function that reads a single file: the header is checked, and what the metadata say of the weights is handed on."""
+    tensors = state_dict(original, file, *args, **kwargs)
+    if isinstance(file, str | Path) and str(file).endswith(".safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        if COMFY_METADATA in metadata:
+            return DescribedTensors(tensors, metadata)
+    return tensors
+
+
+def from_single_file(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``FromOriginalModelMixin.from_single_file``, for files whose layers a config describes. Others are left alone."""
+    if settings := _own_settings(args, kwargs):
+        return _load_self_contained(cls, settings, args, kwargs)
+    config = kwargs.get("quantization_config")
+    token = _quantizing.set(isinstance(config, QDiffConfig))
+    try:
+        return original(cls, *args, **kwargs)
+    except (LookupError, AttributeError, TypeError, OSError) as error:
+        if not (isinstance(config, QDiffConfig) and config.layers):
+            raise
+        if isinstance(error, OSError):
+            _read_local(args[0] if args else "")
+            raise
+        raise CheckpointError(
+            f"the file does not hold the tensors of a {cls.__name__} under diffusers' names ({type(error).__name__}: {error}); "
+            "it is incomplete, or of another model than its config"
+        ) from error
+    finally:
+        _quantizing.reset(token)
+
+
+def should_convert(original: Any, model_state_dict: dict[str, Any], checkpoint_state_dict: dict[str, Any]) -> bool:
     """Before 0.42 diffusers shows a quantizer a single file only after it was converted, and takes packed ones for foreign."""
-    original = module._should_convert_state_dict_to_diffusers
-
-    def should_convert(model_state_dict: dict[str, Any], checkpoint_state_dict: dict[str, Any]) -> bool:
-        is_packed = any(key.endswith(".codes") for key in checkpoint_state_dict)
-        return not is_packed and original(model_state_dict, checkpoint_state_dict)
-
-    module._should_convert_state_dict_to_diffusers = should_convert  # type: ignore[attr-defined]
+    is_packed = any(key.endswith(".codes") for key in checkpoint_state_dict)
+    if not is_packed and _quantizing.get():
+        metadata = getattr(checkpoint_state_dict, "metadata", None)
+        read_source_tensors(checkpoint_state_dict, metadata).defer(checkpoint_state_dict)
+    return not is_packed and original(model_state_dict, checkpoint_state_dict)
 
 
 def _read_local(source: Any) -> None:
@@ -76,11 +87,11 @@ def _own_settings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, An
     return stored_settings(path)
 
 
-def _load_self_contained(cls: Any, load: Any, settings: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _load_self_contained(cls: Any, settings: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     config = QDiffConfig.from_dict(settings["quantization_config"])
     plain = {key: value for key, value in settings.items() if key != "quantization_config"}
     with tempfile.TemporaryDirectory() as folder:  # diffusers takes the settings of the class from a folder only
         Path(folder, "config.json").write_text(json.dumps(plain))
         known = config.compute_dtype is None or {"dtype", "torch_dtype"} & kwargs.keys()
         dtype = {} if known else {"torch_dtype": getattr(torch, str(config.compute_dtype))}
-        return load(cls, *args, **kwargs, **dtype, config=folder, quantization_config=config)
+        return cls.from_single_file(*args, **kwargs, **dtype, config=folder, quantization_config=config)

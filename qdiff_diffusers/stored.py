@@ -7,7 +7,6 @@ carries config.json in its metadata, as :func:`write_stored_model` writes it.
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from .checkpoint import MAX_HEADER, check_tensors, read_headers, read_json, weight_files
 from .config import QDiffConfig, QDiffMethod
 from .errors import CheckpointError
+from .folders import content, written_at_once
 from .formats import TensorInfo
 
 METADATA = "qdiff_config"  # key of config.json in a safetensors file's metadata
@@ -109,7 +109,7 @@ def write_stored_model(
     """Write a model folder that ``from_pretrained`` reads, whose only weight file is self-contained.
 
     Args:
-        folder: where to write; it must not exist. It appears when everything is in it.
+        folder: where to write; it must not exist, or be empty. It is there when everything is in it.
         settings: config.json without ``quantization_config``.
         quantization: with its table of layers.
         tensors: name and tensor, as the model's own state dict would have them.
@@ -118,25 +118,18 @@ def write_stored_model(
         The weight file.
 
     Raises:
-        CheckpointError: ``folder`` exists already.
+        CheckpointError: ``folder`` holds something already.
+        ConfigError: it cannot be written.
+        OutputError: there is no space left.
     """
     folder = Path(folder)
-    if folder.exists():
+    if folder.is_file() or content(folder):
         raise CheckpointError(f"{folder} exists already; choose another name, or delete it")
     full = {**settings, "quantization_config": quantization.to_dict()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
-    unfinished.mkdir()
-    try:
+    with written_at_once(folder) as new:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
-        save_file(contiguous, unfinished / FILE, metadata={"format": "pt", METADATA: json.dumps(full)})
-        (unfinished / "config.json").write_text(json.dumps(full, indent=2) + "\n")
-        unfinished.rename(folder)
-    finally:
-        if unfinished.exists():
-            for file in unfinished.iterdir():
-                file.unlink()
-            unfinished.rmdir()
+        save_file(contiguous, new / FILE, metadata={"format": "pt", METADATA: json.dumps(full)})
+        (new / "config.json").write_text(json.dumps(full, indent=2) + "\n")
     return folder / FILE
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from .layers import PackedLayer, pack_layer, unsupported_reason
+from .layers import PackedLayer, pack_layer, set_tensor, unsupported_reason
 
 WEIGHT = ".weight"
 
@@ -53,12 +53,12 @@ def tie(model: Any, name: str, names: list[str]) -> None:
         module: nn.Module = model.get_submodule(follower)
         pack_layer(module, source.spec, source.compute_dtype, {leaf: getattr(source, leaf) for leaf in source.tensor_infos()})
         for leaf in source.packed_tensors():
-            setattr(module, leaf, getattr(source, leaf))
+            set_tensor(module, leaf, getattr(source, leaf), persistent=leaf not in source._non_persistent_buffers_set)
 
 
 def tie_dense(model: Any, name: str, names: list[str]) -> None:
     """Undo :func:`untie` and :func:`tie` after all of these layers became dense again."""
     weight = model.get_submodule(name).weight
     for follower in names:
-        model.get_submodule(follower).weight = weight
+        set_tensor(model.get_submodule(follower), "weight", weight)
         model.all_tied_weights_keys[follower + WEIGHT] = name + WEIGHT

@@ -14,10 +14,12 @@ from transformers.quantizers import HfQuantizer
 
 from .checkpoint import check_tensors, read_headers
 from .config import QDiffConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, QDiffError
 from .hub.origin import origin_of
-from .layers import PackedLayer
+from .layers import PackedLayer, dense_layer
+from .offloading import without_group_offloading
 from .packing import (
+    check_compute_dtype,
     check_loaded,
     dequantize_model,
     describe_layers,
@@ -28,6 +30,7 @@ from .packing import (
     release_checkpoint,
 )
 from .selection import select_layers
+from .source_weights import SourceWeights, read_source_files, read_source_tensors
 from .ties import leader, tie, tie_dense, untie
 
 
@@ -47,7 +50,11 @@ class QuantizeOp(ConversionOps):
     ) -> dict[str, Any]:
         ((_, value),) = input_dict.items()
         name = full_layer_name.rpartition(".")[0]
-        self.quantizer.quantize(model.get_submodule(name), name, value[0] if isinstance(value, list) else value)
+        try:
+            self.quantizer.quantize(model.get_submodule(name), name, value[0] if isinstance(value, list) else value)
+        except QDiffError as error:
+            self.quantizer.failure = error  # transformers only notes it, and goes on
+            raise
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
@@ -58,6 +65,8 @@ class QDiffTransformersQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: QDiffConfig
+    source: SourceWeights | None = None  # while a dense checkpoint is read
+    failure: QDiffError | None = None
 
     def __init__(self, quantization_config: QDiffConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -70,6 +79,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.compute_dtype = dtype or torch.float32
+        check_compute_dtype(self.compute_dtype)
         self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
         return self.compute_dtype
 
@@ -83,6 +93,9 @@ class QDiffTransformersQuantizer(HfQuantizer):
             prepare_packed_layers(model, layers, self.compute_dtype)
             self._untie(model, layers)
             return
+        if files:
+            self.source = read_source_files(files)
+            self.source.check_floating(model)
         keep = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) or []
         targets, self.quantization_config.skipped = select_layers(model, self.quantization_config, list(keep))
         self.quantization_config.provenance = new_provenance(type(model).__name__) | (origin_of(files[0]) if files else {})
@@ -91,6 +104,14 @@ class QDiffTransformersQuantizer(HfQuantizer):
         for name in self.targets:
             self.quantization_config.skipped.pop(name, None)
         self._untie(model, self.targets)
+
+    def read_source(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """What transformers is to load instead of a dense checkpoint's ``tensors``; ``guards.decode_sources`` asks for it."""
+        if self.pre_quantized:
+            return tensors
+        if self.source is None:  # from_pretrained(None, state_dict=...)
+            self.source = read_source_tensors(tensors)
+        return self.source.defer_slices(tensors)
 
     def _untie(self, model: Any, packed: Iterable[str]) -> None:
         """Empty the layers that share the weight of a packed one."""
@@ -113,6 +134,9 @@ class QDiffTransformersQuantizer(HfQuantizer):
         self.quantization_config.layers[name] = stored
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.source is not None:
+            self.source.check_read()
+            self.source = None
         for name, names in self.tied.items():
             tie(model, name, names)
         check_loaded(model)
@@ -139,10 +163,26 @@ class QDiffTransformersQuantizer(HfQuantizer):
             return None, {}
         return {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] not in tied}, {}
 
+    def make_dense(self, model: Any, names: list[str]) -> None:
+        """Make some packed layers dense, together with those that share their weight; the others stay packed."""
+        sources = {name: source for source, followers in self.tied.items() for name in followers}
+        for name in dict.fromkeys(sources.get(name, name) for name in names):
+            followers = self.tied.pop(name, [])
+            layers = {
+                id(layer): layer for layer in map(model.get_submodule, (name, *followers))
+            }  # transformers may have merged them
+            for layer in layers.values():
+                dense_layer(layer)
+            tie_dense(model, name, followers)
+            del self.packed[name]
+            self.quantization_config.layers.pop(name)
+            self.quantization_config.skipped |= dict.fromkeys((name, *followers), "made dense to add tokens")
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dequantize_model(model)
-        for name, names in self.tied.items():
-            tie_dense(model, name, names)
+        with without_group_offloading(model):
+            dequantize_model(model)
+            for name, names in self.tied.items():
+                tie_dense(model, name, names)
         self.packed, self.tied = {}, {}
         return model
 

@@ -81,8 +81,8 @@ OLD_DIFFUSERS = {"diffusers": OLDEST["diffusers"]} | BEFORE_HUB_2
 OLD_TRANSFORMERS = {"transformers": OLDEST["transformers"]} | BEFORE_HUB_2
 OLD_PEFT = {name: OLDEST[name] for name in ("peft", "accelerate")}
 OLD_TRITON = {"triton": "==3.4.0"} | OLD_TRITON_NUMPY
-TEXT = ("tests/test_text", "tests/test_embeddings", "tests/test_pipelines", "tests/test_autoload")
-ADAPTERS = ("tests/test_lora", "tests/test_layers", "tests/test_compile")
+TEXT = ("tests/test_text", "tests/test_embeddings", "tests/test_pipelines", "tests/test_autoload", "tests/integrations/")
+ADAPTERS = ("tests/test_lora", "tests/test_layers", "tests/test_compile", "tests/integrations/")
 GPU = ("kernels/tests/test_gpu",)
 ROWS = {
     "oldest": Row("the oldest of everything", "torch==2.6.0", OLDEST),
@@ -104,6 +104,8 @@ TESTS = {
     "tests/test_lora.py": "saved_with or one_after or flux or trained",
     "tests/test_autoload.py": "nothing_imported or entry_point or broken",
     "tests/test_layers.py": "computes or rebuilt or dequantizing",
+    "tests/integrations/test_patches.py": "exist",
+    "tests/integrations/test_loading_in_threads.py": "several_threads",
     "tests/test_compile_and_gradients.py": "one_graph or gradients_to and dit or group_offloading and leaf",
     "tests/test_evaluation.py": "plot or grid",
     "tests/hub/test_push.py": "three_lines or fresh_process or push_to_hub",

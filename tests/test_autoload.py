@@ -151,6 +151,8 @@ def test_with_an_old_transformers_a_quantized_text_encoder_is_refused(checkpoint
 SABOTAGES = {
     "installing": "qdiff_autoload._install = fail",
     "the list of finders": "sys.meta_path = type('Sealed', (list,), {'insert': fail})(sys.meta_path)",
+    "the loader": "qdiff_autoload._Finder.seen = fail; qdiff_autoload.autoload(); import diffusers.quantizers.auto",
+    "the finder": "sys.meta_path.append(type('Broken', (), {'find_spec': fail})())",
     "the environment": "import os; os.environ = type('Sealed', (dict,), {'get': fail})(os.environ)",
     "a table that is already there": (
         "import types; sys.modules['diffusers.quantizers.auto'] = types.ModuleType('diffusers.quantizers.auto')"
@@ -206,6 +208,19 @@ print(sorted(getattr(auto, "AUTO_QUANTIZER_MAPPING", ["none"])), type(auto.__spe
 )
 def test_the_hook_leaves_a_library_as_it_would_be_but_for_one_entry(tmp_path, text, printed):
     assert python(LOOK, fake_library(tmp_path, text), ROOT).splitlines() == ["1 True", printed]
+
+
+def test_looking_for_a_table_without_importing_it_loses_nothing(tmp_path):
+    code = """
+    import importlib.util
+    import qdiff_autoload
+    qdiff_autoload.autoload()
+    importlib.util.find_spec("diffusers.quantizers.auto")
+    import diffusers.quantizers.auto as auto
+    print(sorted(auto.AUTO_QUANTIZER_MAPPING))
+    """
+    library = fake_library(tmp_path, "AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING = {}, {}")
+    assert python(code, library, ROOT) == "['qdiff']\n"
 
 
 def test_an_error_inside_the_library_stays_its_own(tmp_path):

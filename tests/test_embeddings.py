@@ -7,12 +7,14 @@ import tiny_models
 import torch
 from torch import nn
 
-from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig, inspect_checkpoint
+from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, QDiffError, RTNConfig, SVDQuantConfig, VQConfig, inspect_checkpoint
 from qdiff_diffusers.layers import PackedLayer, dense_layer, pack_layer, unsupported_reason
 from qdiff_diffusers.layers.embedding import QDiffEmbedding
 from qdiff_diffusers.methods import quantize_weight
+from qdiff_diffusers.packing import packed_layers
 
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 METHODS = {
     "aq": lambda: AQConfig(num_codebooks=1, codebook_bits=8, vector_size=4, codebook="shared", rotation=True, effort=0),
@@ -209,3 +211,103 @@ def test_a_table_in_a_transformer_is_packed_on_request(tmp_path):
     assert torch.equal(tiny_models.run(kind.from_pretrained(tmp_path / "packed"), "dit"), output)
     exact = tiny_models.run(kind.from_pretrained(tmp_path / "dense"), "dit")
     assert (output - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_packed_table_becomes_dense_when_tokens_are_added(name, folders, tmp_path):
+    """Layers that share it, too; everything else stays packed, and the model can be saved, reloaded and dequantized."""
+    model = load(name, folders / name, config_for(name))
+    table, packed = model.get_input_embeddings().weight.clone(), len(packed_layers(model))
+    before = encode_hidden(model)
+    model.resize_token_embeddings(84, mean_resizing=False)
+    assert not tables(model)
+    assert len(packed_layers(model)) == packed - ENCODERS[name][2]
+    weight = model.get_input_embeddings().weight
+    assert weight.shape == (84, 32) and torch.equal(weight[:80], table)
+    torch.testing.assert_close(encode_hidden(model), before, rtol=1e-5, atol=1e-5)
+    weight.data[83] = 3.0  # as load_textual_inversion writes it
+    expected = encode(model)
+    model.save_pretrained(tmp_path)
+    reloaded = load(name, tmp_path)
+    assert torch.equal(encode(reloaded), expected)
+    assert torch.equal(reloaded.get_input_embeddings().weight[83], torch.full((32,), 3.0))
+    if name == "tied":
+        assert model.lm_head.weight is weight and reloaded.lm_head.weight is reloaded.get_input_embeddings().weight
+    torch.testing.assert_close(encode(model.dequantize()), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def encode_hidden(model: nn.Module) -> torch.Tensor:
+    return model(TOKENS, output_hidden_states=True).hidden_states[-1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_table_of_any_method_grows(method, folders):
+    config = RTNConfig(bits=8, group_size=16, overrides={"token_embedding": METHODS[method]()})
+    model = load("clip", folders / "clip", config)
+    table = model.get_input_embeddings().weight.clone()
+    model.resize_token_embeddings(82)
+    assert torch.equal(model.get_input_embeddings().weight[:80], table)
+
+
+def test_one_line_says_that_a_table_becomes_dense(folders, monkeypatch):
+    from qdiff_diffusers import token_tables
+
+    lines = []
+    monkeypatch.setattr(token_tables.logger, "warning", lines.append)
+    model = load("t5", folders / "t5", config_for("t5"))
+    model.resize_token_embeddings()  # only asks for the table
+    assert not lines and tables(model)
+    model.resize_token_embeddings(81)
+    model.resize_token_embeddings(82)
+    assert lines == ["tokens are added to T5EncoderModel: its packed token table shared becomes dense"]
+
+
+@pytest.mark.parametrize("kind", ["sequential", "leaves", "disk"])
+def test_the_table_of_an_offloaded_encoder_grows(kind, folders, tmp_path):
+    import accelerate
+    from diffusers.hooks import apply_group_offloading
+
+    model, cpu = load("clip", folders / "clip", config_for("clip")), torch.device("cpu")
+    before = encode_hidden(model)
+    if kind == "sequential":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    else:
+        disk = {"offload_to_disk_path": str(tmp_path)} if kind == "disk" else {}
+        apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level", **disk)
+    if kind == "sequential":  # transformers itself reads the table, which is not there
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    model.resize_token_embeddings(84, mean_resizing=False)
+    torch.testing.assert_close(encode_hidden(model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_of_a_quantized_model_cannot_add_tokens(folders):
+    model = load("tied", folders / "tied", config_for("tied"))
+    expected = encode(model)
+    with pytest.raises(QDiffError, match="only the whole model"):
+        model.model.resize_token_embeddings(84)
+    assert torch.equal(encode(model), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_textual_inversion_writes_into_the_table(packed, folders, tmp_path):
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    class Pipeline(TextualInversionLoaderMixin):
+        hf_device_map, _exclude_from_cpu_offload = None, ()
+
+        def __init__(self, tokenizer, text_encoder):
+            self.tokenizer, self.text_encoder = tokenizer, text_encoder
+
+        @property
+        def components(self):
+            return {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder}
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(78)}, unk_token="w0"))  # a row to spare
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    model = load("clip", folders / "clip", config_for("clip") if packed else None)
+    before = encode_hidden(model)
+    Pipeline(tokenizer, model).load_textual_inversion({"<cat>": torch.full((32,), 3.0)})
+    index = tokenizer.convert_tokens_to_ids("<cat>")
+    assert torch.equal(model.get_input_embeddings()(torch.tensor([index]))[0], torch.full((32,), 3.0))
+    torch.testing.assert_close(encode_hidden(model), before, rtol=1e-5, atol=1e-5)

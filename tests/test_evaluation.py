@@ -229,13 +229,13 @@ class TestPictures:
 
     def test_plot_takes_its_colours_from_the_page(self):
         pytest.importorskip("matplotlib")
-        svg = quality_plot({"aq": [(2.0, 25.0), (4.0, 38.0)]}, {"aq": "AQ"})
+        svg = quality_plot({"aq": [(2.0, 25.0), (4.0, 38.0)]})
         assert svg.startswith("<svg") and "currentColor" in svg and "AQ" in svg
         assert TEXT not in svg and LINES not in svg
 
     def test_plot_is_left_out_without_matplotlib(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        assert quality_plot({"aq": [(2.0, 25.0)]}, {"aq": "AQ"}) is None
+        assert quality_plot({"aq": [(2.0, 25.0)]}) is None
 
     def test_best_of_group_compares_within_equal_nominal_bits(self):
         rows = [

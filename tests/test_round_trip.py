@@ -162,8 +162,7 @@ def test_memory_after_loading_is_the_packed_size(name, method, dense_folder, tmp
         for layer_name, layer in layers.items():
             held = {id(t): t.nbytes for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))}
             bias = layer.bias.nbytes if layer.bias is not None else 0
-            tables = layer.codebooks.nbytes if getattr(layer.spec.format, "table", None) else 0
-            assert sum(held.values()) - tables - bias == layer.spec.nbytes(layer.weight_shape), layer_name
+            assert sum(held.values()) - bias == layer.spec.nbytes(layer.weight_shape), layer_name
             assert not [key for key, value in vars(layer).items() if isinstance(value, torch.Tensor)]
     with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
         on_disk = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
@@ -171,13 +170,17 @@ def test_memory_after_loading_is_the_packed_size(name, method, dense_folder, tmp
 
 
 @pytest.mark.parametrize("method", ["aq-2-fp8", "aq-1.5"])
-def test_a_universal_codebook_is_not_stored_and_no_two_layers_share_its_memory(method, dense_folder):
-    """Offloading to disk writes several layers into one safetensors file, which refuses tensors that share memory."""
+def test_a_universal_codebook_is_not_stored_and_no_layer_holds_it(method, dense_folder):
+    """Offloading swaps the data of a layer's tensors, and to disk it writes several layers into one safetensors file, which refuses
+    tensors that share memory; so the one copy that all layers use belongs to none of them."""
     model = load(dense_folder("dit"), "dit", quantization_config=CONFIGS[method]())
     layers = [layer for layer in packed_layers(model).values() if getattr(layer.spec.format, "table", None)]
     assert layers
-    assert len({layer.codebooks.data_ptr() for layer in layers}) == len(layers)
-    assert not any(key.endswith("codebooks") for key in model.state_dict())
+    storages = [t.untyped_storage().data_ptr() for layer in layers for t in (*layer.parameters(), *layer.buffers())]
+    assert len(set(storages)) == len(storages)
+    assert not any(name.endswith("codebooks") for name, _ in (*model.named_buffers(), *model.named_parameters()))
+    tables = [layer.spec.format.op_arguments(layer.packed_tensors(), 8)[1] for layer in layers]
+    assert len({table.data_ptr() for table in tables}) == len({layer.spec.format.table for layer in layers})
 
 
 @pytest.mark.parametrize("method", CONFIGS)

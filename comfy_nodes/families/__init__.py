@@ -45,12 +45,25 @@ class Family(NamedTuple):
         return parse(self.table if isinstance(self.table, str) else self.table(keys))
 
 
+# Which of these it is ComfyUI tells by the number of channels that go in, or by what else the model is conditioned on.
+UNETS = (
+    "BaseModel",
+    "SDXL",
+    "SDXLRefiner",
+    "SD21UNCLIP",
+    "SD15_instructpix2pix",
+    "SDXL_instructpix2pix",
+    "SD_X4Upscaler",
+    "Lotus",
+)
+HUNYUAN_VIDEOS = ("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V")
+
 FAMILIES = (
     Family("Flux.1", ("FluxTransformer2DModel",), ("Flux",), image.FLUX),
     Family("Flux.2", ("Flux2Transformer2DModel",), ("Flux2",), image.FLUX2),
     Family("Chroma", ("ChromaTransformer2DModel",), ("Chroma",), image.CHROMA),
     Family("Stable Diffusion 3", ("SD3Transformer2DModel",), ("SD3",), image.SD3),
-    Family("Stable Diffusion UNet", ("UNet2DConditionModel",), ("BaseModel", "SDXL", "SDXLRefiner", "SD21UNCLIP"), unet_table),
+    Family("Stable Diffusion UNet", ("UNet2DConditionModel",), UNETS, unet_table),
     Family("PixArt", ("PixArtTransformer2DModel",), ("PixArt",), image.PIXART, ("y_embedder.y_embedding",)),
     Family("AuraFlow", ("AuraFlowTransformer2DModel",), ("AuraFlow",), image.AURAFLOW),
     Family("Lumina 2", ("Lumina2Transformer2DModel",), ("Lumina2",), image.LUMINA2),
@@ -59,7 +72,7 @@ FAMILIES = (
     Family("HiDream", ("HiDreamImageTransformer2DModel",), ("HiDream",)),
     Family("Wan", ("WanTransformer3DModel",), ("WAN21", "WAN22"), video.WAN),
     Family("LTX-Video", ("LTXVideoTransformer3DModel",), ("LTXV",), video.LTX),
-    Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), ("HunyuanVideo",), video.HUNYUAN_VIDEO),
+    Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), HUNYUAN_VIDEOS, video.HUNYUAN_VIDEO),
     Family("Mochi", ("MochiTransformer3DModel",), ("GenmoMochi",), video.MOCHI),
 )
 

@@ -9,12 +9,17 @@ from typing import NamedTuple
 FIXED = """
 time_embed.0 <- time_embedding.linear_1
 time_embed.2 <- time_embedding.linear_2
-label_emb.0.0 <- add_embedding.linear_1
-label_emb.0.2 <- add_embedding.linear_2
 input_blocks.0.0 <- conv_in
 middle_block.1 <- mid_block.attentions.0
 out.0 <- conv_norm_out
 out.2 <- conv_out
+"""
+
+# What a model is conditioned on besides the text: sizes (XL), an image's embedding (unCLIP), or a class.
+EXTRA = """
+label_emb.0.0 <- {0}.linear_1
+label_emb.0.2 <- {0}.linear_2
+label_emb <- {0}
 """
 
 RESNET = """
@@ -39,10 +44,18 @@ def unet_table(keys: Iterable[str]) -> str:
     keys = set(keys)
     native = any(key.startswith("input_blocks.") for key in keys)
     down, up = (_native_levels(keys, way) if native else _levels(keys, way) for way in ("down", "up"))
-    lines = [FIXED, _resnet("middle_block.0", "mid_block.resnets.0"), _resnet("middle_block.2", "mid_block.resnets.1")]
+    extra = EXTRA.format(_extra_embedding(keys, native))
+    lines = [FIXED, extra, _resnet("middle_block.0", "mid_block.resnets.0"), _resnet("middle_block.2", "mid_block.resnets.1")]
     lines += _way("input_blocks", 1, "down", down)
     lines += _way("output_blocks", 0, "up", up)
     return "\n".join(lines)
+
+
+def _extra_embedding(keys: set[str], native: bool) -> str:
+    """diffusers' name of what ComfyUI always calls ``label_emb``. Only in XL models the first level has no attention."""
+    if native:
+        return "class_embedding" if any(key.startswith("input_blocks.1.1.") for key in keys) else "add_embedding"
+    return "class_embedding" if any(key.startswith("class_embedding.") for key in keys) else "add_embedding"
 
 
 def _way(native: str, index: int, way: str, levels: list[Level]) -> Iterator[str]:

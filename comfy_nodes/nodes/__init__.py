@@ -1,4 +1,5 @@
-"""The nodes. Nothing in their schemas needs the qdiff package, so that a missing one is an error message and not a missing node."""
+"""The nodes. Their schemas do without the qdiff package, so that a missing one is an error message and not a missing node; what it
+knows, the methods and their choices, is asked of it where it is there."""
 
 from __future__ import annotations
 

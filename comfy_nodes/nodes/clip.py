@@ -58,28 +58,26 @@ class LoadCLIP(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, encoder: str, encoder_2: str = NONE, encoder_3: str = NONE) -> bool | str:
-        if reason := problem():
-            return reason
-        from qdiff_diffusers.stored import stored_settings
-
+    def validate_inputs(cls, encoder: str | None = None) -> bool | str:
+        """ComfyUI marks every input that is named here, so there is one; what is in the other files is looked at when loading."""
+        if (reason := problem()) or encoder is None:
+            return reason or True
         from ..clip import read_encoder
 
-        for name in (encoder, encoder_2, encoder_3):
-            path = encoders().get(name)
-            if name != NONE and path is None:
-                return f"There is no text encoder {name!r} in models/qdiff or models/text_encoders"
-            try:
-                if path and (name == encoder or stored_settings(path)):
-                    read_encoder(path)
-            except (ValueError, OSError) as error:
-                return str(error)
+        if (path := encoders().get(encoder)) is None:
+            return f"There is no text encoder {encoder!r} in models/qdiff or models/text_encoders"
+        try:
+            read_encoder(path)
+        except (ValueError, OSError) as error:
+            return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, encoder: str, encoder_2: str = NONE, encoder_3: str = NONE, **kwargs: Any) -> str:
+    def fingerprint_inputs(cls, encoder: str | None = None, encoder_2: str = NONE, encoder_3: str = NONE, **kwargs: Any) -> str:
+        """A file that brings the tokenizer may lie in a folder beside the encoder's."""
         found = encoders()
-        return "|".join(fingerprint(found[name]) for name in (encoder, encoder_2, encoder_3) if name in found)
+        paths = list(found.values()) if encoder is None else [found[n] for n in (encoder, encoder_2, encoder_3) if n in found]
+        return fingerprint(*paths, *(place for path in paths for place in sorted(path.parent.glob("tokenizer*"))))
 
     @classmethod
     def execute(cls, encoder: str, type: str, encoder_2: str = NONE, encoder_3: str = NONE) -> io.NodeOutput:

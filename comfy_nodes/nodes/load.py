@@ -12,7 +12,12 @@ from ..package import problem, require
 
 MODELS = (OURS, "diffusion_models")
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
-KERNELS = ["auto", "triton", "torch"]
+KERNELS = ("auto", "triton", "torch")
+
+
+def kernel_choices() -> list[str]:
+    """Those that can be chosen on this machine."""
+    return [name for name in KERNELS if _kernel_problem(name) is None]
 
 
 class LoadModel(io.ComfyNode):
@@ -42,7 +47,7 @@ class LoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "kernels",
-                    options=KERNELS,
+                    options=kernel_choices(),
                     default="auto",
                     advanced=True,
                     tooltip="How packed weights are multiplied. auto: the fastest here. triton: on the GPU only. torch: slow, the "
@@ -53,19 +58,21 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str, kernels: str = "auto") -> bool | str:
-        if reason := problem() or _kernel_problem(kernels):
-            return reason
-        return _problem_of(checkpoint, MODELS)
+    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
+        """ComfyUI marks every input that is named here, so there is one; the others it compares with their options."""
+        return problem() or checkpoint is None or _problem_of(checkpoint, MODELS)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, **kwargs: Any) -> str:
-        path = checkpoints(*MODELS).get(checkpoint)
-        return fingerprint(path) if path else ""
+    def fingerprint_inputs(cls, checkpoint: str | None = None, **kwargs: Any) -> str:
+        """``checkpoint`` is ``None`` where another node makes the name, which is not known yet."""
+        found = checkpoints(*MODELS)
+        return fingerprint(*(found.values() if checkpoint is None else filter(None, [found.get(checkpoint)])))
 
     @classmethod
     def execute(cls, checkpoint: str, dtype: str = "auto", kernels: str = "auto") -> io.NodeOutput:
         require()
+        if reason := _kernel_problem(kernels):
+            raise ValueError(reason)
         import torch
 
         from ..loader import load_model

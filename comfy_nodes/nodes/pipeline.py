@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..folders import DEMO, fingerprint, pipelines
 from ..package import problem, require
-from .quantize import METHODS, make_config
+from .quantize import make_config, method_inputs
 
 Pipeline = io.Custom("QDIFF_PIPELINE")
 
@@ -19,7 +19,7 @@ class LoadPipeline(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        methods = [io.DynamicCombo.Option("as stored", []), *(io.DynamicCombo.Option(n, i) for n, i in METHODS.items())]
+        methods = [io.DynamicCombo.Option("as stored", []), *(io.DynamicCombo.Option(n, i) for n, i in method_inputs().items())]
         return io.Schema(
             node_id="QDiffLoadPipeline",
             display_name="Load Pipeline (qdiff)",
@@ -35,16 +35,18 @@ class LoadPipeline(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pipeline: str, quantize: Any = None) -> bool | str:
-        if reason := problem():
-            return reason
+    def validate_inputs(cls, pipeline: str | None = None, *, quantize: Any = None) -> bool | str:
+        """ComfyUI passes ``quantize`` in any case; it is not to be marked for what is wrong with the pipeline."""
+        if (reason := problem()) or pipeline is None:
+            return reason or True
         if pipeline != DEMO and pipeline not in pipelines():
             return f"There is no pipeline {pipeline!r} in models/qdiff or models/diffusers"
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, pipeline: str, **kwargs: Any) -> str:
-        return fingerprint(pipelines()[pipeline]) if pipeline in pipelines() else ""
+    def fingerprint_inputs(cls, pipeline: str | None = None, **kwargs: Any) -> str:
+        found = pipelines()
+        return fingerprint(*(found.values() if pipeline is None else filter(None, [found.get(pipeline)])))
 
     @classmethod
     def execute(cls, pipeline: str, quantize: dict[str, Any]) -> io.NodeOutput:

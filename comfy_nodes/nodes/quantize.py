@@ -14,43 +14,43 @@ from ..folders import OURS
 from ..package import problem, require
 
 NAME = re.compile(r"[\w][\w .+()\[\]-]*(/[\w][\w .+()\[\]-]*)*")  # no folder begins with a dot: those are not searched
+FALLBACK = "svdquant"  # shown where the package, which knows the methods, is missing
 LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 
-def _bits(*choices: str, default: str = "4") -> io.Input:
-    return io.Combo.Input(
-        "bits", options=list(choices), default=default, tooltip="Nominal bits per weight; a little more is stored."
-    )
+def method_inputs() -> dict[str, list[io.Input]]:
+    """The methods in the order to offer them, each with its inputs: all of it comes from the method itself.
+
+    Without the package there is nothing to ask; the nodes are there all the same and say what is missing.
+    """
+    if problem():
+        return {FALLBACK: []}
+    from qdiff_diffusers.methods.base import default_first
+
+    return {method.name: _inputs(method) for method in default_first()}
 
 
-def _activations(*choices: str) -> io.Input:
+def method_tooltip() -> str:
+    """What tells the methods apart."""
+    if problem():
+        return problem() or ""
+    from qdiff_diffusers.methods.base import default_first
+
+    return " ".join(f"{method.name}: {method.summary}." for method in default_first())
+
+
+def _inputs(method: Any) -> list[io.Input]:
+    widths, default = [f"{bits:g}" for bits in method.config.bit_choices], f"{method.suggested_bits:g}"
+    tip = "Nominal bits per weight; a little more is stored."
+    first = io.Combo.Input("bits", options=widths, default=default, tooltip=tip)
+    if method.named_formats:
+        formats = [*(f"{bits} bits" for bits in widths), *method.named_formats]
+        tip = "Numbers of this width, their format searched for each layer; or one of the hardware formats."
+        first = io.Combo.Input("format", options=formats, default=f"{default} bits", tooltip=tip)
+    more = [io.Int.Input(o.name, default=o.default, min=o.low, max=o.high, tooltip=o.help) for o in method.options]
     tip = "What inputs of the layers are rounded to at run time. none: 16 bits. int8 and fp8 use the fast matrix units."
-    return io.Combo.Input("activations", options=["none", *choices], default="none", tooltip=tip)
-
-
-METHODS = {
-    "svdquant": [
-        _bits("2", "3", "4", "8"),
-        io.Int.Input("rank", default=0, min=0, max=512, tooltip="Of the 16-bit low-rank branch. 0: scaled with each layer."),
-        _activations("int8", "fp8", "int4", "nvfp4"),
-    ],
-    "fp": [
-        io.Combo.Input(
-            "format",
-            options=["3 bits", "4 bits", "5 bits", "6 bits", "8 bits", "nvfp4", "mxfp4", "mxfp8"],
-            default="4 bits",
-            tooltip="Floating point numbers of this width, the encoding searched for each layer; or one of the hardware formats.",
-        ),
-        _activations("int8", "fp8"),
-    ],
-    "vq": [_bits("2", "3", "4", "8", default="3"), _activations("int8", "fp8")],
-    "aq": [
-        _bits("1", "1.5", "2", "3", "4", default="2"),
-        io.Int.Input("effort", default=1, min=0, max=3, tooltip="0 is fast, 3 is thorough and takes many times longer."),
-        _activations("int8", "fp8"),
-    ],
-    "rtn": [_bits("2", "3", "4", "5", "6", "8", default="8"), _activations("int8", "fp8")],
-}
+    kinds = ["none", *method.config.activation_choices]
+    return [first, *more, io.Combo.Input("activations", options=kinds, default="none", tooltip=tip)]
 
 
 class QuantizeModel(io.ComfyNode):
@@ -69,9 +69,8 @@ class QuantizeModel(io.ComfyNode):
                 io.Model.Input("model"),
                 io.DynamicCombo.Input(
                     "method",
-                    options=[io.DynamicCombo.Option(name, inputs) for name, inputs in METHODS.items()],
-                    tooltip="svdquant: 4 bits with the least loss. fp: hardware formats. vq, aq: codebooks, for 2 and 3 bits. rtn: "
-                    "plain rounding, quickest.",
+                    options=[io.DynamicCombo.Option(name, inputs) for name, inputs in method_inputs().items()],
+                    tooltip=method_tooltip(),
                 ),
                 io.String.Input(
                     "skip",
@@ -121,6 +120,7 @@ class QuantizeModel(io.ComfyNode):
 def make_config(method: dict[str, Any], skip: str, outer_layers: bool, seed: int) -> Any:
     """The config for what the node shows."""
     from qdiff_diffusers import QDiffConfig
+    from qdiff_diffusers.methods import METHODS
 
     options = {key: value for key, value in method.items() if key != "method"}
     bits = options.pop("bits", None)
@@ -128,8 +128,9 @@ def make_config(method: dict[str, Any], skip: str, outer_layers: bool, seed: int
     if shown is not None:
         bits, weight_format = (shown.split()[0], None) if shown.endswith("bits") else (None, shown)
         options["weight_format"] = weight_format
-    if options.get("rank") == 0:
-        del options["rank"]
+    known = METHODS.get(method["method"])  # of an unknown one the config tells
+    unset = {option.name: option.unset for option in (known.options if known else ()) if option.unset is not None}
+    options = {key: value for key, value in options.items() if key not in unset or value != unset[key]}
     return QDiffConfig(
         method=method["method"],
         bits=None if bits is None else float(bits),
@@ -161,21 +162,24 @@ class SaveModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
-        if reason := problem():
-            return reason
-        return _problem_with(name) or True
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        return problem() or (name is not None and _problem_with(name)) or True
 
     @classmethod
-    def fingerprint_inputs(cls, name: str, **kwargs: Any) -> bool:
-        return _problem_with(name) is None
+    def fingerprint_inputs(cls, name: str | None = None, **kwargs: Any) -> bool:
+        return name is not None and _problem_with(name) is None
 
     @classmethod
     def execute(cls, model: Any, name: str) -> io.NodeOutput:
         require()
         from comfy_api.latest import ui
 
+        from qdiff_diffusers.errors import ConfigError
+
         from ..quantize import save_model
+
+        if reason := _problem_with(name):  # where another node has made it
+            raise ConfigError(reason)
 
         file = save_model(model, _target(name))
         return io.NodeOutput(ui=ui.PreviewText(f"{file.parent}: {file.stat().st_size / 1e6:.1f} MB"))

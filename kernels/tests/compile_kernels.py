@@ -68,22 +68,22 @@ def recorded() -> Iterator[list[Launch]]:
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """Compile one recorded launch as the run time would: with the same specialisation on 1 and on multiples of 16."""
     function, arguments, options = launch
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(function.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def describe(value: Any, path: tuple[int, ...], constant: bool = False) -> Any:
+        if isinstance(value, tuple) and not constant:
+            return type(value)(*(describe(item, (*path, i)) for i, item in enumerate(value)))
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
+
+    signature = {p.name: describe(arguments[p.name], (i,), p.is_constexpr) for i, p in enumerate(function.params)}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 

@@ -40,3 +40,11 @@ def test_other_gpus_have_a_kernel_for_what_their_hardware_lacks_or_adds(tmp_path
     rows = compiled(tmp_path, target, "FP4 A8")
     assert {row["kernel"] for row in rows} >= {"linear", "conv2d", "dequantize", "prepare"}
     assert all(row["matrix"] == MATRIX[target] for row in rows if row["kernel"] == "linear")
+
+
+def test_kernels_take_groups_of_arguments():
+    """A weight, inputs, what is added and tile sizes are one named argument each, whatever they consist of."""
+    from qdiff_kernels.gpu import activations, conv2d, dequantize, linear
+
+    kernels = (linear._linear_kernel, conv2d._conv2d_kernel, dequantize._dequantize_kernel, activations._prepare_kernel)
+    assert all(len(kernel.arg_names) <= 11 for kernel in kernels)

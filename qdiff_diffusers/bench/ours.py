@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from ..config import QDiffConfig
 from ..formats import CodebookFormat, LayerSpec
 from ..layers import PackedLayer, QDiffLinear, pack_layer
-from ..methods import quantize_weight
+from ..methods import method_of, quantize_weight
 from .contenders import OURS, Contender
 
 ROWS = 256
-SLOW_METHODS = ("aq", "vq")
 ROW_TENSORS = ("codes", "scales", "zeros", "low_rank_up")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,7 +57,7 @@ class Packer:
         config = QDiffConfig(**PRESETS[preset])
         assert isinstance(layer.weight, Tensor)
         weight = layer.weight.detach()
-        short = self.whole_model or config.method_name in SLOW_METHODS
+        short = self.whole_model or method_of(config).slow
         rows = min(ROWS, len(weight)) if short else len(weight)
         key = (preset, tuple(weight.shape))
         if key not in self.cache:

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import ConfigError
 from ..evaluation.machine import machine_facts, package_version
+from ..writing import write_text
 from .peers import distributions
 
 Cell = dict[str, Any]
@@ -116,9 +117,5 @@ class Results:
         self.cells[tuple(key)] = {"key": list(key)} | cell
 
     def write(self) -> None:
-        """Write the JSON file beside its place and rename it."""
-        self.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"facts": self.facts, "cells": list(self.cells.values())}, indent=1)
-        temporary = self.json.with_name(self.json.name + ".part")
-        temporary.write_text(text + "\n")
-        temporary.replace(self.json)
+        """Write the JSON file."""
+        write_text(self.json, json.dumps({"facts": self.facts, "cells": list(self.cells.values())}, indent=1) + "\n")

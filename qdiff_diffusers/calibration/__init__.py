@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .run import calibrate
+from .run import calibrate, check_places, discard_workspace
 from .settings import Calibration, Tuning, as_calibration
 
-__all__ = ["Calibration", "Tuning", "as_calibration", "calibrate"]
+__all__ = ["Calibration", "Tuning", "as_calibration", "calibrate", "check_places", "discard_workspace"]

@@ -13,8 +13,9 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..budget import Choice, has_settings, spend, with_settings
-from ..config import QDiffConfig, SVDQuantConfig
-from ..methods import quantize_weight
+from ..config import QDiffConfig
+from ..methods import method_of, quantize_weight
+from ..writing import write_text
 from . import parallel
 from .settings import Calibration
 from .store import Store
@@ -53,8 +54,7 @@ def allocate(
         chosen = _choose(model, targets, calls, calibration) if parallel.rank() == 0 else {}
         chosen = parallel.share(chosen, 0)
         if parallel.rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(chosen))
+            write_text(path, json.dumps(chosen))
     else:
         chosen = parallel.share(json.loads(path.read_text()) if parallel.rank() == 0 else {}, 0)
     return with_settings(targets, chosen)
@@ -69,8 +69,7 @@ def _choose(model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, cal
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         sizes[name] = weight.numel()
-        # A few rows tell the error of codes; but of a low-rank branch they are not typical, which fits few rows too well.
-        rows = 1 if isinstance(config, SVDQuantConfig) else max(1, len(weight) // SAMPLE_ROWS)
+        rows = max(1, len(weight) // SAMPLE_ROWS) if method_of(config).few_rows_suffice else 1
         choices[name] = []
         for settings in config.alternatives():
             found = quantize_weight(weight.detach()[::rows], replace(config, **settings), config.seed)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,15 @@ from torch import Tensor, nn
 
 from ..config import QDiffConfig
 from ..errors import ConfigError
+from ..folders import check_writable, clear, content, held
 from ..layers.timesteps import timestep_argument
 from ..packing import pack_finished
 from ..quantizer import QDiffQuantizer
+from ..writing import write_text
 from . import parallel
 from .allocation import allocate
 from .blocks import apply, tune_blocks
+from .fingerprints import NoDigestError, digest, input_facts
 from .layerwise import SAVED, FinishedLayer, quantize_layers
 from .settings import Calibration
 from .store import Store
@@ -41,7 +43,7 @@ TRAJECTORIES = ("class_labels", "samples", "steps", "guidance_scale", "batch_siz
 def calibrate(
     pipe: Any, models: dict[str, nn.Module], config: QDiffConfig, calibration: Calibration, workspace: Path | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Quantize models in place for what they see on their own trajectories.
+    """Quantize models in place for what they see on their own trajectories. The workspace stays; see :func:`discard_workspace`.
 
     Args:
         pipe: the pipeline that the models belong to, or the bare model.
@@ -69,10 +71,10 @@ def calibrate(
             f'tuning: assignments="{how}" moves no codes of method {config.method_name}: "rounding" is for scalar formats (fp, '
             'svdquant, rtn), "candidates" for a single codebook (vq), "pv" and "fixed" for all'
         )
-    prints = _fingerprints(models)
-    with _workspace(prints, config, calibration, workspace) as (folder, keep):
+    facts = _input_facts(pipe, models, calibration, workspace)
+    with _workspace(facts, config, calibration, workspace if facts else None) as (folder, keep):
         needed = config.needs_calibration or calibration.hessian or calibration.mixed or calibration.tuning.wanted
-        shared = _recordings(pipe, prints, calibration)
+        shared = _recordings(facts, calibration)
         calls: dict[str, Store] = {}
         saved = 0.0
         if needed and shared:
@@ -88,25 +90,35 @@ def calibrate(
         return logs
 
 
-def _recordings(pipe: Any, prints: dict[str, str], calibration: Calibration) -> Path | None:
-    """The folder of ``calibration.recordings`` that belongs to these very trajectories of models with these fingerprints."""
+def _input_facts(pipe: Any, models: dict[str, nn.Module], calibration: Calibration, default: Path | None) -> dict[str, Any] | None:
+    """What work that is kept for another run has to be recognised by; ``None`` if none is kept.
+
+    Raises:
+        ConfigError: it was asked for, and cannot be recognised.
+    """
+    if not (calibration.workspace or calibration.recordings or default):
+        return None
+    try:
+        return input_facts(pipe, models, calibration)
+    except NoDigestError as error:
+        way_out = "give the pipeline without it"
+        if calibration.run is not None:
+            way_out = "leave it out of `run`, or give run_key, a name for what `run` draws"
+        if calibration.workspace or calibration.recordings:
+            raise ConfigError(f"a workspace and recordings must know what they are of, but {error}; {way_out}") from error
+        logger.warning("If this calibration is interrupted, it cannot be resumed: %s; %s", error, way_out)
+        return None
+
+
+def _recordings(facts: dict[str, Any] | None, calibration: Calibration) -> Path | None:
+    """The folder of ``calibration.recordings`` that belongs to these very trajectories of these models."""
     if not calibration.recordings:
         return None
     if parallel.world_size() > 1:
         logger.warning("recordings are not shared by distributed runs: trajectories are recorded anew")
         return None
-    parts = {name: part for name, part in getattr(pipe, "components", {}).items() if name not in prints}
-    facts: dict[str, Any] = {name: getattr(calibration, name) for name in TRAJECTORIES}
-    facts |= {"prompts": calibration.prompts, "pipeline": type(pipe).__name__, "models": prints}
-    facts |= {"schedulers": [str(getattr(s, "config", None)) for s in (calibration.scheduler, parts.get("scheduler"))]}
-    facts |= {"parts": _fingerprints({name: part for name, part in parts.items() if isinstance(part, nn.Module)})}
-    digest = hashlib.sha256(json.dumps(facts, default=list).encode()).hexdigest()[:16]
-    folder = Path(calibration.recordings) / digest
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"recordings cannot be kept in {calibration.recordings}: {error}") from error
-    return folder
+    key = digest([facts, {name: getattr(calibration, name) for name in TRAJECTORIES}])
+    return Path(calibration.recordings) / key
 
 
 def _recorded(
@@ -130,7 +142,7 @@ def _recorded(
         raise ConfigError(f"{', '.join(empty)} was never called on the calibration's trajectories; leave it out")
     if keep:
         counts = [len(store) for store in stores.values()]
-        marker.write_text(json.dumps({"calls": counts, "seconds": time.perf_counter() - start}))
+        write_text(marker, json.dumps({"calls": counts, "seconds": time.perf_counter() - start}))
     return stores, 0.0
 
 
@@ -173,45 +185,75 @@ def _on_device(model: nn.Module, layers: dict[str, FinishedLayer]) -> dict[str, 
 
 @contextmanager
 def _workspace(
-    prints: dict[str, str], config: QDiffConfig, calibration: Calibration, default: Path | None
+    facts: dict[str, Any] | None, config: QDiffConfig, calibration: Calibration, default: Path | None
 ) -> Iterator[tuple[Path, bool]]:
-    """A folder for finished work, and whether it outlives a failure. It is removed in the end if all went well."""
+    """A folder for finished work, and whether it outlives the run."""
     chosen = Path(calibration.workspace) if calibration.workspace else default
     if chosen is None:
         with tempfile.TemporaryDirectory(prefix="qdiff-calibration-") as folder:
             yield Path(folder), False
         return
-    wanted = {"config": config.settings(), "calibration": calibration.settings(), "models": prints}
-    wanted = json.loads(json.dumps(wanted))
-    if parallel.rank() == 0:
-        _prepare(chosen, wanted, replace=not calibration.workspace)
-    parallel.share(None, 0)
-    yield chosen, True
-    if parallel.rank() == 0:
+    with held(chosen) if parallel.rank() == 0 else nullcontext():
+        if parallel.rank() == 0:
+            wanted = {"config": config.settings(), "calibration": calibration.settings(), "inputs": facts}
+            _prepare(chosen, json.loads(json.dumps(wanted)), replace=not calibration.workspace)
+        parallel.share(None, 0)
+        yield chosen, True
+
+
+def check_places(calibration: Calibration) -> None:
+    """Make sure, before anything is loaded, that the folders which a calibration names can be written.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    for name in ("workspace", "recordings"):
+        if path := getattr(calibration, name):
+            try:
+                check_writable(Path(path))
+            except ConfigError as error:
+                raise ConfigError(f"{name} cannot be kept in {path}: {error}") from error
+
+
+def discard_workspace(calibration: Calibration | None, default: Path | None) -> None:
+    """Remove the workspace of a calibration whose result is safe."""
+    chosen = calibration.workspace if calibration and calibration.workspace else default
+    if chosen and parallel.rank() == 0:
         shutil.rmtree(chosen, ignore_errors=True)
 
 
 def _prepare(folder: Path, wanted: dict[str, Any], replace: bool) -> None:
+    """Make the workspace ready for a run; what an earlier one left there stays if it is the same in everything.
+
+    Raises:
+        ConfigError: it holds another run's work, and may not be replaced, or other files.
+    """
     marker = folder / RUN
     if marker.is_file():
-        if json.loads(marker.read_text()) == wanted:
+        other = _differences(marker, wanted)
+        if not other:
             logger.warning("Resuming the calibration in %s", folder)
             return
         if not replace:
-            raise ConfigError(f"{folder} holds the work of another calibration; remove it, or choose another workspace")
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
+            raise ConfigError(
+                f"{folder} holds the work of another calibration (other {other}); remove it, or choose another workspace"
+            )
+        logger.warning("Starting anew: what %s holds is from a calibration with other %s", folder, other)
+        clear(folder)
+    elif content(folder):
         raise ConfigError(f"the workspace {folder} holds other files; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(wanted))
+    write_text(marker, json.dumps(wanted))
 
 
-def _fingerprints(models: dict[str, nn.Module]) -> dict[str, str]:
-    """Of names, shapes and sums of all parameters: another model's work is not taken for this one's."""
-    out = {}
-    for name, model in models.items():
-        digest = hashlib.sha256()
-        for key, p in model.named_parameters():
-            digest.update(f"{key} {list(p.shape)} {p.dtype} {float(p.detach().sum(dtype=torch.float64)):.6g};".encode())
-        out[name] = digest.hexdigest()[:16]
-    return out
+def _differences(marker: Path, wanted: dict[str, Any]) -> str:
+    """What a workspace was begun with and is not ``wanted`` now, in words."""
+    try:
+        begun = json.loads(marker.read_text())
+    except ValueError:  # cut off, or no file of ours
+        return "settings, which cannot be read"
+    names = []
+    for section, values in wanted.items():
+        earlier = begun.get(section)
+        earlier = earlier if isinstance(earlier, dict) else {}
+        names += [name for name in {**values, **earlier} if values.get(name) != earlier.get(name)]
+    return ", ".join(dict.fromkeys(names))

@@ -100,6 +100,8 @@ class Calibration:
         workspace: folder for finished work, from which an interrupted run resumes; beside the output by default.
         recordings: folder where trajectories and the layers' second moments stay for other calibrations of the same pipeline, with
             whatever config: those that ask for the same trajectories read them. It is yours to remove. Ignored by distributed runs.
+        run_key: a name for what ``run`` draws. An interrupted calibration is recognised by it instead of by the code of ``run`` and
+            all that it refers to: for functions that read files, or hold what cannot be compared. Other inputs need another key.
     """
 
     prompts: Any = None
@@ -120,6 +122,7 @@ class Calibration:
     memory_limit: int = 2 << 30
     workspace: str | Path | None = None
     recordings: str | Path | None = None
+    run_key: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str | Path):
@@ -135,6 +138,8 @@ class Calibration:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"calibration: {name} must be a whole number above 0, got {value!r}")
+        if self.run_key is not None and (self.run is None or not isinstance(self.run_key, str) or not self.run_key):
+            raise ConfigError(f"calibration: run_key names what `run` draws and goes with it, as a text, got {self.run_key!r}")
         if self.recordings and self.run is not None:
             raise ConfigError("calibration: recordings cannot be kept for others where `run` draws the trajectories in its own way")
         if not 0 <= self.noise_share <= 1:

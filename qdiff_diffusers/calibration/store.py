@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, OutputError
+from ..writing import written_file
 
 STRUCTURE = "structure"
 
@@ -92,17 +93,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     Raises:
         CalibrationError: there is no space, or no permission.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(data, part, {key: json.dumps(value) for key, value in metadata.items()})
-        part.rename(path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise CalibrationError(
-            f"cannot write {path}: {error}; finished work is kept, free some space or give another workspace and run again"
-        ) from error
+        with written_file(path) as part:
+            save_file(data, part, {key: json.dumps(value) for key, value in metadata.items()})
+    except OutputError as error:
+        raise CalibrationError(f"{error}; finished work is kept: run it again") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import matrix_shape
-from ..layers import PackedLayer, QDiffConv2d, decoded
+from ..layers import PackedLayer, QDiffConv2d, decoded, set_tensor
 from ..methods.trainable import make_trainable
 from .settings import Tuning
 
@@ -47,12 +47,10 @@ class TrainedLayer(nn.Module):
         """Pack what training has made of the weight into the layer."""
         layer = self.layer[0]
         for name, tensor in self.packed.pack().items():
-            old = getattr(layer, name)
-            new = tensor.to(old.dtype).contiguous()
-            setattr(layer, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
+            set_tensor(layer, name, tensor.to(getattr(layer, name).dtype).contiguous())
         if self.down is not None and self.up is not None:
-            layer.low_rank_down = self.down.to(layer.low_rank_down.dtype)
-            layer.low_rank_up = self.up.to(layer.low_rank_up.dtype)
+            set_tensor(layer, "low_rank_down", self.down.to(layer.low_rank_down.dtype))
+            set_tensor(layer, "low_rank_up", self.up.to(layer.low_rank_up.dtype))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..writing import EndedError, ended_by_signals
 from .bench import bench
 from .comfy import comfy
 from .console import errors, print_error
@@ -59,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        return app(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
+        with ended_by_signals():
+            return app(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
+    except EndedError as end:
+        print_error(f"ended by {end.signal.name}")
+        return 128 + end.signal
     except KeyboardInterrupt:
         print_error("interrupted")
         return INTERRUPTED

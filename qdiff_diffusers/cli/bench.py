@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..folders import held
+from ..writing import write_text
 from .console import progress_bars, stdout
 from .demo import check_device
 from .quantize import DTYPES
@@ -51,7 +53,7 @@ def layers(
     counts, words = _counts(tokens), _words(only) if only else None
     place, kind = _prepare(device, dtype, threads, budget)
     results = _results(output / f"layers_{place.type}", place, kind, budget, resume)
-    with _quiet(), progress_bars() as progress:
+    with held(output, name=results.path.name), _quiet(), progress_bars() as progress:
         task = progress.add_task("layers", total=count_cells(wanted, counts, words, place))
         run_layers(
             results,
@@ -90,7 +92,7 @@ def models(
     place, kind = _prepare(device, dtype, threads, budget)
     total = len(contenders_for(place, Packer(), words)) * len(names)
     results = _results(output / f"models_{place.type}", place, kind, budget, resume)
-    with _quiet(), progress_bars() as progress:
+    with held(output, name=results.path.name), _quiet(), progress_bars() as progress:
         task = progress.add_task("models", total=total)
         run_models(
             results,
@@ -180,7 +182,7 @@ def _results(path: Path, device: torch.device, dtype: torch.dtype, budget: float
 def _finish(results: Any, text: str) -> None:
     results.write()
     table = results.json.with_suffix(".md")
-    table.write_text(text)
+    write_text(table, text)
     typer.echo(text)
     for file in (results.json, table):
         typer.echo(f"  {file}")

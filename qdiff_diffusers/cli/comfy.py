@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError
+from ..folders import written_at_once
 from .console import stdout
 
 NAME = "qdiff"
@@ -58,16 +58,11 @@ def install_pack(path: Path, overwrite: bool = False) -> Path:
             raise ConfigError(f"{target} exists and was not installed by this command; move it away first")
         if not overwrite:
             raise ConfigError(f"{target} is installed already; replace it with --overwrite")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{NAME}-") as workspace:
-        new, old = Path(workspace, "new"), Path(workspace, "old")
-        new.mkdir()
+    with written_at_once(target, overwrite, replaceable=lambda found: (found / PACK).is_file()) as new:
         for part in PARTS:
             shutil.copytree(source / part, new / part, ignore=shutil.ignore_patterns("__pycache__"))
         (new / "__init__.py").write_text(SHIM)
         (new / PACK).write_text(json.dumps({"version": __version__}) + "\n")
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
     return target
 
 

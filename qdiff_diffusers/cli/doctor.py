@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..evaluation.machine import DISTRIBUTION, cpu_count, package_version, processor_name
+from ..integrations.patches import examine
+from ..integrations.table import TABLE
 from .console import stdout
 
 REQUIRED = ("torch", "diffusers", "accelerate", "safetensors", "huggingface-hub")
@@ -46,6 +48,7 @@ def doctor() -> None:
         ("Devices", _devices()),
         ("Kernels by device (torch is the reference implementation, which runs everywhere)", _kernels()),
         ("Backend", _backend()),
+        ("What qdiff changes in other libraries", _patches()),
     ):
         console.print(f"[bold]{title}[/]")
         console.print(table)
@@ -107,6 +110,20 @@ def _backend() -> Table:
         table.add_row(f"  {library}", "qdiff is registered" if is_registered(library) else "[yellow]qdiff is not registered[/]")
     on = "on" if loads_by_itself() else "[yellow]off[/], checkpoints load after `import qdiff_diffusers`"
     table.add_row("  loading with nothing imported", on)
+    return table
+
+
+def _patches() -> Table:
+    """Per library how many of the changes are active, and what is off for lack of one."""
+    table = _grid()
+    found = examine(TABLE)
+    for library in dict.fromkeys(row.library for row in found):
+        names = [state.name for row, state in found.items() if row.library == library]
+        counts = (f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+        table.add_row(f"  {library}", ", ".join(counts))
+    for row, state in found.items():
+        if state.name == "off":
+            table.add_row("", f"[yellow]off[/]: {row.feature}, for lack of {row.target} ({state.reason})")
     return table
 
 

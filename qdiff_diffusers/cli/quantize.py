@@ -10,44 +10,89 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from ..methods import DEFAULT_METHOD, METHODS
+from ..methods.base import default_first
 from .console import stdout
 
 CLASSES = re.compile(r"[\d,\s-]+")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+def describe_methods() -> str:
+    """One phrase per method, for the help."""
+    return "; ".join(f"{method.name}: {method.summary}" for method in default_first())
+
+
+def describe_widths() -> str:
+    """The widths that each method offers, for the help."""
+    return "; ".join(f"{m.name}: {', '.join(f'{b:g}' for b in m.config.bit_choices)}" for m in default_first())
+
+
+def describe_activations() -> str:
+    """The kinds of activations, with the methods that alone have them, for the help."""
+    owners: dict[str, list[str]] = {}
+    for method in default_first():
+        for kind in method.config.activation_choices:
+            owners.setdefault(kind, []).append(method.name)
+    return ", ".join(kind + (f" ({', '.join(names)} only)" if len(names) < len(METHODS) else "") for kind, names in owners.items())
+
+
 def quantize(
     source: Annotated[str, typer.Argument(help="Folder or Hub name of a pipeline, or folder of a model.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    method: Annotated[str, typer.Option("-m", "--method", help="aq, vq, fp, svdquant or rtn.")] = "svdquant",
-    bits: Annotated[float | None, typer.Option("-b", "--bits", help="Nominal bits per weight.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of svdquant's low-rank branch.")] = None,
-    group_size: Annotated[str | None, typer.Option(help="Weights per scale: a number, row or tensor.")] = None,
-    weight_format: Annotated[str | None, typer.Option(help="For fp and svdquant: e2m1, nvfp4, ...")] = None,
-    activations: Annotated[str | None, typer.Option(help="int8, fp8 or int4 (svdquant).")] = None,
-    activation_scales: Annotated[
-        str | None, typer.Option(help="Of int8 and fp8: token, or with --calibrate static or timestep.")
+    method: Annotated[str, typer.Option("-m", "--method", help=f"Quantization method. {describe_methods()}.")] = DEFAULT_METHOD,
+    bits: Annotated[float | None, typer.Option("-b", "--bits", help=f"Nominal bits per weight. {describe_widths()}.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Rank of svdquant's low-rank branch, 0 for none; by default scaled with each layer.")
     ] = None,
-    smoothing: Annotated[bool | None, typer.Option("--smoothing", help="Of svdquant, with --calibrate.")] = None,
-    rotation: Annotated[bool | None, typer.Option("--rotation/--no-rotation", help="Hadamard rotation.")] = None,
-    effort: Annotated[int | None, typer.Option(help="Of aq: 0 is fast, 3 is thorough.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Leave layers with this in their name in 16 bits.")] = None,
-    component: Annotated[list[str] | None, typer.Option(help="Of the pipeline; its transformer or UNet if not given.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of all that is not quantized.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    group_size: Annotated[str | None, typer.Option(help="Weights that share a scale: a number, row or tensor.")] = None,
+    weight_format: Annotated[
+        str | None, typer.Option(help="Number format of the weights for fp and svdquant, instead of --bits: nvfp4, e2m1, int4, ...")
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help=f"Number format of the layers' inputs: {describe_activations()}; 16 bits if not given."),
+    ] = None,
+    activation_scales: Annotated[
+        str | None,
+        typer.Option(help="Scales of int8 and fp8 inputs: token (found at run time), or with --calibrate static or timestep."),
+    ] = None,
+    smoothing: Annotated[
+        bool | None, typer.Option("--smoothing", help="Divide svdquant's inputs by a vector found on each layer; with --calibrate.")
+    ] = None,
+    rotation: Annotated[
+        bool | None,
+        typer.Option("--rotation/--no-rotation", help="Rotate inputs by Hadamard matrices; by default as the method prefers."),
+    ] = None,
+    effort: Annotated[int | None, typer.Option(help="Search effort of aq, from 0 (fast) to 3 (thorough).")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Part of layer names to leave in 16 bits; may be given several times.")
+    ] = None,
+    component: Annotated[
+        list[str] | None,
+        typer.Option(help="Component of the pipeline to quantize, by default its transformer or UNet; may be given several times."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"dtype of the parameters that are not quantized: {', '.join(DTYPES)}.")] = "bfloat16",
+    use_safetensors: Annotated[
+        bool | None,
+        typer.Option("--use-safetensors/--no-safetensors", help="Read only safetensors, or only pickles (.bin), of the source."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the source's files to read, such as fp16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a source on the Hub.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the output folder.")] = False,
     calibrate: Annotated[
         str | None,
         typer.Option(help="A file of prompts, class labels (0,1,2 or 0-9), or noise: fit codes to what layers really see."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration trajectories.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Number of calibration trajectories.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a trajectory.")] = 20,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the trajectories.")] = None,
     mixed: Annotated[bool, typer.Option("--mixed", help="Let --bits be the mean, more for layers that matter more.")] = False,
-    tune: Annotated[int, typer.Option(min=0, help="Optimizer steps after that, on codes, scales and biases.")] = 0,
-    objective: Annotated[str, typer.Option(help="What to tune: model or blocks.")] = "model",
+    tune: Annotated[int, typer.Option(min=0, help="Optimizer steps of tuning codes, scales and biases after the calibration.")] = 0,
+    objective: Annotated[str, typer.Option(help="Whose output the tuning brings closer: model or blocks.")] = "model",
     assignments: Annotated[
-        str, typer.Option(help="How codes move: pv, candidates (vq), rounding (scalar formats) or fixed.")
+        str, typer.Option(help="How codes move while tuning: pv, candidates (vq), rounding (scalar formats) or fixed.")
     ] = "pv",
     workspace: Annotated[Path | None, typer.Option(help="Where finished work waits for another run.")] = None,
     recordings: Annotated[Path | None, typer.Option(help="Where trajectories stay for other calibrations of this model.")] = None,
@@ -99,6 +144,9 @@ def quantize(
         dtype=getattr(torch, dtype),
         overwrite=overwrite,
         push_to_hub=push,
+        use_safetensors=use_safetensors,
+        variant=variant,
+        revision=revision,
     )
     _tell(output, push)
 
@@ -145,12 +193,11 @@ def make_config(method: str, options: dict[str, Any]) -> Any:
     Raises:
         ConfigError: the method is unknown or does not have one of the options.
     """
-    from ..config import METHODS
-
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    known = {f.name for f in fields(METHODS[method])}
+    kind = METHODS[method].config
+    known = {f.name for f in fields(kind)}
     if foreign := sorted(set(options) - known):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
         raise ConfigError(f"{names} does not go with --method {method}")
-    return METHODS[method](**options)
+    return kind(**options)

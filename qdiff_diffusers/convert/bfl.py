@@ -1,4 +1,5 @@
-"""Black Forest Labs' quantized files: E4M3 weights with a float32 scale per row or tensor, and NVFP4 weights.
+"""Black Forest Labs' quantized files: E4M3 weights with a float32 scale per row or tensor, and NVFP4 weights. ComfyUI's E4M3 files
+are the same under other names.
 
 Their static activation scales (``input_scale``) are for matrix units that quantize inputs too; here inputs stay in 16 bits, as they
 do in diffusers on devices without such units.
@@ -15,11 +16,15 @@ from ..config import FPConfig, QDiffConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import MinifloatFormat, TensorInfo, WeightFormat
 from ..layer_table import StoredLayer
+from ..source_weights import MARKER, comfy_formats
+from ..stand_ins import Piece, StandIn
 from .nunchaku_folder import Advance
-from .single_file import Piece, StandIn, convert_single_file
+from .single_file import convert_single_file
 from .stream import Source
 
-SCALE, SECOND, INPUT = ".weight_scale", ".weight_scale_2", ".input_scale"
+SCALE, SECOND = ".weight_scale", ".weight_scale_2"
+COMFY_SCALE, COMFY_FORMAT = ".scale_weight", ".comfy_quant"
+IGNORED = (".input_scale", ".scale_input", COMFY_FORMAT, SECOND)
 NVFP4_GROUP = 16
 E4M3_NAN = 0x7F
 
@@ -34,16 +39,22 @@ class BflFile:
     def __init__(self, path: Path) -> None:
         self._source = Source([path])
         infos = self._source.infos
-        self._layers = {name.removesuffix(SCALE): infos[name] for name in infos if name.endswith(SCALE)}
+        self._scale_names = {n.removesuffix(s): n for n in infos for s in (SCALE, COMFY_SCALE) if n.endswith(s)}
+        self._layers = {layer: infos[name] for layer, name in self._scale_names.items()}
         if not self._layers:
             raise CheckpointError(f"{path} has no ...{SCALE} tensors, so it is no FP8 or NVFP4 file of this kind")
+        for layer, kind in comfy_formats(infos, self._source.get_all, self._source.metadata, str(path)).items():
+            if kind != "float8_e4m3fn":
+                raise CheckpointError(
+                    f"{layer}.weight is in ComfyUI's format {kind}; of its formats only float8_e4m3fn can be read"
+                )
         self.nvfp4 = {layer: f"{layer}{SECOND}" in infos for layer in self._layers}
         self.tensors: dict[str, Tensor] = {}
         for name, info in infos.items():
             layer = name.removesuffix(".weight")
             if name.endswith(".weight") and layer in self._layers:
                 self.tensors[name] = self._stand_in(layer, info)
-            elif not name.endswith((SCALE, SECOND, INPUT)):
+            elif not name.endswith(IGNORED) and name not in self._scale_names.values() and name.rpartition(".")[2] != MARKER:
                 if info.dtype.itemsize == 1:
                     raise CheckpointError(f"tensor {name} is {info.dtype}, but there is no {layer}{SCALE} for it")
                 self.tensors[name] = self._source.get(name)
@@ -62,7 +73,7 @@ class BflFile:
             shapes = [(rows, columns // NVFP4_GROUP)]
         if scales.shape not in shapes or (self.nvfp4[layer] and scales.dtype != torch.float8_e4m3fn):
             raise CheckpointError(
-                f"{layer}{SCALE} is {scales.dtype} {list(scales.shape)}, which does not fit {rows} x {columns} weights"
+                f"{self._scale_names[layer]} is {scales.dtype} {list(scales.shape)}, which does not fit {rows} x {columns} weights"
             )
         return StandIn.of([Piece(f"{layer}.weight", 0, rows)], columns)
 
@@ -79,19 +90,20 @@ class BflFile:
         assert isinstance(fmt, MinifloatFormat)
         weights = torch.cat([self._rows(piece) for piece in pieces])
         if self.nvfp4[pieces[0].name.removesuffix(".weight")]:
-            scales = torch.cat([self._scales(piece, SCALE).view(torch.int8) for piece in pieces]).view(torch.float8_e4m3fn)
+            scales = torch.cat([self._scales(piece).view(torch.int8) for piece in pieces]).view(torch.float8_e4m3fn)
             return {"codes": weights, "scales": scales, "tensor_scale": self._second(pieces, fmt)}
         if ((weights & E4M3_NAN) == E4M3_NAN).any():
             raise CheckpointError(f"{pieces[0].name} holds NaN, which no weight of ours is")
-        scales = torch.cat([self._scales(piece, SCALE).float().reshape(-1, 1) for piece in pieces])
+        scales = torch.cat([self._scales(piece).float().reshape(-1, 1) for piece in pieces])
         return {"codes": weights, "scales": scales}
 
     def _rows(self, piece: Piece) -> Tensor:
         """Two codes to a byte, the even one in the low nibble, as here; FP8 one to a byte."""
         return self._source.get(piece.name).view(torch.int8)[piece.start : piece.stop]
 
-    def _scales(self, piece: Piece, suffix: str) -> Tensor:
-        scales = self._source.get(piece.name.removesuffix(".weight") + suffix)
+    def _scales(self, piece: Piece, suffix: str = SCALE) -> Tensor:
+        layer = piece.name.removesuffix(".weight")
+        scales = self._source.get(self._scale_names[layer] if suffix == SCALE else layer + suffix)
         if scales.numel() == 1:
             return scales.reshape(1).expand(piece.stop - piece.start)
         return scales[piece.start : piece.stop]

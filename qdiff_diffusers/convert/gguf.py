@@ -18,8 +18,9 @@ from ..config import QDiffConfig, RTNConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import CodebookFormat, IntegerFormat, WeightFormat
 from ..layer_table import StoredLayer
+from ..stand_ins import Piece, StandIn
 from .nunchaku_folder import Advance
-from .single_file import Piece, StandIn, convert_single_file
+from .single_file import convert_single_file
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32

@@ -33,7 +33,7 @@ from .packing_order import (
     pad_to,
     rounded_up,
 )
-from .stream import Source, write_file
+from .stream import Source, stored_bytes, write_file
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 LEAVES = ("codes", "scales", "zeros", "tensor_scale", "low_rank_down", "low_rank_up", "smooth", "bias")
@@ -191,14 +191,14 @@ def export_nunchaku(
         CheckpointError: a layer has a format, a size or numbers that Nunchaku does not have.
     """
     source, output_dir = Path(source), Path(output_dir)
-    check_output(output_dir, overwrite)
+    check_output(output_dir, overwrite, source)
     raw, config = _read(source)
     opened = Source(weight_files(source))
     check_tensors(config.layers, opened.infos)
     plan = _plan(config.layers, opened, dtype)
     infos = _infos(config.layers, plan, opened)
     lite = _lite_config(config, plan)
-    with written_at_once(output_dir) as folder:
+    with written_at_once(output_dir, overwrite, source, nbytes=stored_bytes(infos)) as folder:
         kept = {key: value for key, value in raw.items() if key != "quantization_config"}
         (folder / CONFIG).write_text(json.dumps(kept | {"quantization_config": lite}, indent=2) + "\n")
         tensors = counted(_tensors(config.layers, plan, opened, infos), len(infos), advance)

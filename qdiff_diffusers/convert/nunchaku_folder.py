@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ConfigError
 from ..folders import CONFIG, INDEX, check_output, written_at_once
 from .importing import Import, Reader, describe, diffusers_class, prepare, skeleton
 from .layouts import plan_lite, plan_original
-from .stream import Source, write_file
+from .stream import Source, stored_bytes, write_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LITE = "nunchaku_lite"
@@ -72,13 +72,13 @@ def convert_nunchaku(
         CheckpointError: the checkpoint is incomplete, misshapen, or of a precision or layout that is not known.
     """
     source, output_dir = Path(source), Path(output_dir)
-    check_output(output_dir, overwrite)
+    check_output(output_dir, overwrite, source, config)
     component = _component(source)
     checkpoint = open_checkpoint(component or source, config)
     model, imported, opened = plan_checkpoint(checkpoint)
     quantization = quantization_config(imported)
     describe(quantization, model, imported.layers, f"Nunchaku, {source.name}")
-    with written_at_once(output_dir) as folder:
+    with written_at_once(output_dir, overwrite, source, config, nbytes=stored_bytes(imported.infos)) as folder:
         target = folder
         if component is not None:
             shutil.copytree(source, folder, dirs_exist_ok=True, ignore=lambda where, names: _left_out(component, where, names))

@@ -1,7 +1,7 @@
 """Quantized single files of other programs: their layers under diffusers' names, with diffusers' own converters.
 
-Those converters rename tensors, and cut and join them along their rows. A stand-in for a quantized tensor takes part in that and
-remembers which rows of the file it is, so that no weight has to be read, let alone decoded, before it is written.
+Those converters rename tensors, and cut and join them along their rows. A :class:`StandIn` for a quantized tensor takes part in
+that, so that no weight has to be read, let alone decoded, before it is written.
 """
 
 from __future__ import annotations
@@ -20,69 +20,10 @@ from ..folders import CONFIG, check_output, written_at_once
 from ..formats import LayerSpec, TensorInfo, WeightFormat
 from ..layer_table import StoredLayer
 from ..layers import unsupported_reason
+from ..stand_ins import Piece, StandIn
 from .importing import describe, skeleton
 from .nunchaku_folder import WEIGHTS, Advance, counted, read_config
-from .stream import write_file
-
-
-class Piece(NamedTuple):
-    """Rows ``start .. stop - 1`` of a tensor of the file."""
-
-    name: str
-    start: int
-    stop: int
-
-
-class StandIn(torch.Tensor):
-    """A quantized weight that has not been read: its logical shape, and the rows that it consists of."""
-
-    pieces: list[Piece]
-
-    @staticmethod
-    def of(pieces: list[Piece], columns: int) -> StandIn:
-        rows = sum(piece.stop - piece.start for piece in pieces)
-        out = torch.empty(rows, columns, device="meta").as_subclass(StandIn)
-        out.pieces = pieces
-        return out
-
-    def rows(self, start: int, stop: int) -> StandIn:
-        """Some of the rows."""
-        kept, first = [], 0
-        for piece in self.pieces:
-            low, high = max(start - first, 0), min(stop - first, piece.stop - piece.start)
-            if low < high:
-                kept.append(Piece(piece.name, piece.start + low, piece.start + high))
-            first += piece.stop - piece.start
-        return StandIn.of(kept, self.shape[1])
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        if name in ("chunk", "split", "tensor_split") and _dim(args, kwargs, 2) == 0:
-            with torch._C.DisableTorchFunctionSubclass():
-                sizes = [len(part) for part in func(torch.empty(args[0].shape, device="meta"), *args[1:], **kwargs)]
-            ends = torch.tensor(sizes).cumsum(0).tolist()
-            return tuple(args[0].rows(end - size, end) for size, end in zip(sizes, ends, strict=True))
-        if name in ("cat", "concat", "concatenate") and _dim(args, kwargs, 1) == 0:
-            if all(isinstance(part, StandIn) for part in args[0]):
-                return cls.of([piece for part in args[0] for piece in part.pieces], args[0][0].shape[1])
-        elif name == "__getitem__" and isinstance(args[1], slice) and args[1].step in (None, 1):
-            return args[0].rows(*args[1].indices(len(args[0]))[:2])
-        elif name in ("to", "contiguous", "clone", "detach", "float", "half", "bfloat16"):
-            return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if isinstance(result, Tensor) or (isinstance(result, tuple | list) and any(isinstance(r, Tensor) for r in result)):
-            raise CheckpointError(
-                f"diffusers' converter of this model applies {name} to quantized weights, which is not a choice of rows"
-            )
-        return result
-
-
-def _dim(args: Any, kwargs: Any, position: int) -> int:
-    dim = kwargs.get("dim", args[position] if len(args) > position else 0)
-    return int(dim)
+from .stream import stored_bytes, write_file
 
 
 class QuantizedFile(Protocol):
@@ -118,7 +59,7 @@ def convert_single_file(
     advance: Advance | None,
 ) -> Path:
     """Write what ``opened`` holds as a model folder; see the importers for arguments and errors."""
-    check_output(output_dir, overwrite)
+    check_output(output_dir, overwrite, source, config)
     if config is None:
         raise ConfigError(f"{source.name} carries no config of its model; give the dense model's folder with --config")
     model_config = read_config(Path(config))
@@ -126,7 +67,7 @@ def convert_single_file(
     contents = plan(model, model_config, opened)
     quantization = settings(contents.layers)
     describe(quantization, model, contents.layers, source.name)
-    with written_at_once(output_dir) as folder:
+    with written_at_once(output_dir, overwrite, source, config, nbytes=stored_bytes(contents.infos)) as folder:
         kept = {key: value for key, value in model_config.items() if key != "quantization_config"}
         (folder / CONFIG).write_text(json.dumps(kept | {"quantization_config": quantization.to_dict()}, indent=2) + "\n")
         tensors = counted(_everything(contents, opened), len(contents.infos), advance)

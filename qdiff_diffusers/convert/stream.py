@@ -23,16 +23,28 @@ class Source:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         self._files: dict[str, Path] = {}
         for file in files:
             header = read_header(file)
             self.infos |= header
             self._files |= dict.fromkeys(header, file)
+            with safe_open(file, "pt") as opened:
+                self.metadata |= opened.metadata() or {}
 
     def get(self, name: str) -> Tensor:
         """One tensor, read now."""
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name)
+
+    def get_all(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Several tensors, read now."""
+        return {name: self.get(name) for name in names}
+
+
+def stored_bytes(infos: Mapping[str, TensorInfo]) -> int:
+    """What the tensors take in a file."""
+    return sum(info.nbytes for info in infos.values())
 
 
 def write_file(

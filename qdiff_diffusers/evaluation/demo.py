@@ -18,14 +18,16 @@ from rich.progress import Progress
 from torch import Tensor
 
 from ..checkpoint import inspect_checkpoint
-from ..config import METHODS
 from ..errors import ConfigError
+from ..folders import held
+from ..methods import METHODS
+from ..writing import write_text
 from .build import quiet_diffusers
 from .classifier import classify, load_classifier
 from .grid import GridRow, draw_grid, save_png
 from .machine import machine_facts
 from .metrics import class_accuracy, feature_statistics, frechet_distance, load_statistics, psnr, ssim
-from .report import METHOD_LABELS, Row, best_of_group, render_report, write_text
+from .report import DENSE_LABEL, Row, best_of_group, render_report
 from .sampling import image_labels, image_seeds, num_steps, sample
 from .subject import BUNDLED, class_names
 from .workers import Reporter, run_jobs
@@ -45,7 +47,7 @@ class DemoConfig:
 
     @property
     def name(self) -> str:
-        return f"{METHOD_LABELS[self.method]} {self.bits:g}-bit"
+        return f"{METHODS[self.method].label} {self.bits:g}-bit"
 
 
 def _codebook(method: str, bits: float, **shape: int) -> DemoConfig:
@@ -91,7 +93,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return self.config.name if self.config else METHOD_LABELS["none"]
+        return self.config.name if self.config else DENSE_LABEL
 
 
 def run_demo(
@@ -120,38 +122,39 @@ def run_demo(
         What ``results.json`` holds: ``{"rows": [...], "run": {...}}``.
 
     Raises:
-        ConfigError: a method is unknown, or there are no images to make.
+        ConfigError: a method is unknown, there are no images to make, or ``output_dir`` cannot be written.
     """
-    if unknown := sorted(set(methods or ()) - set(METHODS)):
-        raise ConfigError(f"unknown method {', '.join(unknown)}; the demo knows {', '.join(METHODS)}")
+    shown = dict.fromkeys(config.method for config in DEMO_CONFIGS)
+    if unknown := sorted(set(methods or ()) - set(shown)):
+        raise ConfigError(f"unknown method {', '.join(unknown)}; the demo knows {', '.join(shown)}")
     if images < 1:
         raise ConfigError(f"images must be at least 1, got {images}")
     start = time.perf_counter()
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     labels, seeds = image_labels(images, len(class_names(DEMO_MODEL))), image_seeds(images, seed)
     configs = [None, *(c for c in DEMO_CONFIGS if methods is None or c.method in methods)]
-    jobs = [Job(config, labels, seeds, device) for config in configs]
-    workers = min(workers, len(jobs))
-    steps = len(jobs) * num_steps(images, steps=STEPS)
-    rows, pictures = zip(*run_jobs(make_row, jobs, workers=workers, steps=steps, progress=progress), strict=True)
-    pictures = [torch.from_numpy(picture) for picture in pictures]
-    for row, quality in zip(rows, _qualities(pictures, labels), strict=True):
-        row |= quality
-    run = machine_facts(torch.device(device)) | {
-        "workers": workers,
-        "threads_per_worker": torch.get_num_threads() if workers == 1 else 1,
-        "arithmetic": "float32",
-        "images": images,
-        "seeds": seeds,
-        "steps": STEPS,
-        "guidance_scale": GUIDANCE,
-        "command": _command(images, methods, seed),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    results = {"rows": list(rows), "run": run}
-    _write_outputs(folder, results, pictures)
+    with held(folder):
+        jobs = [Job(config, labels, seeds, device) for config in configs]
+        workers = min(workers, len(jobs))
+        steps = len(jobs) * num_steps(images, steps=STEPS)
+        rows, pictures = zip(*run_jobs(make_row, jobs, workers=workers, steps=steps, progress=progress), strict=True)
+        pictures = [torch.from_numpy(picture) for picture in pictures]
+        for row, quality in zip(rows, _qualities(pictures, labels), strict=True):
+            row |= quality
+        run = machine_facts(torch.device(device)) | {
+            "workers": workers,
+            "threads_per_worker": torch.get_num_threads() if workers == 1 else 1,
+            "arithmetic": "float32",
+            "images": images,
+            "seeds": seeds,
+            "steps": STEPS,
+            "guidance_scale": GUIDANCE,
+            "command": _command(images, methods, seed),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        results = {"rows": list(rows), "run": run}
+        _write_outputs(folder, results, pictures)
     return results
 
 
@@ -167,10 +170,10 @@ def make_row(job: Job, reporter: Reporter) -> tuple[Row, np.ndarray]:
 
 
 def _load_reference(reporter: Reporter) -> tuple[Any, Row]:
-    reporter.start(f"{METHOD_LABELS['none']}: loading")
+    reporter.start(f"{DENSE_LABEL}: loading")
     pipe, load_seconds = _timed_load(DEMO_MODEL, dtype=torch.float32)
     return pipe, {
-        "name": METHOD_LABELS["none"],
+        "name": DENSE_LABEL,
         "method": "none",
         "nominal_bits": 16,
         "bits_per_weight": 16.0,
@@ -183,7 +186,7 @@ def _load_reference(reporter: Reporter) -> tuple[Any, Row]:
 def _load_quantized(config: DemoConfig, reporter: Reporter) -> tuple[Any, Row]:
     """Quantize while loading, save, and load what was saved."""
     reporter.start(f"{config.name}: quantizing")
-    settings = METHODS[config.method](bits=config.bits, **config.settings)
+    settings = METHODS[config.method].config(bits=config.bits, **config.settings)
     mapping = PipelineQuantizationConfig(quant_mapping={"transformer": settings})
     # float16 is what the model is stored in, so nothing is lost and all that is not quantized keeps its size.
     pipe, load_seconds = _timed_load(DEMO_MODEL, quantization_config=mapping, dtype=torch.float16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .plot import COLOURS, svg_figure
+from .plot import GREY, colour_of, svg_figure
 from .tables import COLUMNS, Column, Row
 
 PLOTTED = ("psnr", "frechet_16bit", "frechet", "accuracy")
@@ -78,12 +78,12 @@ def _quality_drawer(column: Column, points: Sequence[Row], reference: Row) -> Ca
             mine = sorted((r for r in points if r["method"] == method), key=lambda r: r["bits_per_weight"])
             x, y = [r["bits_per_weight"] for r in mine], [column.value(r) for r in mine]
             margins = [column.margin(r) or 0.0 for r in mine]
-            colour = COLOURS.get(method, f"C{i}")
+            colour = colour_of(method) or f"C{i}"
             marker = MARKERS[i % len(MARKERS)]
             axes.errorbar(x, y, margins, fmt=marker, ms=6, lw=0, elinewidth=1.2, capsize=2, color=colour, label=method)
         value = column.value(reference)
         if value is not None:
-            axes.axhline(value, ls="--", lw=1.2, color=COLOURS["rtn"], label="16-bit")
+            axes.axhline(value, ls="--", lw=1.2, color=GREY, label="16-bit")
         axes.set_xlabel("stored bits per weight")
         axes.set_ylabel(f"{column.heading} {column.note}".strip())
         if column.better < 0 and max(column.value(r) or 0 for r in points) > 20 * _smallest(column, points):

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from ..bench.results import commit
 from ..bench.timing import describe_failure
 from ..errors import ConfigError, QDiffError
+from ..folders import held
 from .build import Costs, build
 from .machine import machine_facts
 from .outputs import write_outputs
@@ -133,29 +134,30 @@ def run_eval(
         What ``results.json`` holds: ``{"rows": [...], "run": {...}}``.
 
     Raises:
-        ConfigError: the 16-bit model cannot be run.
+        ConfigError: the 16-bit model cannot be run, ``output_dir`` cannot be written, or another run is writing there.
     """
     root = Path(output_dir)
-    jobs = [Job(row, subject, settings, root) for row in (REFERENCE, *rows)]
-    try:
-        run_jobs(_make_row, jobs[:1], workers=1, steps=_steps(jobs[:1]), progress=progress)
-        if failure := jobs[0].store.facts().get("failed"):
-            raise ConfigError(f"the 16-bit model of {subject.name} cannot be run: {failure}")
-        waiting = [job for job in jobs[1:] if not _is_done(job)]
-        if waiting:
-            workers = min(workers, len(waiting))
-            run_jobs(
-                _make_row, waiting[::-1] if workers > 1 else waiting, workers=workers, steps=_steps(waiting), progress=progress
-            )
-    except BrokenProcessPool as error:
-        raise QDiffError(
-            "a worker process was killed, perhaps for want of memory; the same command with fewer --workers goes on"
-        ) from error
-    finally:
-        results: dict[str, Any] = {"rows": [_result(job) for job in jobs], "run": _run_facts(subject, settings, command)}
-        if "failed" not in results["rows"][0] and results["rows"][0]["images"]:
-            made = [(job.row, job.store) for job in jobs]
-            write_outputs(root, results, made, subject)
+    with held(root, subject.source):
+        jobs = [Job(row, subject, settings, root) for row in (REFERENCE, *rows)]
+        try:
+            run_jobs(_make_row, jobs[:1], workers=1, steps=_steps(jobs[:1]), progress=progress)
+            if failure := jobs[0].store.facts().get("failed"):
+                raise ConfigError(f"the 16-bit model of {subject.name} cannot be run: {failure}")
+            waiting = [job for job in jobs[1:] if not _is_done(job)]
+            if waiting:
+                workers = min(workers, len(waiting))
+                run_jobs(
+                    _make_row, waiting[::-1] if workers > 1 else waiting, workers=workers, steps=_steps(waiting), progress=progress
+                )
+        except BrokenProcessPool as error:
+            raise QDiffError(
+                "a worker process was killed, perhaps for want of memory; the same command with fewer --workers goes on"
+            ) from error
+        finally:
+            results: dict[str, Any] = {"rows": [_result(job) for job in jobs], "run": _run_facts(subject, settings, command)}
+            if "failed" not in results["rows"][0] and results["rows"][0]["images"]:
+                made = [(job.row, job.store) for job in jobs]
+                write_outputs(root, results, made, subject)
     return results
 
 
@@ -231,7 +233,6 @@ def _probe(job: Job, pipe: Any) -> dict[str, Any]:
     if job.row.kind == "reference":
         count = min(PROBE_IMAGES, job.settings.images)
         probes = record(pipe, lambda: _draw(job, pipe, 0, count))
-        path.parent.mkdir(parents=True, exist_ok=True)
         probes.save(path)
         return {"step_errors": [], "layer_errors": {}}
     probes = Probes.load(path)

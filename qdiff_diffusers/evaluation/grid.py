@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..writing import written_file
+
 PAPER, INK, FAINT, RULE, BEST = "#ffffff", "#1b1f24", "#6a737d", "#d0d7de", "#0a7d33"
 TILE_GAP, MARGIN, GROUP_GAP = 6, 24, 18
 TEXT_SIZE, SMALL_SIZE, TITLE_SIZE = 22, 18, 28
@@ -68,10 +70,9 @@ def draw_grid(rows: Sequence[GridRow], columns: Sequence[str], *, title: str, su
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG beside its target and rename it."""
-    part = path.with_name(path.name + ".part")
-    image.save(part, format="PNG", optimize=True)
-    part.replace(path)
+    """Write a PNG that is never half-written."""
+    with written_file(path) as part:
+        image.save(part, format="PNG", optimize=True)
 
 
 def _draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: GridRow, left: int, names: int, y: int, tile: int) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from ..writing import write_text
 from .eval_plots import layers_plot, quality_plots, steps_plot
 from .grid import GridRow, draw_grid, save_png
-from .report import write_text
 from .rows import EvalRow
 from .store import RowStore
 from .subject import Subject, class_names

@@ -7,17 +7,23 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-COLOURS = {"rtn": "#8b949e", "fp": "#d18616", "svdquant": "#3b82f6", "vq": "#a855f7", "aq": "#16a34a"}
+from ..methods import METHODS
+
+GREY = "#8b949e"  # of what others are held against
 # Stand-ins that matplotlib draws with; the page's own colours replace them.
 TEXT, LINES = "#010203", "#040506"
 
 
-def quality_plot(points: Mapping[str, Sequence[tuple[float, float]]], labels: Mapping[str, str]) -> str | None:
+def colour_of(method: str) -> str | None:
+    """The colour of a method of ours; ``None`` for what has none, such as another package's."""
+    return METHODS[method].colour if method in METHODS else None
+
+
+def quality_plot(points: Mapping[str, Sequence[tuple[float, float]]]) -> str | None:
     """PSNR over stored bits per weight, one line per method.
 
     Args:
         points: method -> ``(bits per weight, PSNR in dB)``.
-        labels: method -> the name to print.
 
     Returns:
         An ``<svg>`` element whose text and axes are ``currentColor`` and ``var(--line)``; ``None`` without matplotlib.
@@ -25,10 +31,11 @@ def quality_plot(points: Mapping[str, Sequence[tuple[float, float]]], labels: Ma
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        for method, line in points.items():
+        for name, line in points.items():
             bits, quality = zip(*sorted(line), strict=True)
-            dashes = "--" if method == "rtn" else "-"
-            axes.plot(bits, quality, dashes, marker="o", lw=2, ms=6, color=COLOURS.get(method), label=labels[method])
+            method = METHODS[name]
+            dashes = "--" if method.is_baseline else "-"
+            axes.plot(bits, quality, dashes, marker="o", lw=2, ms=6, color=method.colour, label=method.label)
         axes.set_xlabel("stored bits per weight")
         axes.set_ylabel("PSNR, dB")
         axes.grid(lw=0.6)

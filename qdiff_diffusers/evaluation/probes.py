@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bench.models import first_tensor
+from ..writing import written_file
 from .metrics import relative_error
 from .peers import target_layers
 from .sampling import denoisers
@@ -38,9 +39,8 @@ class Probes:
         self.steps, self.layers = steps, layers
 
     def save(self, path: Path) -> None:
-        part = path.with_name(path.name + ".part")
-        torch.save({"steps": self.steps, "layers": self.layers}, part)
-        part.replace(path)
+        with written_file(path) as part:
+            torch.save({"steps": self.steps, "layers": self.layers}, part)
 
     def to(self, device: str) -> None:
         """Move everything to a device."""

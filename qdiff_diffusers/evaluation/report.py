@@ -5,28 +5,14 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from ..methods import METHODS
 from .plot import quality_plot
 
-METHOD_LABELS = {
-    "none": "16-bit",
-    "rtn": "Round-to-nearest",
-    "fp": "FP",
-    "svdquant": "SVDQuant",
-    "vq": "VQ",
-    "aq": "AQ",
-}
-METHOD_NOTES = {
-    "rtn": "plain asymmetric integers in groups of 64 weights: the baseline",
-    "fp": "low-bit floating point, format and scales searched for least squared error",
-    "svdquant": "a 16-bit low-rank branch beside a low-bit residual",
-    "vq": "one k-means codebook of short weight vectors per layer",
-    "aq": "additive codebooks: each weight vector is a sum of codebook entries",
-}
+DENSE_LABEL = "16-bit"  # of the reference, whose method is "none"
 # What a few images can rank (a Frechet distance or an accuracy cannot), and the digits that are shown of it.
 COMPARED = {"psnr": 1, "ssim": 3}
 Row = dict[str, Any]
@@ -57,22 +43,15 @@ def render_report(rows: Sequence[Row], run: dict[str, Any], grid_png: bytes) -> 
         groups=[list(group) for _, group in groupby(rows, key=lambda r: r["nominal_bits"])],
         digits=COMPARED,
         best={metric: best_of_group(rows, metric) for metric in COMPARED},
-        notes={METHOD_LABELS[m]: METHOD_NOTES[m] for m in _methods(rows)},
+        notes={METHODS[name].label: METHODS[name].summary for name in _methods(rows)},
         grid=base64.b64encode(grid_png).decode(),
-        plot=quality_plot(_points(rows), METHOD_LABELS),
+        plot=quality_plot(_points(rows)),
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its target and rename it, so that it is never half-written."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _methods(rows: Iterable[Row]) -> list[str]:
     present = {row["method"] for row in rows}
-    return [method for method in METHOD_NOTES if method in present]
+    return [name for name in METHODS if name in present]
 
 
 def _points(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError
-from .report import write_text
+from ..writing import write_text, written_file
 
 ROWS = "rows"  # folder of all rows
 RECORDINGS = "recordings"  # folder of the trajectories that rows are calibrated on
@@ -53,16 +53,12 @@ class RowStore:
             raise ConfigError(f"{path} is damaged; remove {self.folder} to make the row again") from error
 
     def write_facts(self, facts: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / FACTS, json.dumps(facts, indent=1) + "\n")
 
     def add_images(self, start: int, images: Tensor) -> None:
         """Keep images ``[n, channels, height, width]`` whose first is number ``start`` of the row."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{IMAGES}-{start:06d}.safetensors"
-        part = path.with_name(path.name + ".part")
-        save_file({IMAGES: images.half().contiguous()}, part)
-        part.replace(path)
+        with written_file(self.folder / f"{IMAGES}-{start:06d}.safetensors") as part:
+            save_file({IMAGES: images.half().contiguous()}, part)
 
     def count_images(self) -> int:
         """How many images are there, from the first without a gap."""

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 import torch
@@ -100,6 +100,7 @@ def run_jobs(
 def _run_on_processes(function: Callable[[Job, Reporter], Result], jobs: Sequence[Job], workers: int, bars: Bars) -> list[Result]:
     context = get_context("spawn")  # a fork would copy OpenMP's state in the middle of something
     events = context.Queue()
+    others = set(active_children())
     with (
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(events,)) as pool,
         _environment(WORKER_ENVIRONMENT),
@@ -113,8 +114,11 @@ def _run_on_processes(function: Callable[[Job, Reporter], Result], jobs: Sequenc
                     bars.handle(events.get())
                 for future in done:
                     future.result()  # raise what a worker raised now, not when all are done
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, Exception):  # interrupted or ended: do not wait for what they are at
+                for process in set(active_children()) - others:
+                    process.terminate()
             raise
         return [future.result() for future in reversed(futures)]
 

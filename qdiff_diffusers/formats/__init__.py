@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import GroupSize, TensorInfo, WeightFormat, group_columns, scale_shape
-from .codebook import CodebookFormat, codebook_table, table_shapes
+from .codebook import CodebookFormat, codebook_table, load_shared_codebooks, table_shapes
 from .integer import IntegerFormat
 from .minifloat import MinifloatFormat
 from .spec import FORMATS, LayerSpec, matrix_shape
@@ -20,6 +20,7 @@ __all__ = [
     "WeightFormat",
     "codebook_table",
     "group_columns",
+    "load_shared_codebooks",
     "matrix_shape",
     "rotate_matrix",
     "scale_shape",

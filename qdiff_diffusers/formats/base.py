@@ -44,6 +44,10 @@ class WeightFormat:
         """Name, shape and dtype of every tensor that stores a ``[rows, columns]`` weight."""
         raise NotImplementedError
 
+    def largest_level(self, tensors: dict[str, Tensor]) -> float:
+        """Bound on the magnitude of what scales multiply."""
+        raise NotImplementedError
+
     def op_arguments(self, tensors: dict[str, Tensor], columns: int) -> tuple[Any, ...]:
         """The packed weight as the arguments of this format's kernels."""
         raise NotImplementedError

@@ -26,6 +26,7 @@ from .base import (
 )
 
 CODEBOOK_DTYPES = {"float16": torch.float16, "int8": torch.int8}
+CPU = torch.device("cpu")
 TABLES_FILE = Path(__file__).parent / "codebook_tables.safetensors"
 
 
@@ -84,8 +85,14 @@ class CodebookFormat(WeightFormat):
             out["codebooks"] = codebooks.to(CODEBOOK_DTYPES[self.codebook_dtype]).contiguous()
         return out | {"scales": scales.to(SCALE_DTYPES[self.scale_dtype]).contiguous()}
 
-    def op_arguments(self, tensors: dict[str, Tensor], columns: int) -> tuple[Any, ...]:
+    def largest_level(self, tensors: dict[str, Tensor]) -> float:
         codebooks = tensors["codebooks"] if "codebooks" in tensors else codebook_table(self.table or "")
+        return float(codebooks.float().abs().amax((1, 2)).sum())
+
+    def op_arguments(self, tensors: dict[str, Tensor], columns: int) -> tuple[Any, ...]:
+        codebooks = tensors.get("codebooks")
+        if codebooks is None:
+            codebooks = shared_codebooks(self.table or "", tensors["codes"].device)
         return (tensors["codes"], codebooks, tensors["scales"], group_columns(self.group_size, columns))
 
     def dequantize(self, tensors: dict[str, Tensor], columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,3 +117,28 @@ def codebook_table(name: str) -> Tensor:
         raise ValueError(f"unknown codebook table {name!r}; this version has {', '.join(table_shapes())}")
     with safe_open(TABLES_FILE, "pt") as file, torch.inference_mode(False):
         return file.get_tensor(name)
+
+
+_shared: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def shared_codebooks(name: str, device: torch.device) -> Tensor:
+    """A universal codebook on ``device``: one for all layers there, which therefore hold none.
+
+    No tensor of a module's own: offloading moves the data of such tensors to and fro, and would move it away from other layers.
+    While a graph is traced nothing is kept: :func:`load_shared_codebooks` has put the CPU's in place.
+    """
+    found = _shared.get((name, device))
+    if found is not None:
+        return found
+    if torch.compiler.is_compiling():
+        return _shared[name, CPU].to(device)
+    with torch.inference_mode(False):
+        _shared[name, device] = codebook_table(name).to(device)
+    return _shared[name, device]
+
+
+def load_shared_codebooks(weight_format: WeightFormat) -> None:
+    """Read the universal codebook that a format names, if it names one, before a trace may ask for it."""
+    if isinstance(weight_format, CodebookFormat) and weight_format.table is not None:
+        shared_codebooks(weight_format.table, CPU)

@@ -54,10 +54,14 @@ class IntegerFormat(WeightFormat):
 
     def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> dict[str, Tensor]:
         """codes: integer ``[rows, columns]``, signed if symmetric (``-2**(bits-1) ..``), else ``0 .. 2**bits - 1``."""
-        unsigned = codes + (1 << (self.bits - 1)) if self.symmetric else codes
+        # In int16, because int8 cannot hold 255.
+        unsigned = codes.to(torch.int16) + (1 << (self.bits - 1)) if self.symmetric else codes
         dtype = SCALE_DTYPES[self.scale_dtype]
         out = {"codes": pack_bits(unsigned, self.bits), "scales": scales.to(dtype).contiguous()}
         return out | ({} if zeros is None else {"zeros": zeros.to(dtype).contiguous()})
+
+    def largest_level(self, tensors: dict[str, Tensor]) -> float:
+        return float(1 << (self.bits - 1 if self.symmetric else self.bits))
 
     def op_arguments(self, tensors: dict[str, Tensor], columns: int) -> tuple[Any, ...]:
         group = group_columns(self.group_size, columns)

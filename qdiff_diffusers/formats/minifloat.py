@@ -83,6 +83,9 @@ class MinifloatFormat(WeightFormat):
         second = (-1, 1) if self.tensor_scale == "row" else (1,)
         return out | ({} if tensor_scale is None else {"tensor_scale": tensor_scale.float().reshape(second)})
 
+    def largest_level(self, tensors: dict[str, Tensor]) -> float:
+        return max(abs(level) for levels in self.levels() for level in levels)
+
     def op_arguments(self, tensors: dict[str, Tensor], columns: int) -> tuple[Any, ...]:
         group = group_columns(self.group_size, columns)
         return (tensors["codes"], tensors["scales"], tensors.get("tensor_scale"), ",".join(self.encodings), group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from importlib import resources
@@ -14,13 +13,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..checkpoint import CheckpointInfo, inspect_components
 from ..config import QDiffConfig
-from .contents import METHOD_TITLES, facts, kind_rows, legend, sample_files, samples, settings
+from ..methods import method_of
+from .contents import facts, kind_rows, legend, sample_files, samples, settings
 from .evaluated import Evaluated
 from .origin import INHERITED, LICENSE_KEYS, hub_card, is_hub_name, task_of
 from .results import Results, read_results
 
 TAG = "qdiff"
 CARD = "README.md"
+TEMPLATE = "base.md.j2"
 
 
 def render_card(
@@ -54,7 +55,7 @@ def render_card(
     environment = Environment(
         loader=templates, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    text = environment.get_template(f"{largest.config.method_name}.md.j2").render(context)
+    text = environment.get_template(TEMPLATE).render(context)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()  # blocks that a checkpoint has nothing for leave their blank lines
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
@@ -82,21 +83,12 @@ def is_handwritten(path: Path) -> bool:
     return TAG not in tags and "has been automatically generated" not in path.read_text(encoding="utf-8")
 
 
-def write_cards_on_upload(mixin: Any, method: str) -> None:
-    """Make a library's ``push_to_hub`` send our card; its ``mixin`` uploads by ``method(folder, repo_id, ...)``."""
-    original = getattr(mixin, method)
-    if getattr(original, "writes_qdiff_cards", False):
-        return
-
-    @functools.wraps(original)
-    def upload(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # A part of a larger repository (subfolder=...) has no card of its own.
-        if not kwargs.get("subfolder") and _is_quantized(Path(working_dir)):
-            write_card(working_dir, repo_id)
-        return original(self, working_dir, repo_id, *args, **kwargs)
-
-    upload.writes_qdiff_cards = True  # type: ignore[attr-defined]
-    setattr(mixin, method, upload)
+def write_cards_on_upload(original: Any, self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """How a library's ``push_to_hub`` uploads a folder; ours get their card before."""
+    # A part of a larger repository (subfolder=...) has no card of its own.
+    if not kwargs.get("subfolder") and _is_quantized(Path(working_dir)):
+        write_card(working_dir, repo_id)
+    return original(self, working_dir, repo_id, *args, **kwargs)
 
 
 def _is_quantized(folder: Path) -> bool:
@@ -165,7 +157,7 @@ def _context(folder: Path, repo_id: str, components: list[CheckpointInfo], large
         "repo_id": repo_id,
         "what": "pipeline" if is_pipeline else "model",
         "base": base if is_hub_name(base) else None,
-        "method_title": METHOD_TITLES[config.method_name],
+        "method": method_of(config),
         "bits": 8 * sum(c.packed_bytes for c in components) / max(1, sum(c.packed_weights for c in components)),
         "library": _library(folder),
         "loader": "DiffusionPipeline" if is_pipeline else _class_name(folder),

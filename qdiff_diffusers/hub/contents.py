@@ -11,14 +11,7 @@ from typing import Any
 from ..checkpoint import CheckpointInfo, LayerInfo
 from ..config import QDiffConfig
 from ..formats import CodebookFormat, MinifloatFormat
-
-METHOD_TITLES = {
-    "aq": "additive codebooks (AQ)",
-    "vq": "vector quantization (VQ)",
-    "fp": "low-bitwidth floating point (FP)",
-    "svdquant": "SVDQuant, a low-rank branch beside a low-bit residual",
-    "rtn": "round-to-nearest",
-}
+from ..methods import method_of
 
 # The first kind whose pattern a layer's name matches, without the block and its number.
 KINDS = (
@@ -104,7 +97,7 @@ def facts(config: QDiffConfig, components: list[CheckpointInfo]) -> list[tuple[s
     kinds = sorted({layer.spec.activations for c in components for layer in c.config.layers.values()})
     activations = ", ".join("16-bit" if kind == "none" else kind for kind in kinds)
     return [
-        ("method", METHOD_TITLES[config.method_name]),
+        ("method", method_of(config).title),
         ("bits per weight as stored", f"{8 * packed / max(1, weights):.3f}"),
         ("packed weights", f"{weights / 1e6:.1f} M in {sum(len(c.layers) for c in components)} layers"),
         ("their size", f"{human_size(packed)} (16-bit: {human_size(2 * weights)})"),

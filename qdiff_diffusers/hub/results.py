@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
+from ..writing import write_text
 
 RESULTS = "qdiff_results.json"
 TEXTS = ("protocol", "command", "machine", "date")
@@ -67,7 +68,7 @@ def read_results(folder: str | Path) -> Results | None:
 
 def write_results(folder: str | Path, results: Results) -> None:
     """Write ``qdiff_results.json``; :func:`read_results` gives back the same."""
-    (Path(folder) / RESULTS).write_text(results_text(results), encoding="utf-8")
+    write_text(Path(folder) / RESULTS, results_text(results))
 
 
 def results_text(results: Results) -> str:

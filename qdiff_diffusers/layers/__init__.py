@@ -9,8 +9,9 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..formats import LayerSpec
+from ..offloading import changing, follow_class
 from . import decoded
-from .base import CONV2D_OPS, LINEAR_OPS, PackedLayer, op_arguments
+from .base import CONV2D_OPS, LINEAR_OPS, PackedLayer, op_arguments, set_tensor
 from .conv import QDiffConv2d
 from .embedding import QDiffEmbedding, is_table
 from .linear import QDiffLinear
@@ -28,6 +29,7 @@ __all__ = [
     "follow_timesteps",
     "op_arguments",
     "pack_layer",
+    "set_tensor",
     "unsupported_reason",
 ]
 
@@ -65,14 +67,17 @@ def _say_once(reason: str) -> None:
 
 
 def dense_layer(layer: PackedLayer) -> nn.Module:
-    """Convert a packed layer back, in place, into the dense layer it is equivalent to."""
-    weight, bias = layer.dequantize(), layer.dense_bias()
-    layer.restore_dense_parts()
-    for name in layer.packed_tensors():
-        delattr(layer, name)
-    del layer.spec, layer.compute_dtype
-    layer.__class__ = layer.__dict__.pop("dense_class")
-    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    if bias is not None and bias is not layer.bias:
-        layer.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+    """Convert a packed layer back, in place, into the dense layer it is equivalent to, keeping its hooks."""
+    packed_class = type(layer)
+    with changing(layer):
+        weight, bias = layer.dequantize(), layer.dense_bias()
+        layer.restore_dense_parts()
+        for name in layer.packed_tensors():
+            delattr(layer, name)
+        del layer.spec, layer.compute_dtype
+        layer.__class__ = layer.__dict__.pop("dense_class")
+        set_tensor(layer, "weight", weight)
+        if bias is not None and bias is not layer.bias:
+            set_tensor(layer, "bias", bias)
+    follow_class(layer, packed_class)
     return layer

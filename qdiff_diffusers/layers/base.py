@@ -18,11 +18,13 @@ from qdiff_kernels import (
 )
 from torch import Tensor, nn
 
-from ..formats import LayerSpec, TensorInfo, codebook_table
+from ..formats import LayerSpec, TensorInfo, load_shared_codebooks
 from ..formats.spec import EXTRAS_DTYPES
+from ..offloading import fetch, has_hooks
 
 LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integer": integer_linear}
 CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integer": integer_conv2d}
+PARAMETERS = ("codes", "weight", "bias")
 
 
 def op_arguments(
@@ -52,6 +54,19 @@ def input_scale(tensors: dict[str, Tensor], timestep: Tensor | None) -> Tensor |
     if (steps := tensors.get("input_steps")) is None or timestep is None:
         return scales.amax().reshape(1)
     return scales[(steps - timestep.to(steps)).abs().argmin().reshape(1)]
+
+
+def set_tensor(module: nn.Module, name: str, tensor: Tensor, persistent: bool = True) -> None:
+    """Make ``tensor`` the parameter or buffer ``name`` of a module: codes and dense weights are parameters, the rest are buffers.
+
+    Past ``register_parameter`` and ``register_buffer``, which belong to the whole process: accelerate and PEFT replace them for a
+    while, in every thread, so that what is registered meanwhile ends on the meta device.
+    """
+    if name in PARAMETERS:
+        module._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        return
+    module._buffers[name] = tensor
+    (module._non_persistent_buffers_set.discard if persistent else module._non_persistent_buffers_set.add)(name)
 
 
 class PackedLayer(nn.Module):
@@ -87,33 +102,28 @@ class PackedLayer(nn.Module):
         cast(PackedLayer, module).describe(spec)
         module.compute_dtype = compute_dtype  # type: ignore[assignment]
         for name, tensor in tensors.items():
-            if name == "codes":
-                module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-            else:
-                module.register_buffer(name, tensor)
-        if isinstance(table := getattr(spec.format, "table", None), str):
-            device = tensors["codes"].device
-            on = torch.device("cpu") if device.type == "meta" else device
-            # A copy of its own, of some 16 KB: offloading swaps ``.data``, which must not empty the table for everybody else, and
-            # offloading to disk writes groups of layers with safetensors, which refuses tensors that share memory.
-            module.register_buffer("codebooks", codebook_table(table).to(on, copy=True), persistent=False)
+            set_tensor(module, name, tensor)
         return module
 
     def describe(self, spec: LayerSpec) -> None:
         """Take ``spec``, and the names of its tensors, which a traced forward pass had better not work out."""
-        self.spec, self.tensor_names = spec, (*spec.tensors(self.weight_shape), "codebooks")
+        self.spec, self.tensor_names = spec, tuple(spec.tensors(self.weight_shape))
+        load_shared_codebooks(spec.format)
 
     def tensor_infos(self) -> dict[str, TensorInfo]:
         """Name, shape and dtype of the stored tensors."""
         return self.spec.tensors(self.weight_shape)
 
     def packed_tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by name, and the shared codebooks if the format uses some."""
+        """The stored tensors by name."""
         return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name, None)) is not None}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight this layer is equivalent to, in its logical shape."""
-        return self.spec.dequantize(self.packed_tensors(), self.weight_shape, dtype or self.compute_dtype)
+        """The dense weight this layer is equivalent to, in its logical shape; of an offloaded layer too."""
+        tensors = self.packed_tensors()
+        if has_hooks(self):
+            tensors |= {name: tensor for name, tensor in fetch(self).items() if name in tensors}
+        return self.spec.dequantize(tensors, self.weight_shape, dtype or self.compute_dtype)
 
     def dense_bias(self) -> Tensor | None:
         """The bias of the dense layer this layer is equivalent to."""
@@ -146,9 +156,10 @@ class PackedLayer(nn.Module):
         name = next((name for name in choices if _fits(down, name) and _fits(up, name)), "float32")
         self._cast_extras(name)
         for dim, (key, factor) in enumerate({"low_rank_down": down, "low_rank_up": up}.items()):
-            factor = factor.to(self.codes.device, EXTRAS_DTYPES[name]).contiguous()
+            # A copy, or training or swapping the adapter would change what was fused, without a word.
+            factor = factor.to(self.codes.device, EXTRAS_DTYPES[name], copy=True).contiguous()
             old = getattr(self, key, None)
-            self.register_buffer(key, factor if old is None else torch.cat([old, factor], dim))
+            set_tensor(self, key, factor if old is None else torch.cat([old, factor], dim))
         self.describe(replace(self.spec, rank=spec.rank + len(down)))
 
     def drop_branch(self, rank: int, extras_dtype: str) -> None:
@@ -156,8 +167,8 @@ class PackedLayer(nn.Module):
         left = self.spec.rank - rank
         self.describe(replace(self.spec, rank=left))
         if left:
-            self.low_rank_down = self.low_rank_down[:left].clone()
-            self.low_rank_up = self.low_rank_up[:, :left].contiguous()
+            set_tensor(self, "low_rank_down", self.low_rank_down[:left].clone())
+            set_tensor(self, "low_rank_up", self.low_rank_up[:, :left].contiguous())
         else:
             del self.low_rank_down, self.low_rank_up
         self._cast_extras(extras_dtype)
@@ -166,7 +177,7 @@ class PackedLayer(nn.Module):
         """Store branch, ``smooth`` and ``shift`` in another dtype."""
         for key in ("low_rank_down", "low_rank_up", "smooth", "shift"):
             if (tensor := getattr(self, key, None)) is not None:
-                self.register_buffer(key, tensor.to(EXTRAS_DTYPES[name]))
+                set_tensor(self, key, tensor.to(EXTRAS_DTYPES[name]))
         self.describe(replace(self.spec, extras_dtype=name))
 
     def check_channels(self, given: int, expected: int) -> None:
@@ -180,7 +191,9 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packed = {id(t) for t in self.packed_tensors().values()}
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if dtype.itemsize > 1:  # nothing computes in float8, in which layerwise casting parks a layer between uses
+            self.compute_dtype = dtype
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -200,6 +213,7 @@ class PackedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         float8 = state.pop("_float8")
         super().__setstate__(state)
+        load_shared_codebooks(self.spec.format)
         self._buffers.update({name: cast(Tensor, self._buffers[name]).view(torch.float8_e4m3fn) for name in float8})
 
     def extra_repr(self) -> str:

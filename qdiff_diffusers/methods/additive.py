@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kmeans import kmeans
+from .kmeans import kmeans, kmeans_operations
 from .nearest import BLOCK_WEIGHTS, ScoreBlock, assign, augment, rows_in_flight
 from .threads import map_blocks
 
@@ -73,6 +73,18 @@ def fit(
         if errors[-1] > (1 - tolerance) * errors[-2]:
             break
     return AdditiveFit(codebooks, codes, errors)
+
+
+def encode_operations(count: int, num_codebooks: int, k: int, d: int, beam: int) -> float:
+    """Multiply-adds of :func:`encode` for ``count`` points, roughly."""
+    scored = k + (num_codebooks - 1) * float(beam) * k
+    return count * scored * (d + 2)
+
+
+def fit_operations(count: int, num_codebooks: int, k: int, d: int, *, beam: int, iterations: int) -> float:
+    """Multiply-adds of :func:`fit` on a sample of ``count`` points, roughly."""
+    start = num_codebooks * (kmeans_operations(count, k, d, iterations=8, restarts=1) + float(count) * k * (d + 2))
+    return start + (iterations if num_codebooks > 1 else 2) * encode_operations(count, num_codebooks, k, d, beam)
 
 
 def residual_kmeans(

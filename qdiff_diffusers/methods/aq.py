@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..config import AQConfig
-from ..formats import CodebookFormat, codebook_table
-from .additive import encode, fit
+from ..formats import CodebookFormat, WeightFormat, codebook_table
+from .additive import encode, encode_operations, fit, fit_operations
+from .base import Method, Option, Stored, register_method
+from .config import GroupSize, QDiffConfig
+from .fields import Between
 from .threads import block_threads
 from .vectors import codebook_format, encode_matrix, group_rms, sample_vectors, stored_codebooks, table_step
 
@@ -17,6 +20,38 @@ from .vectors import codebook_format, encode_matrix, group_rms, sample_vectors, 
 LAYER_PRESETS = {1: (2, 8, 16), 1.5: (2, 8, 12), 2: (2, 8, 8), 3: (3, 8, 8), 4: (4, 8, 8)}
 SHARED_PRESETS = {1: (4, 8, 32), 1.5: (4, 8, 24), 2: (4, 8, 16), 3: (6, 8, 16), 4: (4, 8, 8)}
 DEFAULT_BITS = 2
+
+
+@dataclass(repr=False)
+class AQConfig(QDiffConfig):
+    """Additive codebooks (AQLM, AQUATIC-Diff): a vector of weights is a sum of one entry from each of several codebooks.
+
+    Args:
+        bits: 1, 1.5, 2, 3 or 4 choose a preset, of which the next three replace what they set.
+        num_codebooks, codebook_bits, vector_size: the format, codes cost ``num_codebooks * codebook_bits / vector_size`` bits.
+        codebook: "shared" (a universal table that costs nothing to store; wants rotation) or "layer" (fitted to each layer).
+        effort: 0 (one pass) to 3 (wide beams, many alternations): quantization time against error.
+        kernel_vectors: vectors of a convolution run through the taps of one channel's kernel rather than through channels; with a
+            vector_size of 9 each 3 x 3 kernel is a vector (AQUATIC-Diff's KAQ).
+    """
+
+    num_codebooks: Annotated[int, Between(1, 8)] | None = None
+    codebook_bits: Annotated[int, Between(1, 16)] | None = None
+    vector_size: Annotated[int, Between(1, 64)] | None = None
+    codebook: Literal["shared", "layer"] | None = None
+    group_size: GroupSize | None = None
+    effort: Annotated[int, Between(0, 3)] = 1
+    kernel_vectors: bool = False
+
+    method_name: ClassVar[str] = "aq"
+    bit_choices: ClassVar[tuple[float, ...]] = (1, 1.5, 2, 3, 4)
+
+    @property
+    def bits_are_free(self) -> bool:
+        return None in (self.num_codebooks, self.codebook_bits, self.vector_size)
+
+    def moves_by(self, assignments: str) -> bool:
+        return assignments != "rounding" and (assignments != "candidates" or self.num_codebooks == 1)
 
 
 class Effort(NamedTuple):
@@ -81,3 +116,48 @@ def quantize(weight: Tensor, fmt: CodebookFormat, *, effort: int = 1, beam: int 
         stored, step = stored_codebooks(fitted.codebooks, fmt)
         codebooks, scales = stored.float(), scales * step
     return encode_matrix(weight, fmt, scales, codebooks, stored, lambda points: encode(points, codebooks, width))
+
+
+@register_method
+class AQ(Method[AQConfig]):
+    config = AQConfig
+    label = "AQ"
+    title = "additive codebooks (AQ)"
+    summary = "additive codebooks: each weight vector is a sum of codebook entries"
+    description = """\
+Every vector of consecutive weights is a sum of one entry from each of several codebooks, times a scale per output row. Codebook
+entries are found by residual k-means and beam search; inputs are rotated by a block Hadamard matrix where the table says so."""
+    limits = """\
+- Very few bits cost detail first: textures, small faces and letters change before composition does. Decoding codebooks costs time as well,
+  so below 3 bits the gain is memory rather than speed."""  # noqa: E501
+    citation = """\
+@article{hasan2025aquatic,
+  title={AQUATIC-Diff: Additive Quantization for Truly Tiny Compressed Diffusion Models},
+  author={Hasan, Adil and Peyrin, Thomas},
+  journal={arXiv preprint arXiv:2506.05960},
+  year={2025}
+}"""
+    colour = "#16a34a"
+    rotates = True  # universal codebooks are made for Gaussian weights, which rotation provides
+    slow = True
+    suggested_bits = 2
+    options = (Option("effort", 1, 0, len(EFFORTS) - 1, "0 is fast, 3 is thorough and takes many times longer."),)
+
+    def formats(self, config: AQConfig, shape: tuple[int, int]) -> list[WeightFormat]:
+        return [choose_format(config, shape)]
+
+    def quantize(self, matrix: Tensor, config: AQConfig, seed: int) -> Stored:
+        weight_format = choose_format(config, tuple(matrix.shape))
+        return weight_format, quantize(matrix, weight_format, effort=config.effort, seed=seed)
+
+    def operations(self, config: AQConfig, shape: tuple[int, int]) -> float:
+        weight_format, (beam, iterations, sample) = choose_format(config, shape), EFFORTS[config.effort]
+        num_codebooks, k, d = weight_format.codebook_shape
+        count = shape[0] * -(-shape[1] // d)
+        found = encode_operations(count, num_codebooks, k, d, beam)
+        if weight_format.table is None:
+            found += fit_operations(min(count, sample * k), num_codebooks, k, d, beam=beam, iterations=iterations)
+        return found
+
+    def kernel_vectors(self, config: AQConfig, shape: tuple[int, ...]) -> bool:
+        return config.kernel_vectors and len(shape) == 4 and shape[2] * shape[3] > 1

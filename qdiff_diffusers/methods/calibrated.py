@@ -87,7 +87,7 @@ def _train_codebooks(weight: Tensor, hessian: Tensor, coder: CodebookCoder) -> N
     """Adam on codebooks and scales against the output error, as AQLM does it."""
     factor = torch.linalg.cholesky(hessian)
     codebooks = coder.codebooks.clone().requires_grad_()
-    log_scales = torch.zeros(len(coder.scales), 1, device=weight.device, requires_grad=True)
+    log_scales = torch.zeros(len(coder.scales), 1, dtype=torch.float32, device=weight.device, requires_grad=True)
     spread = float(coder.codebooks.square().mean().sqrt())
     groups = [
         {"params": [codebooks], "lr": CODEBOOK_RATE * spread},

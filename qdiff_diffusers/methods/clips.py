@@ -68,11 +68,11 @@ def search_clips(
         signed stored scales and squared errors, both float32 ``[count]``.
     """
     sorted_groups = SortedGroups(groups if sign is None else groups * sign[:, None])
-    levels = torch.tensor(grid.levels, device=groups.device) * grid.unit
+    levels = torch.tensor(grid.levels, dtype=torch.float32, device=groups.device) * grid.unit
     unit = peak / (max(grid.high, grid.low) * grid.unit)
     best_error = torch.full_like(peak, torch.inf, dtype=torch.float64)
     best_scale = torch.zeros_like(peak)
-    clips = torch.linspace(search.low, search.high, search.steps, device=groups.device)
+    clips = torch.linspace(search.low, search.high, search.steps, dtype=torch.float32, device=groups.device)
     for part in clips.split(max(1, LOOK_UPS // (len(groups) * len(levels)))):
         scales = store.round(unit[:, None] * part)
         error, chosen = sorted_groups.errors(levels, scales).min(1)

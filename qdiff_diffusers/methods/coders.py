@@ -120,7 +120,7 @@ class ScalarCoder:
             offset = 1 << (fmt.bits - 1) if fmt.symmetric else 0
             levels = torch.arange(1 << fmt.bits, device=device).float()[None] - offset
         else:
-            levels = torch.tensor(fmt.levels(), device=device)
+            levels = torch.tensor(fmt.levels(), dtype=torch.float32, device=device)
         self.levels, self.order = levels.sort(1)
         self.edges = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
         self.codes = unpack_bits(tensors["codes"], fmt.bits, columns)

@@ -11,18 +11,18 @@ with a peak. The choice sits in the sign of the group's scale and costs nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..formats import GroupSize, MinifloatFormat
+from ..formats import MinifloatFormat, WeightFormat
+from .base import Method, Stored, register_method
 from .clips import ClipSearch
+from .config import GroupSize, QDiffConfig
 from .grids import encoding_grid, format_grids
 from .scales import ABSMAX, Search, quantize_groups
 from .threads import block_threads
-
-if TYPE_CHECKING:
-    from ..config import FPConfig
 
 NAMED_FORMATS = {
     "nvfp4": MinifloatFormat(("e2m1",), 16, "e4m3", tensor_scale=True),
@@ -32,7 +32,6 @@ NAMED_FORMATS = {
 ANY = "exmy"  # every split of the width, compared on the weight
 SEARCHES: dict[str, Search | None] = {"fast": None, "grid": ClipSearch(), "absmax": ABSMAX}
 SAMPLE = 1 << 16  # weights on which encodings are compared; their errors differ by percents, the sample's by parts of one
-
 
 # Encodings of a bit width in short groups, by lowest error on Gaussian, Student-t and trained weights.
 PRESETS = {
@@ -48,6 +47,34 @@ PRESETS = {
 # scales are cheap, and finer ones matter more.
 GROUP_SIZE = 16
 E4M3_GROUP = 64
+
+
+@dataclass(repr=False)
+class FPConfig(QDiffConfig):
+    """Low-bitwidth floating point: encoding and scale chosen by squared error.
+
+    Args:
+        bits: 3 to 8; the encoding is chosen among those of that width.
+        weight_format: an encoding ("e2m1", "e4m3", ...) or "nvfp4", "mxfp4", "mxfp8", instead of ``bits``; or "exmy": of all
+            encodings of ``bits`` the one that fits a layer's weights best, as in the paper.
+        group_size: columns that share a scale, "row" or "tensor".
+        scale_dtype: "float16", "bfloat16", "float32", "e4m3" or "e8m0" (powers of two, of symmetric encodings).
+        scale_search: of scales, which are what the paper calls exponent biases. "fast": few candidates about the largest weight,
+            then least squares. "grid": the paper's 111 clips from 0.1 to 1.2 times the largest weight, each tried on every
+            weight. "absmax": none, the largest weight is the largest number.
+    """
+
+    weight_format: str | None = None
+    group_size: GroupSize | None = None
+    scale_dtype: Literal["float16", "bfloat16", "float32", "e4m3", "e8m0"] | None = None
+    scale_search: Literal["fast", "grid", "absmax"] = "fast"
+
+    method_name: ClassVar[str] = "fp"
+    bit_choices: ClassVar[tuple[float, ...]] = (3, 4, 5, 6, 8)
+
+    @property
+    def bits_are_free(self) -> bool:
+        return self.weight_format in (None, ANY)
 
 
 @block_threads()
@@ -75,8 +102,11 @@ def quantize(
 
 def quantize_config(weight: Tensor, config: FPConfig) -> tuple[MinifloatFormat, dict[str, Tensor]]:
     """Quantize ``weight [rows, columns]`` as a config asks."""
-    formats = formats_for(config.bits, config.weight_format, config.group_size, config.scale_dtype)
-    return quantize(weight, formats, SEARCHES[config.scale_search])
+    return quantize(weight, _formats(config), SEARCHES[config.scale_search])
+
+
+def _formats(config: FPConfig) -> list[MinifloatFormat]:
+    return formats_for(config.bits, config.weight_format, config.group_size, config.scale_dtype)
 
 
 def formats_for(
@@ -103,8 +133,8 @@ def formats_for(
                 f'{weight_format} has groups of {named.group_size} and {named.scale_dtype} scales; for others give "e2m1" or "e4m3"'
             )
         return [named]
-    encodings = tuple(weight_format.split(",")) if weight_format and weight_format != ANY else None
-    width = encoding_grid(encodings[0]).bits if encodings else int(bits or 4)
+    encodings = tuple(weight_format.split(",")) if weight_format is not None and weight_format != ANY else None
+    width = encoding_width(encodings) if encodings else int(bits or 4)
     if width not in PRESETS:
         raise ValueError(f"bits must be one of {', '.join(map(str, PRESETS))}, got {bits}")
     group_size = GROUP_SIZE if group_size is None else group_size
@@ -114,7 +144,36 @@ def formats_for(
         choices = [encodings]
     else:
         choices = _splits(width) if weight_format == ANY else _encodings(width, group_size, scale_dtype)
-    return [MinifloatFormat(e, group_size, scale_dtype, scale_dtype == "e4m3") for e in choices]
+    formats = [MinifloatFormat(e, group_size, scale_dtype, scale_dtype == "e4m3") for e in choices]
+    if scale_dtype == "e8m0" and (lopsided := [f for f in formats if not all(grid.symmetric for grid in format_grids(f))]):
+        raise ValueError(
+            f'scale_dtype "e8m0" has no sign, which {",".join(lopsided[0].encodings)} needs; give an encoding without "uz", or '
+            'scale_dtype "float16" or "e4m3"'
+        )
+    return formats
+
+
+def encoding_width(encodings: Sequence[str]) -> int:
+    """Bits of a code.
+
+    Raises:
+        ValueError: an encoding is unknown.
+    """
+    try:
+        return encoding_grid(encodings[0]).bits
+    except ValueError as error:
+        named = ", ".join(map(repr, (*NAMED_FORMATS, ANY)))
+        raise ValueError(f"weight_format must be {named}, or one or two encodings such as 'e2m1': {error}") from error
+
+
+def check_width(bits: float | None, width: int, weight_format: str) -> None:
+    """Refuse bits that contradict a weight format.
+
+    Raises:
+        ValueError: names both.
+    """
+    if bits not in (None, width):
+        raise ValueError(f"weight_format {weight_format!r} has {width} bits, not bits={bits}; give one of the two")
 
 
 def _encodings(bits: int, group_size: GroupSize, scale_dtype: str) -> list[tuple[str, ...]]:
@@ -139,3 +198,35 @@ def _fittest(weight: Tensor, candidates: list[MinifloatFormat], search: Search |
         return quantize_groups(sample, format_grids(candidate), *arguments, search).error
 
     return min(candidates, key=error)
+
+
+@register_method
+class FP(Method[FPConfig]):
+    config = FPConfig
+    label = "FP"
+    title = "low-bitwidth floating point (FP)"
+    summary = "low-bit floating point, format and scales searched for least squared error"
+    description = """\
+Weights are small floating-point numbers. The split into exponent and mantissa bits and the real-valued scale (the exponent bias)
+are chosen by squared error."""
+    limits = """\
+- With 4 bits or fewer, layers with a few very large weights lose most; leave them out with `modules_to_not_convert` if it shows."""
+    citation = """\
+@article{chen2024lowbitwidth,
+  title={Low-Bitwidth Floating Point Quantization for Efficient High-Quality Diffusion Models},
+  author={Chen, Cheng and Giannoula, Christina and Moshovos, Andreas},
+  journal={arXiv preprint arXiv:2408.06995},
+  year={2024}
+}"""
+    colour = "#d18616"
+    named_formats = tuple(NAMED_FORMATS)
+
+    def check(self, config: FPConfig) -> None:
+        if not config.bits_are_free:
+            check_width(config.bits, _formats(config)[0].bits, str(config.weight_format))
+
+    def formats(self, config: FPConfig, shape: tuple[int, int]) -> list[WeightFormat]:
+        return [*_formats(config)]
+
+    def quantize(self, matrix: Tensor, config: FPConfig, seed: int) -> Stored:
+        return quantize_config(matrix, config)

@@ -16,8 +16,8 @@ from qdiff_kernels import rotate
 from qdiff_kernels.activations import FP8_MAX, UFP8_MAX, UINT8_MAX, dequantize_activations, quantize_activations
 from torch import Tensor
 
-from ..config import QDiffConfig
 from .clips import ClipSearch, search_clips
+from .config import QDiffConfig
 from .grids import Grid
 from .scales import ScaleStore
 
@@ -83,7 +83,7 @@ def fit_inputs(
         found = {step: _static_scale(x, kind, shift) for step, x in sorted(values.items())}
         tensors["input_scales"] = torch.cat(list(found.values()))
         if len(found) > 1:
-            tensors["input_steps"] = torch.tensor(list(found), device=tensors["input_scales"].device)
+            tensors["input_steps"] = torch.tensor(list(found), dtype=torch.float32, device=tensors["input_scales"].device)
         return sum(_error(x, kind, shift, found[step]) for step, x in values.items()), tensors
 
     choices = [fit(None)]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .nearest import nearest
 
+SEEDING_PASSES = 8  # over memory for each centroid that k-means++ draws, each as slow as a multiply-add per coordinate
 SAMPLE_PER_CENTROID = 256  # the codebook of a sample of n vectors per entry costs about 1/n more error than that of all vectors
 
 
@@ -57,11 +58,21 @@ def kmeans(
     return lloyd(points, best, iterations, weights)[0]
 
 
+def kmeans_operations(count: int, k: int, d: int, *, iterations: int = 15, restarts: int = 3) -> float:
+    """Multiply-adds of :func:`kmeans` on ``count`` points, roughly."""
+    count = min(count, SAMPLE_PER_CENTROID * k)
+    if d == 1:
+        return float(iterations * 10 * k + 64 * count)
+    part = min(count, (32 if restarts > 1 else 16) * k)
+    seeding = float(k) * part * d * SEEDING_PASSES
+    return restarts * (seeding + (3.0 * part * k * (d + 2) if restarts > 1 else 0)) + float(iterations) * count * k * (d + 2)
+
+
 def seed_centroids(points: Tensor, k: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007): each further centroid is a point drawn in proportion to its squared distance."""
     mass = points.new_ones(len(points)) if weights is None else weights.to(points.dtype)
     chosen = torch.empty(k, dtype=torch.long, device=points.device)
-    uniform = torch.rand(k, generator=generator).to(points.device)
+    uniform = torch.rand(k, generator=generator, dtype=torch.float32).to(points.device)
     distance = torch.ones_like(mass)
     for i in range(k):
         cumulative = (distance * mass).cumsum(0)
@@ -108,7 +119,7 @@ def _lloyd_max(values: Tensor, k: int, weights: Tensor | None, iterations: int) 
     mass = torch.ones_like(values) if weights is None else weights.double()[order]
     count = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
     total = torch.cat([mass.new_zeros(1), (mass * values).cumsum(0)])
-    edges = torch.linspace(0, len(values) - 1, min(4 * k, len(values)) + 1, device=values.device).long()
+    edges = torch.linspace(0, len(values) - 1, min(4 * k, len(values)) + 1, dtype=torch.float32, device=values.device).long()
     width = values[edges[1:]] - values[edges[:-1]]
     share = ((count[edges[1:]] - count[edges[:-1]]) * width.square()).pow(1 / 3).cumsum(0).clamp_min(1e-30)
     targets = (torch.arange(k, dtype=torch.float64, device=values.device) + 0.5) / k * share[-1]

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import math
 from typing import NamedTuple
 
 import torch
 from qdiff_kernels import largest_block, matrix_layout
 from torch import Tensor
 
-from ..config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from ..errors import QDiffError
-from ..formats import LayerSpec, WeightFormat, rotate_matrix, unrotate_matrix
+from ..formats import LayerSpec, WeightFormat, matrix_shape, rotate_matrix, unrotate_matrix
 from ..formats.transform import kernels_first, smooth_matrix
-from . import aq, fp, rtn, svdquant, vq
+from .base import method_of
 from .calibrated import fit_to_inputs, keep_gain
+from .config import QDiffConfig
 from .inputs import NOISE_SHARE, Samples, fit_inputs, for_noisy_inputs, input_noise
+from .magnitude import even_exponent, half_precision, reach, restore, row_exponents, times_power
 from .output_error import damped
 from .smoothing import search_smoothing
 from .unbias import sample_rows, unbias
 
+ORDINARY_MOMENTS = 20  # exponent of second moments within which they are left as they are
 MIN_ROTATION = 16  # a smaller Hadamard block mixes too few weights to be worth a pass over the activations
 
 
@@ -54,20 +54,10 @@ class LayerInputs(NamedTuple):
     noise_share: float = NOISE_SHARE
 
 
-@contextmanager
-def plain_defaults() -> Iterator[None]:
-    """New tensors are float32, whatever the process has made its default: the methods compute in float32 throughout."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-@plain_defaults()
 def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: LayerInputs | None = None) -> QuantizedWeight:
     """Quantize one weight, by itself or for inputs that are known.
+
+    All is computed in float32: tensors are made with a dtype, whatever the process, or another thread, has made its default.
 
     Args:
         weight: floating ``[out, in]`` or ``[out, in, kh, kw]``, on any device.
@@ -78,17 +68,20 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
     Raises:
         QDiffError: the weight holds NaN or infinity.
     """
-    shape = tuple(weight.shape)
+    shape, method = tuple(weight.shape), method_of(config)
     matrix = matrix_layout(weight.detach()).float().contiguous()
     if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
         raise QDiffError("the weight holds NaN or infinity")
     channels, block = shape[1], rotation_block(shape[1], config)
-    by_kernels = wants_kernel_vectors(shape, config)
+    by_kernels = method.kernel_vectors(config, shape)
+    exact, exponents = matrix, row_exponents(matrix, reach(method.formats(config, matrix_shape(shape))))
+    if exponents is not None:
+        matrix = times_power(matrix, -exponents)
     smooth = _smoothing(matrix, config, seed, inputs, channels, block)
     working = rotate_matrix(matrix if smooth is None else smooth_matrix(matrix, smooth), channels, block)
     if by_kernels:
         working = kernels_first(working, channels)
-    weight_format, tensors = _METHODS[config.method_name](working, config, seed)
+    weight_format, tensors = method.quantize(working, config, seed)
     if inputs is not None and inputs.hessian is not None:
         seen = rotate_hessian(smooth_hessian(inputs.hessian.to(working), smooth), channels, block)
         noise = input_noise(inputs.samples, config, channels, share=inputs.noise_share, smooth=smooth, rotation=block)
@@ -100,7 +93,8 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         tensors = unbias(working, weight_format, tensors)
     if "low_rank_down" in tensors:  # found in the rotated and smoothed space, used on the raw input
         down = unrotate_matrix(tensors["low_rank_down"].float(), channels, block)
-        tensors["low_rank_down"] = (down if smooth is None else smooth_matrix(down, 1 / smooth)).to(torch.float16)
+        down = down if smooth is None else smooth_matrix(down, 1 / smooth)
+        tensors["low_rank_down"] = half_precision(down, anywhere=exponents is not None)
     if smooth is not None:
         tensors["smooth"] = smooth.to(torch.float16)
     if config.needs_samples and inputs is not None and inputs.samples:
@@ -116,21 +110,26 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         kernel_vectors=by_kernels,
         input_scales=len(tensors.get("input_scales", ())),
     )
+    if exponents is not None:
+        spec, tensors = restore(spec, tensors, exponents)
     # With the strides and the memory of a tensor read from a file: BLAS rounds [1, n] of stride (1, 1) and of (n, 1) differently.
     tensors = {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in spec.tensors(shape)}
-    return QuantizedWeight(spec, tensors, relative_error(matrix, spec, tensors, shape))
+    error = relative_error(exact, spec, tensors, shape)
+    if not math.isfinite(error):
+        raise QDiffError(f"weights of up to {float(exact.abs().max()):.3g} are too large for float32 once they are quantized")
+    return QuantizedWeight(spec, tensors, error)
 
 
 def _smoothing(
     matrix: Tensor, config: QDiffConfig, seed: int, inputs: LayerInputs | None, channels: int, block: int
 ) -> Tensor | None:
     """The vector that inputs are divided by, where a config asks for one and there are inputs to find it on."""
-    if not isinstance(config, SVDQuantConfig) or not config.smoothing or inputs is None or not inputs.samples:
+    quantize = method_of(config).smoother(config, seed)
+    if quantize is None or inputs is None or not inputs.samples:
         return None
-    once = replace(config, rounds=1)
     rows = torch.cat(list(inputs.samples.values())).to(matrix)
     activations = config.activations or "none"
-    return search_smoothing(matrix, rows, channels, block, activations, lambda m: svdquant.quantize_config(m, once, seed))
+    return search_smoothing(matrix, rows, channels, block, activations, quantize)
 
 
 @torch.no_grad()
@@ -148,13 +147,6 @@ def format_target(weight: Tensor, spec: LayerSpec, tensors: dict[str, Tensor]) -
         matrix = smooth_matrix(matrix, tensors["smooth"].to(matrix))
     matrix = rotate_matrix(matrix, shape[1], spec.rotation)
     return (kernels_first(matrix, shape[1]) if spec.kernel_vectors else matrix).contiguous()
-
-
-def wants_kernel_vectors(shape: tuple[int, ...], config: QDiffConfig) -> bool:
-    """Whether a convolution's vectors should run through its kernels' taps: if that was asked for, and there are several."""
-    if not isinstance(config, AQConfig) or not config.kernel_vectors or len(shape) != 4:
-        return False
-    return shape[2] * shape[3] > 1
 
 
 def rotate_hessian(hessian: Tensor, channels: int, block: int) -> Tensor:
@@ -183,58 +175,40 @@ def _fit(
         matrix = matrix - tensors["low_rank_up"].float() @ tensors["low_rank_down"].float()
     own = {name: tensors[name] for name in weight_format.tensors(*matrix.shape)}
     assert inputs.hessian is not None
-    hessian = damped(inputs.hessian, inputs.damping)
+    hessian, noise = _near_one(inputs.hessian, noise)
+    hessian = damped(hessian, inputs.damping)
     target, seen = (matrix, hessian) if noise is None else for_noisy_inputs(matrix, hessian, noise.to(hessian))
     found = fit_to_inputs(target, weight_format, own, seen, errors=inputs.errors)
     return keep_gain(matrix, weight_format, found, hessian) if unbiased else found
 
 
+def _near_one(hessian: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Second moments of inputs and of their noise, both over the power of two that brings inputs of unusual size near 1."""
+    exponent = even_exponent(float(hessian.diagonal().mean()))
+    if abs(exponent) <= ORDINARY_MOMENTS:
+        return hessian, noise
+    power = torch.tensor(-exponent, device=hessian.device)
+    return times_power(hessian, power), None if noise is None else times_power(noise, power)
+
+
 def rotation_block(channels: int, config: QDiffConfig) -> int:
     """Hadamard block for a layer of ``channels`` inputs; 0 if the config wants none or the width allows none."""
-    inner = config.codebooks() if isinstance(config, SVDQuantConfig) else None
-    wanted = ROTATES[(inner or config).method_name] if config.rotation is None else config.rotation
+    method = method_of(config)
+    inner = method.inner(config)
+    rotates = (method if inner is None else method_of(inner)).rotates
+    wanted = rotates if config.rotation is None else config.rotation
     block = largest_block(channels) if wanted else 0
     return block if block >= MIN_ROTATION else 0
 
 
 def relative_error(matrix: Tensor, spec: LayerSpec, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> float:
-    """Squared error of the packed weight over the squared norm of ``matrix [rows, columns]``, from evenly spaced rows."""
+    """Squared error of the packed weight over the squared norm of ``matrix [rows, columns]``, from evenly spaced rows.
+
+    Not a number where the packed weight is infinite.
+    """
     exact, sample = sample_rows(matrix, tensors)
     sampled_shape = (exact.shape[0], *shape[1:])
     packed = matrix_layout(spec.dequantize(sample, sampled_shape))
+    exponent = torch.tensor(-even_exponent(float(exact.abs().max())), device=matrix.device)
+    packed, exact = times_power(packed, exponent), times_power(exact, exponent)  # squares stay finite
     return float((packed - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
-
-
-def _aq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, AQConfig)
-    weight_format = aq.choose_format(config, tuple(matrix.shape))
-    return weight_format, aq.quantize(matrix, weight_format, effort=config.effort, seed=seed)
-
-
-def _vq(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, VQConfig)
-    weight_format = vq.choose_format(config, tuple(matrix.shape))
-    return weight_format, vq.quantize(matrix, weight_format, restarts=config.restarts, seed=seed)
-
-
-def _fp(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, FPConfig)
-    return fp.quantize_config(matrix, config)
-
-
-def _svdquant(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, SVDQuantConfig)
-    if (inner := config.codebooks()) is None:
-        return svdquant.quantize_config(matrix, config, seed)
-    method = _METHODS[inner.method_name]
-    return svdquant.quantize_config(matrix, config, seed, lambda residual: method(residual, inner, seed))
-
-
-def _rtn(matrix: Tensor, config: QDiffConfig, seed: int) -> tuple[WeightFormat, dict[str, Tensor]]:
-    assert isinstance(config, RTNConfig)
-    return rtn.quantize(matrix, bits=int(config.bits or 8), group_size=config.group_size)
-
-
-_METHODS = {"aq": _aq, "vq": _vq, "fp": _fp, "svdquant": _svdquant, "rtn": _rtn}
-# Universal codebooks are made for Gaussian weights, which rotation provides; small groups with searched scales gain little from it.
-ROTATES = {"aq": True, "vq": True, "fp": False, "svdquant": False, "rtn": False}

@@ -50,7 +50,7 @@ def truncated_svd(
     width = min(rank + OVERSAMPLING, *matrix.shape)
     if start is None or start.shape != (matrix.shape[1], width):
         generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+        start = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float32).to(matrix.device)
         iterations = 2 if iterations is None else iterations
     basis = torch.linalg.qr(_product(matrix, start)).Q
     for _ in range(iterations or 0):

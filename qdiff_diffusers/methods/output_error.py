@@ -61,7 +61,7 @@ def pass_on_errors(weight: Tensor, hessian: Tensor, coder: Coder) -> None:
     everything = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
     for start in range(0, columns, chunk):
         stop = min(start + chunk, columns)
-        errors = torch.zeros(len(weight), stop - start, device=weight.device)
+        errors = torch.zeros(len(weight), stop - start, dtype=torch.float32, device=weight.device)
         for first in range(start, stop, step):
             part = slice(first, min(first + step, stop))
             inverse = torch.linalg.inv(upper[part, part])
@@ -81,7 +81,7 @@ def descend(weight: Tensor, hessian: Tensor, coder: Coder) -> None:
     chunk = max(step, CHUNK // step * step)
     for start in range(0, columns, chunk):
         stop = min(start + chunk, columns)
-        changes = torch.zeros(len(weight), stop - start, device=weight.device)
+        changes = torch.zeros(len(weight), stop - start, dtype=torch.float32, device=weight.device)
         for first in range(start, stop, step):
             part = slice(first, min(first + step, stop))
             block = hessian[part, part]

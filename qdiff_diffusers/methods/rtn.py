@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import GroupSize, IntegerFormat, group_columns
+from ..formats import IntegerFormat, WeightFormat, group_columns
+from .base import Method, Stored, register_method
+from .config import GroupSize, QDiffConfig
+
+DEFAULT_BITS = 8
+
+
+@dataclass(repr=False)
+class RTNConfig(QDiffConfig):
+    """Plain asymmetric round-to-nearest in groups: the baseline, and a cheap 8-bit choice for ``overrides``."""
+
+    unbiased: bool = False
+    group_size: GroupSize = 64
+
+    method_name: ClassVar[str] = "rtn"
+    bit_choices: ClassVar[tuple[float, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
 def quantize(weight: Tensor, *, bits: int, group_size: GroupSize = 64) -> tuple[IntegerFormat, dict[str, Tensor]]:
@@ -37,3 +55,28 @@ def _grouped(weight: Tensor, group: int) -> Tensor:
     """``[rows, groups, group]``; a short last group repeats its last column, which leaves its minimum and maximum alone."""
     missing = -weight.shape[1] % group
     return (F.pad(weight[None], (0, missing), mode="replicate")[0] if missing else weight).unflatten(1, (-1, group))
+
+
+@register_method
+class RTN(Method[RTNConfig]):
+    config = RTNConfig
+    label = "Round-to-nearest"
+    title = "round-to-nearest"
+    summary = "plain asymmetric integers in groups of 64 weights: the baseline"
+    description = "Plain asymmetric round-to-nearest in groups."
+    limits = """\
+- This is the baseline that every other method is measured against. At 4 bits or fewer one of them is nearly always closer."""
+    citation = """\
+@software{qdiff,
+  title={qdiff-diffusers: diffusion models at 2 to 8 bits},
+  year={2026}
+}"""
+    colour = "#8b949e"
+    is_baseline = True
+    suggested_bits = DEFAULT_BITS
+
+    def formats(self, config: RTNConfig, shape: tuple[int, int]) -> list[WeightFormat]:
+        return [IntegerFormat(int(config.bits or DEFAULT_BITS), config.group_size, symmetric=False)]
+
+    def quantize(self, matrix: Tensor, config: RTNConfig, seed: int) -> Stored:
+        return quantize(matrix, bits=int(config.bits or DEFAULT_BITS), group_size=config.group_size)

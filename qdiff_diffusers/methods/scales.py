@@ -111,7 +111,7 @@ class ScaleStore:
             elif self.dtype == "e4m3":
                 # Exponent and mantissa fields moved to those of a float32, whose bias is 120 more; subnormals included.
                 bits = (codes + steps).clamp_(0, 126).bitwise_left_shift_(20)
-                yield bits.view(torch.float32).mul(2.0**120 * self.unit)
+                yield bits.view(torch.float32).mul(2.0**120).mul_(self.unit)
             else:
                 yield self.round(base * (2.0**steps if self.dtype == "e8m0" else 2.0 ** (steps / 8)))
 
@@ -185,7 +185,7 @@ def _tensor_unit(weight: Tensor, grids: Sequence[Grid]) -> float:
     """Second-level scale: the largest group's scale, six ladder steps above absmax included, is E4M3's largest number."""
     low, high = (float(v) for v in weight.aminmax())
     largest = max(-low, high) / min(max(g.high, g.low) * g.unit for g in grids)
-    return float(short_scale(torch.tensor(max(largest * 1.75 / 448, TINY))))
+    return float(short_scale(torch.tensor(max(largest * 1.75 / 448, TINY), dtype=torch.float32)))
 
 
 def _quantize_rows(
@@ -193,7 +193,7 @@ def _quantize_rows(
 ) -> tuple[Tensor, float]:
     columns = weight.shape[1]
     groups = -(-columns // group)
-    scales = torch.empty(len(weight), groups, device=weight.device)
+    scales = torch.empty(len(weight), groups, dtype=torch.float32, device=weight.device)
     scratch = _Scratch()
 
     def work(part: slice) -> float:
@@ -309,7 +309,7 @@ def _search(block: _Block, grids: Sequence[Grid], store: ScaleStore, search: Sea
     found = []
     for grid in grids:
         mirror = len(grids) == 1 and not grid.symmetric
-        sign = torch.where(positive > negative, -1.0, 1.0) if mirror else None
+        sign = torch.where(positive > negative, -1.0, 1.0).to(peak) if mirror else None
         found.append(_search_grid(block, grid, peak, sign, store, search or default_search(grid, block.group, store.dtype)))
     if len(found) == 1:
         return found[0]

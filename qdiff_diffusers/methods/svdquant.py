@@ -8,22 +8,24 @@ in place of ``down``, so turning ``down`` back gives a branch that sees the raw 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..formats import GroupSize, IntegerFormat, MinifloatFormat, WeightFormat
+from ..formats import IntegerFormat, MinifloatFormat, WeightFormat
+from ..formats.spec import MAX_RANK
 from . import fp
+from .base import METHODS, Method, Option, Smoother, Stored, method_of, register_method
+from .config import GroupSize, QDiffConfig
+from .fields import Between
 from .grids import format_grids
-from .low_rank import LowRank, energies, rank_bits, truncated_svd
+from .low_rank import FACTOR_BITS, LowRank, energies, rank_bits, truncated_svd
+from .rtn import RTNConfig
 from .scales import Quantized, ScaleSearch, quantize_groups
 from .threads import block_threads, map_blocks
 
-if TYPE_CHECKING:
-    from ..config import SVDQuantConfig
-
-Stored = tuple[WeightFormat, dict[str, Tensor]]
 ResidualQuantizer = Callable[[Tensor], Stored]
 
 OVERHEAD = 0.5  # bits per weight for scales and branch together, what group-64 round-to-nearest spends on its scales
@@ -37,6 +39,78 @@ TRADES = {
     8: {16: 1.0, 32: 1.32, 64: 1.62},
 }
 SCALE_BITS = 8  # an E4M3 scale per group
+
+DEFAULT_BITS = 4
+CODEBOOKS = ("aq", "vq")  # methods that may quantize the residual
+INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
+INTEGER_GROUP = 64
+BRANCH_BITS = FACTOR_BITS  # most bits per weight for the branch
+RANK_SHARES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of a mean rank, what a layer can have
+
+
+@dataclass(repr=False)
+class SVDQuantConfig(QDiffConfig):
+    """A 16-bit low-rank branch beside a low-bit residual (SVDQuant).
+
+    Args:
+        bits: of the residual, 2, 3, 4 or 8; the format follows unless ``weight_format`` is given.
+        weight_format: of the residual: "int2" to "int8", "nvfp4", an encoding such as "e2m1", ...; "aq" or "vq" for codebooks of
+            ``bits``.
+        group_size: columns of the residual that share a scale, "row" or "tensor"; codebooks have one scale per row.
+        rank: rank of the branch, 0 for none; ``None`` scales it with the layer (24 at 3072 x 3072).
+        branch_bits: instead of ``rank``, what the branch may cost in bits per weight: each layer's rank follows from its shape, and
+            with ``Calibration(mixed=True)`` from what rank is worth there, ``branch_bits`` being the mean.
+        rounds: most rounds of alternating SVD and residual quantization; the first that does not lower the error ends them.
+        smoothing: divide the inputs by a vector of which 39 are tried on each layer. Needs a calibration; worth it or not, see
+            docs/calibration.md.
+        adaln_w4a16: store the modulation of adaptive layer norms, which sees one token per image, as plain INT4 in groups of 64
+            without a branch, and leave its inputs in 16 bits, as the SVDQuant authors' FLUX does and Nunchaku reads it.
+    """
+
+    weight_format: str | None = None
+    group_size: GroupSize | None = None
+    rank: Annotated[int, Between(0, MAX_RANK)] | None = None
+    branch_bits: Annotated[float, Between(0, BRANCH_BITS)] | None = None
+    rounds: Annotated[int, Between(1, 1000)] = 3
+    smoothing: bool = False
+    adaln_w4a16: bool = False
+
+    method_name: ClassVar[str] = "svdquant"
+    bit_choices: ClassVar[tuple[float, ...]] = (2, 3, 4, 8)
+    activation_choices: ClassVar[tuple[str, ...]] = ("int8", "fp8", "int4", "nvfp4")
+
+    @property
+    def bits_are_free(self) -> bool:
+        return self.weight_format in (None, *CODEBOOKS)
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        inner = self.codebooks()
+        return tuple(bits for bits in super().widths if inner is None or bits in inner.bit_choices)
+
+    @property
+    def needs_samples(self) -> bool:
+        return super().needs_samples or self.smoothing
+
+    def alternatives(self) -> list[dict[str, Any]]:
+        """Widths of the residual; or, where ``branch_bits`` is given, ranks."""
+        if self.branch_bits is None:
+            return super().alternatives()
+        return [{"branch_bits": share * self.branch_bits} for share in RANK_SHARES if share * self.branch_bits <= BRANCH_BITS]
+
+    def moves_by(self, assignments: str) -> bool:
+        inner = self.codebooks()
+        return super().moves_by(assignments) if inner is None else inner.moves_by(assignments)
+
+    def codebooks(self) -> QDiffConfig | None:
+        """The method of a residual in codebooks, if ``weight_format`` asks for one."""
+        if self.weight_format not in CODEBOOKS:
+            return None
+        return METHODS[self.weight_format].config(bits=self.bits)  # type: ignore[call-arg]
+
+    def modulation(self) -> QDiffConfig:
+        """What ``adaln_w4a16`` makes of the linear layers inside adaptive norms."""
+        return RTNConfig(bits=4, group_size=64, seed=self.seed)  # type: ignore[call-arg]
 
 
 class Plan(NamedTuple):
@@ -142,13 +216,11 @@ def quantize_config(
 
     ``residual_quantize`` is for formats that this module does not know.
     """
-    bits = int(config.bits or 4)
-    group_size, rank = config.group_size, config.rank
-    if config.branch_bits is not None:
-        rank = rank_within(weight.shape, config.branch_bits)
-    elif config.weight_format is None and rank is None and group_size is None:
+    bits, group_size = int(config.bits or DEFAULT_BITS), config.group_size
+    if _is_planned(config):
         group_size, rank = plan(weight, bits, seed=seed)
-    rank = default_rank(weight.shape) if rank is None else rank
+    else:
+        rank = _rank(config, weight.shape)
     residual = residual_quantize or residual_quantizer(bits, config.weight_format, group_size)
     return quantize(weight, residual_quantize=residual, rank=rank, rounds=config.rounds, seed=seed)
 
@@ -164,9 +236,40 @@ def residual_quantizer(
         group_size: columns per scale; by default the format's.
         search: scale candidates.
     """
-    if weight_format is not None and weight_format.startswith("int"):
-        return ScalarResidual(IntegerFormat(int(weight_format[3:]), 64 if group_size is None else group_size), search)
-    return ScalarResidual(fp.formats_for(bits, weight_format, group_size)[0], search)
+    return ScalarResidual(residual_format(bits, weight_format, group_size), search)
+
+
+def residual_format(
+    bits: int = DEFAULT_BITS, weight_format: str | None = None, group_size: GroupSize | None = None
+) -> IntegerFormat | MinifloatFormat:
+    """Format of a residual; arguments as for :func:`residual_quantizer`.
+
+    Raises:
+        ValueError: it is unknown, or the group size does not go with it.
+    """
+    if weight_format in INTEGERS:
+        return IntegerFormat(INTEGERS[weight_format], INTEGER_GROUP if group_size is None else group_size)
+    if weight_format == fp.ANY:
+        raise ValueError(f"weight_format {fp.ANY!r} compares encodings, which is for FPConfig; give one, such as 'e2m1'")
+    try:
+        return fp.formats_for(bits, weight_format, group_size)[0]
+    except ValueError as error:
+        if weight_format is None or not str(error).startswith("weight_format must be"):
+            raise
+        known = ", ".join(map(repr, (*INTEGERS, *CODEBOOKS, *fp.NAMED_FORMATS)))
+        raise ValueError(f"weight_format must be {known}, or one or two encodings such as 'e2m1', not {weight_format!r}") from error
+
+
+def _is_planned(config: SVDQuantConfig) -> bool:
+    """Whether groups and rank follow from the weight's own spectrum: without format, group size and rank."""
+    return config.weight_format is config.group_size is config.rank is config.branch_bits is None
+
+
+def _rank(config: SVDQuantConfig, shape: tuple[int, int] | torch.Size) -> int:
+    """Rank of the branch beside a ``[rows, columns]`` weight that is not planned."""
+    if config.branch_bits is not None:
+        return rank_within(shape, config.branch_bits)
+    return default_rank(shape) if config.rank is None else min(config.rank, *shape)
 
 
 def default_rank(shape: tuple[int, int] | torch.Size, budget: float = RANK_BITS) -> int:
@@ -195,6 +298,82 @@ def plan(weight: Tensor, bits: int, *, overhead: float = OVERHEAD, min_rank: int
     trades = TRADES[bits]
     ranks = {group: int((overhead - SCALE_BITS / group) / rank_bits(weight.shape) + 1e-9) for group in trades}
     ranks = {group: min(rank, *weight.shape) for group, rank in ranks.items() if rank >= min_rank} or {max(trades): min_rank}
-    kept = 1 - torch.cat([torch.zeros(1), energies(weight, max(1, *ranks.values()), seed).cpu().cumsum(0)])
+    kept = 1 - torch.cat([torch.zeros(1, dtype=torch.float32), energies(weight, max(1, *ranks.values()), seed).cpu().cumsum(0)])
     best = min(ranks, key=lambda group: trades[group] * float(kept[ranks[group]]))
     return Plan(best, ranks[best])
+
+
+@register_method
+class SVDQuant(Method[SVDQuantConfig]):
+    config = SVDQuantConfig
+    label = "SVDQuant"
+    title = "SVDQuant, a low-rank branch beside a low-bit residual"
+    summary = "a 16-bit low-rank branch beside a low-bit residual"
+    description = """\
+A 16-bit low-rank branch carries each weight's dominant directions; the residual is quantized to few bits. Branch and residual are
+refined in turn."""
+    limits = """\
+- The low-rank branch is computed in 16 bits beside the packed weights; without kernels for your device it costs time."""
+    citation = """\
+@article{li2024svdquant,
+  title={SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models},
+  author={Li, Muyang and Lin, Yujun and Zhang, Zhekai and Cai, Tianle and Li, Xiuyu and Guo, Junxian and Xie, Enze and Meng, Chenlin and Zhu, Jun-Yan and Han, Song},
+  journal={arXiv preprint arXiv:2411.05007},
+  year={2024}
+}"""  # noqa: E501
+    colour = "#3b82f6"
+    suggested_bits = DEFAULT_BITS
+    options = (Option("rank", 0, 0, 512, "Rank of the 16-bit low-rank branch. 0: scaled with each layer.", unset=0),)
+    few_rows_suffice = False  # a branch fits few rows too well
+
+    def check(self, config: SVDQuantConfig) -> None:
+        if config.branch_bits is not None and config.rank is not None:
+            raise ValueError("branch_bits goes without rank, which it replaces")
+        if config.codebooks() is not None:  # raises if there are none of these bits
+            if config.group_size is not None:
+                raise ValueError(
+                    f"group_size goes with scalar formats; weight_format {config.weight_format!r} has one scale per row"
+                )
+        elif config.weight_format is not None:
+            fixed = residual_format(weight_format=config.weight_format, group_size=config.group_size)
+            fp.check_width(config.bits, fixed.bits, config.weight_format)
+
+    def formats(self, config: SVDQuantConfig, shape: tuple[int, int]) -> list[WeightFormat]:
+        if (inner := config.codebooks()) is not None:
+            return method_of(inner).formats(inner, shape)
+        bits = int(config.bits or DEFAULT_BITS)
+        groups = list(TRADES[bits]) if _is_planned(config) else [config.group_size]
+        return [residual_format(bits, config.weight_format, group) for group in groups]
+
+    def quantize(self, matrix: Tensor, config: SVDQuantConfig, seed: int) -> Stored:
+        if (inner := config.codebooks()) is None:
+            return quantize_config(matrix, config, seed)
+        return quantize_config(matrix, config, seed, lambda residual: method_of(inner).quantize(residual, inner, seed))
+
+    def rank(self, config: SVDQuantConfig, shape: tuple[int, int]) -> int:
+        rank = 0 if _is_planned(config) else _rank(config, shape)
+        if rank > MAX_RANK:
+            raise ValueError(f"branch_bits {config.branch_bits} means rank {rank} here, and {MAX_RANK} is the highest")
+        return rank
+
+    def operations(self, config: SVDQuantConfig, shape: tuple[int, int]) -> float:
+        inner = config.codebooks()
+        return 0.0 if inner is None else config.rounds * method_of(inner).operations(inner, shape)
+
+    def inner(self, config: SVDQuantConfig) -> QDiffConfig | None:
+        return config.codebooks()
+
+    def smoother(self, config: SVDQuantConfig, seed: int) -> Smoother | None:
+        if not config.smoothing:
+            return None
+        once = replace(config, rounds=1)
+        return lambda matrix: quantize_config(matrix, once, seed)
+
+    def for_module(self, config: SVDQuantConfig, model: nn.Module, name: str) -> QDiffConfig:
+        return config.modulation() if config.adaln_w4a16 and _is_modulation(model, name) else config
+
+
+def _is_modulation(model: nn.Module, name: str) -> bool:
+    """Whether a layer gives an adaptive norm's scales and shifts: diffusers calls them AdaLayerNorm... and AdaGroupNorm."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return type(parent).__name__.removeprefix("SD35").startswith(("AdaLayerNorm", "AdaGroupNorm"))

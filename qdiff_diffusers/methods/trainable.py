@@ -41,7 +41,7 @@ class TrainableWeight(nn.Module):
     def __init__(self, coder: CodebookCoder | ScalarCoder) -> None:
         super().__init__()
         self.coder = coder
-        ones = torch.ones(len(coder.scales), 1, device=coder.values.device)
+        ones = torch.ones(len(coder.scales), 1, dtype=torch.float32, device=coder.values.device)
         self.factors = nn.Parameter(ones, requires_grad=coder.can_rescale)
 
     def forward(self) -> Tensor:

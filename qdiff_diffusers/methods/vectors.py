@@ -69,7 +69,7 @@ def group_rms(weight: Tensor, fmt: CodebookFormat) -> Tensor:
         return weight.square().mean(dtype=torch.float64).sqrt().float().view(1, 1)
     size = group_columns(fmt.group_size, columns)
     groups = -(-columns // size)
-    out = torch.empty(rows, groups, device=weight.device)
+    out = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
     for g in range(groups):
         part = weight[:, g * size : (g + 1) * size]
         torch.div(torch.linalg.vector_norm(part, dim=1), part.shape[1] ** 0.5, out=out[:, g])

@@ -32,10 +32,27 @@ def recognise(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def tiny_unets(supported_models: Any) -> list[type]:
-    """Descriptions by which ComfyUI recognises the tiny UNets."""
+    """Descriptions by which ComfyUI recognises the tiny UNets; the first that fits counts."""
     xl = {"model_channels": 32, "context_dim": 128, "use_linear_in_transformer": True, "adm_in_channels": 64 + 6 * 256}
     plain = {"model_channels": 32, "context_dim": 32, "use_linear_in_transformer": False, "adm_in_channels": None}
+    linear = {"model_channels": 64, "context_dim": 32, "use_linear_in_transformer": True, "adm_in_channels": None}
+    sizes = {
+        "SDXL_instructpix2pix": xl | {"in_channels": 8},
+        "SDXL": xl,
+        "SD15_instructpix2pix": plain | {"in_channels": 8},
+        "SD15": plain,
+        "SD21UnclipL": linear | {"adm_in_channels": 96},
+        "LotusD": linear | {"adm_in_channels": 4},
+        "SD_X4Upscaler": linear | {"in_channels": 7},
+    }
+    kinds = {name: getattr(supported_models, name) for name in sizes if hasattr(supported_models, name)}
     return [
-        type("TinySDXL", (supported_models.SDXL,), {"unet_config": xl}),
-        type("TinySD15", (supported_models.SD15,), {"unet_config": plain}),
+        type(f"Tiny{name}", (kind,), {"unet_config": sizes[name], "unet_extra_config": _extra(kind)})
+        for name, kind in kinds.items()
     ]
+
+
+def _extra(kind: type) -> dict[str, Any]:
+    """What a description adds to what is detected; the upscaler's list has an entry for each of its four levels."""
+    disabled = {"disable_self_attentions": [True, False]} if "disable_self_attentions" in kind.unet_extra_config else {}
+    return kind.unet_extra_config | disabled

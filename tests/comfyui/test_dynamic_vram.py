@@ -12,8 +12,8 @@ import pytest
 import torch
 from comfyui import host
 from comfyui.models_folder import native_tensors
-from comfyui.test_patches import TOLERANCE, models, patches_of, peft_lora, run, with_lora
-from comfyui.tiny_families import TINY
+from comfyui.test_patches import TOLERANCE, control_lora, models, patches_of, peft_lora, run, run_nothing, with_lora
+from comfyui.tiny_families import CONTEXT, IMAGE, POOLED, TINY
 
 from qdiff_diffusers import RTNConfig
 
@@ -62,6 +62,35 @@ def test_weights_are_used_as_they_are_and_loras_stay_beside_them(flux):
     assert (output(patcher) - before).abs().max() < TOLERANCE
     assert (output(patched) - wanted).abs().max() < TOLERANCE
     assert (output(patcher) - before).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_small_weights_stay_packed_and_keep_their_loras(flux):
+    """ComfyUI decodes weights that it loads at once; patches that are held back from it have to reach those too."""
+    patcher, _ = flux
+    packed, patched = host.part("loader").packed_weights(patcher), with_lora(patcher, peft_lora("flux"), 0.8)
+    patched.load(CPU)
+    assert set(host.part("loader").packed_weights(patched)) == set(packed)
+    assert len(patches_of(patched)) == sum(f"diffusion_model.{name}.weight" in patched.patches for name in packed)
+
+
+@torch.no_grad()
+def test_a_control_lora_widens_a_packed_layer(flux):
+    patcher, stock = flux
+    before = output(patcher)
+    patched = with_lora(patcher, control_lora(), 0.8)
+    stock = with_lora(stock, control_lora(), 0.8)
+    wanted = run_wide(stock, load=run_nothing)
+    assert (run_wide(patched) - wanted).abs().max() < TOLERANCE
+    assert torch.equal(output(patcher), before)
+    assert (run_wide(patched) - wanted).abs().max() < TOLERANCE
+
+
+def run_wide(model, load=lambda model: model.load(CPU)):
+    """The projection and all that follows, with twice as many channels as the model has been made for."""
+    load(model)
+    image = torch.cat([IMAGE, IMAGE.flip(-1)], 1)
+    return model.model.diffusion_model(image, torch.tensor([0.7]), CONTEXT, POOLED, guidance=torch.tensor([3.5]))
 
 
 @torch.no_grad()

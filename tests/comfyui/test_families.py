@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import diffusers
 import pytest
 import torch
 from comfyui import host
+from comfyui.test_patches import METHODS
 from comfyui.tiny_families import TINY
 
-from qdiff_diffusers import CheckpointError
+from qdiff_diffusers import CheckpointError, RTNConfig
 
 TOLERANCE = 1e-5  # of outputs of order one, in float32
 
@@ -101,10 +105,58 @@ def test_published_sizes_are_recognised_and_every_tensor_fits(name):
     assert {key: tensor.shape for key, tensor in given.items()} == wanted
 
 
+CHANNELS = {"in_channels", "in_dim", "out_dim"}
+
+
+def test_every_class_that_comfyui_picks_by_a_number_of_channels_is_known():
+    """Such a one has the names of the class without that number, so the same table; Stable Zero123 has tensors besides."""
+    host.pack()
+    from comfy import supported_models
+
+    families = host.part("families").FAMILIES
+    found = set()
+    kinds = [kind for kind in supported_models.models if not kind.required_keys]
+    for kind in kinds:
+        plain = {key: value for key, value in kind.unet_config.items() if key not in CHANNELS}
+        made = {name for other in kinds if other.unet_config == plain for name in _made_by(other)}
+        for family in families:
+            if made & set(family.native):
+                assert _made_by(kind) <= set(family.native), f"{kind.__name__} is {family.name} with other channels"
+                found |= _made_by(kind)
+    assert found >= {"SDXL_instructpix2pix", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V", "WAN22", "Flux"}
+
+
+def _made_by(kind):
+    """Names of the model classes that a description of ComfyUI's can make."""
+    return set(re.findall(r"model_base\.(\w+)\(", inspect.getsource(kind.get_model)))
+
+
+SIBLINGS = {
+    "hunyuan_video_i2v": "HunyuanVideoI2V",
+    "skyreels_i2v": "HunyuanVideoSkyreelsI2V",
+    "sd15_pix2pix": "SD15_instructpix2pix",
+    "sdxl_pix2pix": "SDXL_instructpix2pix",
+    "sd21_unclip": "SD21UNCLIP",
+    "x4_upscaler": "SD_X4Upscaler",
+    "lotus": "Lotus",
+}
+
+
+@pytest.mark.parametrize(
+    "family, method",
+    [*((family, "rtn") for family in SIBLINGS), *(("skyreels_i2v", method) for method in ("svdquant", "vq", "aq"))],
+)
+def test_a_model_with_other_inputs_is_loaded_as_the_class_for_them(family, method, quantized, tiny):
+    tiny(family)
+    model = load(quantized(family, METHODS[method]()))
+    assert type(model.model).__name__ == SIBLINGS[family]
+    assert host.part("loader").packed_weights(model)
+
+
 def test_a_model_without_a_native_class_is_refused_by_name(tmp_path):
     import tiny_models
 
-    from qdiff_diffusers import RTNConfig, quantize
+    from qdiff_diffusers import quantize
 
     tiny_models.make("dit").save_pretrained(tmp_path / "dit")
     quantize(tmp_path / "dit", RTNConfig(bits=4), tmp_path / "packed")

@@ -8,8 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from comfyui import host
 from comfyui.host import FOLDER, ROOT
 from comfyui.server import Server, node, pictures
+
+import qdiff_diffusers
+from qdiff_diffusers import __version__
+from qdiff_diffusers.cli.comfy import install_pack
 
 HIDDEN = Path(__file__).parent / "hidden"
 OURS = "qdiff_diffusers,qdiff_kernels,qdiff_diffusers.hub_cards"
@@ -67,3 +73,36 @@ def test_a_missing_package_is_a_message_and_not_a_missing_node():
     assert len(messages) == 4
     for message in messages:
         assert f"No module named '{missing}'" in message and "pip install" in message and "start ComfyUI again" in message
+
+
+@pytest.mark.parametrize(
+    "marker, way_out",
+    [
+        (("qdiff_pack.json", '{"version": "0.0.9"}\n'), "qdiff_diffusers.cli comfy install --overwrite"),
+        (("pyproject.toml", '[project]\nname = "qdiff-diffusers"\nversion = "0.0.9"\n'), "pip uninstall qdiff-diffusers"),
+    ],
+)
+def test_nodes_and_package_of_different_versions_say_so(marker, way_out, tmp_path, monkeypatch):
+    package, node = host.part("package"), host.part("nodes.load").LoadModel
+    assert package.problem() is None and package.nodes_version(ROOT) == __version__
+    monkeypatch.setattr(package, "ROOT", tmp_path)
+    assert package.problem() is None  # neither a clone nor installed: a copy by hand
+    (tmp_path / marker[0]).write_text(marker[1])
+    package.nodes_version.cache_clear()
+    said = node.validate_inputs("flux")
+    assert f"are version 0.0.9, the package in {Path(qdiff_diffusers.__file__).parent} is {__version__}" in said
+    assert way_out in said and said.endswith("start ComfyUI again")
+    with pytest.raises(package.MissingPackage, match=r"version 0\.0\.9"):
+        host.part("nodes.inspect").ModelInfo.execute(None)
+
+
+def test_what_is_installed_says_which_version_it_is(tmp_path):
+    (tmp_path / "custom_nodes").mkdir()
+    assert host.part("package").nodes_version(install_pack(tmp_path)) == __version__
+
+
+def test_a_kernel_that_cannot_run_here_is_not_offered():
+    load = host.part("nodes.load")
+    assert load.kernel_choices() == ["auto", "torch"]
+    with pytest.raises(ValueError, match="triton needs a GPU"):
+        load.LoadModel.execute("flux", kernels="triton")

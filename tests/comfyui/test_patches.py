@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from comfyui import host
 from comfyui.tiny_families import TINY, make
 from torch import nn
 
+from qdiff_diffusers import AQConfig, ConfigError, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+
 TOLERANCE = 1e-5
 FAMILIES = ("flux", "sd3", "sdxl", "wan")
+METHODS: dict[str, Callable[..., QDiffConfig]] = {
+    "rtn": lambda **options: RTNConfig(bits=4, group_size=32, **options),
+    "svdquant": lambda **options: SVDQuantConfig(bits=4, rank=2, rounds=1, **options),
+    "vq": lambda **options: VQConfig(codebook_bits=4, vector_size=2, restarts=1, **options),
+    "aq": lambda **options: AQConfig(bits=2, effort=0, **options),
+}
 
 
 @pytest.fixture
 def models(tiny, quantized):
     """``models(family)``: the packed model, and stock ComfyUI's model with the same weights decoded."""
 
-    def pair(family):
+    def pair(family, config=None):
         tiny(family)
         import comfy.sd
 
         loader = host.part("loader")
-        packed = loader.load_model(quantized(family))
+        packed = loader.load_model(quantized(family, config))
         tensors = packed.model.diffusion_model.state_dict()
         decoded = {k: v.dequantize() if host.part("layout").is_packed(v) else v.clone() for k, v in tensors.items()}
         return packed, comfy.sd.load_diffusion_model_state_dict(decoded, model_options={"dtype": torch.float32})
@@ -124,6 +134,17 @@ def patches_of(model):
     return [m.patches for m in model.model.modules() if getattr(m, "patches", None) is not None]
 
 
+def control_lora(columns=2.0):
+    """As the ones that give Flux an image to follow: a projection of more channels, and biases."""
+    torch.manual_seed(7)
+    rows, inputs = make("flux").x_embedder.weight.shape
+    inputs = int(inputs * columns)
+    lora = {"img_in.lora_B.weight": torch.randn(rows, 4), "img_in.lora_A.weight": torch.randn(4, inputs)}
+    lora = {key: value * 0.2 for key, value in lora.items()} | {"img_in.diff_b": torch.randn(rows) * 0.1}
+    lora["img_in.reshape_weight"] = torch.tensor([rows, inputs])
+    return {f"diffusion_model.{key}": value for key, value in lora.items()} | peft_lora("flux")
+
+
 @pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
 def test_a_lora_is_a_branch_and_exact(family, models):
     packed, stock = models(family)
@@ -207,9 +228,113 @@ def test_a_layer_that_shifts_its_inputs_keeps_its_bias_under_patches():
     wanted = x @ packed.dequantize().T
     assert (layer(x) - wanted).norm() < 0.2 * wanted.norm()  # 4-bit inputs
     nothing = LoKrAdapter(set(), (torch.zeros(2, 2), torch.zeros(32, 32), *[None] * 7))
-    layer.patches = host.part("patches").Patches("x", [(1.0, nothing, 1.0, None, None)])
+    layer.patches = host.part("patches").Patches("x", [(1.0, nothing, 1.0, None, None)], (64, 64))
     assert layer.patches.dense
     assert (layer(x) - wanted).abs().max() < TOLERANCE * wanted.abs().max()
+    layer.patches = None
+    layer.set_weight(torch.cat([packed.dequantize(), torch.ones(64, 8)], 1))  # as a patch that makes it wider leaves it
+    assert (layer(torch.cat([x, torch.zeros(5, 8)], 1)) - wanted).abs().max() < TOLERANCE * wanted.abs().max()
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    assert (layer(x) - wanted).norm() < 0.2 * wanted.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [*METHODS, "dense"])
+def test_a_control_lora_widens_a_packed_layer(method, models):
+    """And lets go of it. Models look at the weight's shape, to know how many channels to put in."""
+    import comfy.model_management
+    from comfyui.test_stock_nodes import sample
+
+    outer = {"keep_outer_layers": False} | ({} if method == "rtn" else {"modules_to_not_convert": ["transformer_blocks"]})
+    packed, stock = models("flux", RTNConfig(bits=4, group_size=32) if method == "dense" else METHODS[method](**outer))
+    assert host.part("layout").is_packed(packed.model.diffusion_model.img_in.weight) == (method != "dense")
+    before = sample(packed, "flux")
+    patched, expected = (with_lora(model, control_lora(), 0.8) for model in (packed, stock))
+    wanted = sample(expected, "flux")
+    assert (wanted - before).abs().max() > 100 * TOLERANCE
+    limit = TOLERANCE * wanted.abs().max()
+    assert (sample(patched, "flux") - wanted).abs().max() < limit
+    patched.partially_unload(torch.device("cpu"), packed.model_size() // 2)
+    assert (sample(patched, "flux") - wanted).abs().max() < limit
+    again = with_lora(patched, peft_lora("flux"), 0.0)  # other patches on the same weights
+    assert (sample(again, "flux") - wanted).abs().max() < limit
+    assert torch.equal(sample(packed, "flux"), before)
+    comfy.model_management.unload_all_models()
+    patched.load(torch.device("cpu"), lowvram_model_memory=1)  # nothing fits; ComfyUI does not widen dense layers then
+    assert packed.model.diffusion_model.img_in.weight.shape[1] == (64 if method == "dense" else 128)
+    patched.unpatch_model(torch.device("cpu"))
+    assert packed.model.diffusion_model.img_in.weight.shape[1] == 64
+    assert torch.equal(sample(packed, "flux"), before)
+
+
+@torch.no_grad()
+def test_a_difference_that_pads_widens_a_packed_convolution(models):
+    outputs = []
+    for model in models("sdxl"):
+        model = model.clone()
+        weight = model.model.diffusion_model.input_blocks[0][0].weight
+        torch.manual_seed(8)
+        wider = torch.randn(weight.shape[0], 2 * weight.shape[1], *weight.shape[2:])
+        key = "diffusion_model.input_blocks.0.0.weight"
+        model.add_patches({key: ("diff", (wider, {"pad_weight": True}))}, 0.7)
+        run_nothing(model)
+        outputs.append(model.model.diffusion_model.input_blocks[0][0](torch.randn(1, 8, 8, 8)))
+    assert torch.equal(*outputs)
+
+
+def run_nothing(model):
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+
+
+def test_a_lora_that_narrows_a_layer_or_does_so_by_hooks_is_refused_by_name(models):
+    import comfy.hooks
+    import comfy.lora
+
+    packed, _ = models("flux")
+    with pytest.raises(ConfigError, match=r"img_in\.weight \[128, 32\], which is smaller than the model's \[128, 64\]"):
+        run_nothing(with_lora(packed, control_lora(0.5), 1.0))
+    model = packed.clone()
+    hook = comfy.hooks.WeightHook(strength_model=1.0)
+    hook.weights = comfy.lora.load_lora(control_lora(), comfy.lora.model_lora_keys_unet(model.model, {}))
+    hook.need_weight_init = False
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    run_nothing(model)
+    model.add_hook_patches(hook, hook.weights, 1.0)
+    with pytest.raises(ConfigError, match=r"hooks makes diffusion_model\.img_in\.weight .*LoraLoaderModelOnly"):
+        model.patch_hooks(group)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["flux", "sdxl"])
+def test_a_lora_stays_when_a_part_of_the_model_is_unloaded(family, models):
+    packed, _ = models(family)
+    patched = with_lora(packed, lora_file(family), 0.8)
+    wanted = run(patched, family)
+    assert patched.partially_unload(torch.device("cpu"), packed.model_size() // 2) > 0
+    assert torch.equal(TINY[family].native(patched.model.diffusion_model), wanted)
+    patched.partially_load(torch.device("cpu"), 1e9)
+    assert torch.equal(TINY[family].native(patched.model.diffusion_model), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["as convolutions", "flat", "of another model"])
+def test_a_lora_of_another_shape_does_what_it_does_to_dense_weights(change, models, caplog):
+    """Linear layers' are stored as 1 x 1 convolutions too, and convolutions' flat; those of another model are left out."""
+    packed, stock = models("sdxl")
+    changes = {
+        "as convolutions": lambda w: w[..., None, None] if w.ndim == 2 else w,
+        "flat": lambda w: w.flatten(1),
+        "of another model": lambda w: torch.cat([w, w], 1) if len(w) == 4 else w,  # twice as many columns
+    }
+    lora = {key: changes[change](value).contiguous() for key, value in lora_file("sdxl").items()}
+    before = run(packed, "sdxl")
+    output, wanted = (run(with_lora(model, lora, 0.8), "sdxl") for model in (packed, stock))
+    assert (output - wanted).abs().max() < TOLERANCE
+    assert ((wanted - before).abs().max() < TOLERANCE) == (change == "of another model")
+    assert ("is left out" in caplog.text) == (change == "of another model")
 
 
 def test_a_merge_of_two_models_is_that_of_their_decoded_weights(models):

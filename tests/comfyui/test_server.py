@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import urllib.request
 
 import numpy as np
@@ -9,6 +11,9 @@ import pytest
 from comfyui.conditioned import around
 from comfyui.models_folder import ELSEWHERE, FAMILIES, ODD
 from comfyui.server import node, pictures
+from comfyui.test_patches import METHODS
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 NODES = {
     "QDiffLoadModel",
@@ -206,7 +211,10 @@ def test_a_bad_checkpoint_is_refused_before_anything_runs(checkpoint, message, s
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model": node("QDiffLoadModel", checkpoint="flux", dtype="auto", kernels="triton")}, "needs a GPU"),
+        (
+            {"model": node("QDiffLoadModel", checkpoint="flux", dtype="auto", kernels="triton")},
+            "kernels: 'triton' not in ['auto', ",
+        ),
         *(
             ({"info": node("QDiffSaveModel", model=["model", 0], name=name)}, "must be a folder inside models/qdiff")
             for name in (
@@ -244,6 +252,72 @@ def test_a_bad_choice_is_refused_with_a_way_out(change, message, server):
         graph["show"] = node("SaveImage", images=["images", 0], filename_prefix="x")
     assert message in server.run(graph)["error"]
     assert server.process.poll() is None
+
+
+@pytest.mark.parametrize("method", ["rtn", "svdquant", "aq"])
+def test_a_checkpoint_that_is_replaced_under_its_name_gives_the_new_image(method, server, quantized):
+    """Also by one of the same size and with the same time."""
+    outer = {"keep_outer_layers": False, "modules_to_not_convert": ["transformer_blocks"]}
+    target = server.base / "models" / "qdiff" / f"replaced {method}"
+    shutil.copytree(quantized("flux", METHODS[method](**outer)), target)
+    graph = sampling("flux") | {"model": node("QDiffLoadModel", checkpoint=target.name, dtype="auto", kernels="auto")}
+    before = pictures(server, server.run(graph))[0]
+    file = next(target.glob("*.safetensors"))
+    with safe_open(file, framework="pt") as content:
+        metadata, tensors = content.metadata(), {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+    tensors["proj_out.bias"] += 1
+    old = file.stat()
+    file.unlink()
+    save_file(tensors, file, metadata)
+    os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert file.stat().st_size == old.st_size
+    assert np.abs(pictures(server, server.run(graph))[0].astype(int) - before).max() > 5
+
+
+@pytest.mark.parametrize(
+    "kind, changed, marked",
+    [
+        ("QDiffLoadModel", {"checkpoint": "truncated"}, ["checkpoint"]),
+        ("QDiffLoadModel", {"checkpoint": "nowhere"}, ["checkpoint"]),
+        ("QDiffLoadModel", {"kernels": "triton"}, ["kernels"]),
+        ("QDiffLoadModel", {"checkpoint": "nowhere", "dtype": "int3"}, ["checkpoint", "dtype"]),
+        ("QDiffLoadCLIP", {"encoder": "flux"}, ["encoder"]),
+        ("QDiffLoadCLIP", {"encoder_2": "nowhere"}, ["encoder_2"]),
+        ("QDiffLoadPipeline", {"pipeline": "nothing"}, ["pipeline"]),
+        ("QDiffSaveModel", {"name": "../x"}, ["name"]),
+    ],
+)
+def test_only_the_input_that_is_wrong_is_marked(kind, changed, marked, server):
+    inputs = {
+        "QDiffLoadModel": {"checkpoint": "flux", "dtype": "auto", "kernels": "auto"},
+        "QDiffLoadCLIP": {"encoder": "text/clip_l", "encoder_2": "none", "encoder_3": "none", "type": "flux"},
+        "QDiffLoadPipeline": {"pipeline": "demo model (bundled)", "quantize": "as stored"},
+        "QDiffSaveModel": {"model": ["model", 0], "name": "made/marked"},
+    }[kind]
+    graph = {
+        "model": node("QDiffLoadModel", checkpoint="flux", dtype="auto", kernels="auto"),
+        "bad": node(kind, **inputs | changed),
+    }
+    if kind != "QDiffSaveModel":
+        graph["show"] = node("PreviewAny", source=["bad", 0])
+    answer = server.queue(graph)
+    errors = answer["node_errors"]["bad"]["errors"]
+    assert sorted(error["extra_info"]["input_name"] for error in errors) == marked
+    assert list(answer["node_errors"]) == ["bad"]
+
+
+@pytest.mark.parametrize("bad, message", [("flux", "flux is no text encoder"), ("text/broken", "is truncated or damaged")])
+def test_a_bad_second_encoder_is_refused_before_anything_is_loaded(bad, message, server):
+    good, broken = (server.base / "models" / "qdiff" / "text" / name for name in ("clip_l", "broken"))
+    if not broken.exists():
+        shutil.copytree(good, broken)
+        file = broken / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])
+    graph = {
+        "clip": node("QDiffLoadCLIP", encoder="text/clip_l", encoder_2=bad, encoder_3="none", type="flux"),
+        "show": node("PreviewAny", source=["clip", 0]),
+    }
+    assert message in server.run(graph)["error"]
 
 
 def test_an_unknown_class_and_a_second_quantization_are_readable_errors(server):

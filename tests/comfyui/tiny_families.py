@@ -30,6 +30,7 @@ IMAGE, CONTEXT, POOLED = noise(1, 16, 8, 8), noise(1, 8, 64), noise(1, 64)
 VIDEO = noise(1, 16, 2, 8, 8)
 SD3_CONTEXT, SD3_POOLED = noise(1, 8, 4096) / 8, noise(1, 128)  # ComfyUI pads the texts of its CLIPs to this width
 XL_CONTEXT, XL_POOLED = noise(1, 6, 128), noise(1, 64)  # two encoders of width 64
+NOISE_LEVEL = torch.tensor([20])  # of an upscaler
 QWEN_CONTEXT = noise(1, 8, 128)
 
 
@@ -92,18 +93,28 @@ def chroma_reference(model: nn.Module) -> Tensor:
 
 
 def unet_reference(model: nn.Module) -> Tensor:
-    x, step = noise(1, 4, 8, 8), torch.tensor(500)
+    x, step = noise(1, model.config.in_channels, 8, 8), torch.tensor(500)
     if model.config.addition_embed_type is None:
-        return model(x, step, noise(1, 6, 32), return_dict=False)[0]
+        labels = None
+        if model.config.num_class_embeds:
+            labels = NOISE_LEVEL
+        elif model.config.class_embed_type:
+            labels = noise(1, model.config.projection_class_embeddings_input_dim)
+        return model(x, step, noise(1, 6, 32), class_labels=labels, return_dict=False)[0]
     extra = {"text_embeds": XL_POOLED, "time_ids": torch.ones(1, 6)}
     return model(x, step, XL_CONTEXT, added_cond_kwargs=extra, return_dict=False)[0]
+
+
+def unet_native(channels: int = 4, label: Tensor | None = None) -> Callable[[nn.Module], Tensor]:
+    return lambda m: m(noise(1, channels, 8, 8), torch.tensor([500]), context=noise(1, 6, 32), y=label)
 
 
 def sdxl_native(model: nn.Module) -> Tensor:
     from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 
     sizes = timestep_embedding(torch.ones(6), 256).reshape(1, -1)
-    return model(noise(1, 4, 8, 8), torch.tensor([500]), context=XL_CONTEXT, y=torch.cat([XL_POOLED, sizes], 1))
+    x = noise(1, model.in_channels, 8, 8)
+    return model(x, torch.tensor([500]), context=XL_CONTEXT, y=torch.cat([XL_POOLED, sizes], 1))
 
 
 def pixart_reference(model: nn.Module) -> Tensor:
@@ -126,16 +137,17 @@ def hidream_reference(model: nn.Module) -> Tensor:
     )[0]
 
 
-def hunyuan_reference(model: nn.Module) -> Tensor:
-    return model(
-        VIDEO,
-        torch.tensor([700]),
-        CONTEXT,
-        torch.ones(1, 8),
-        noise(1, 768),
-        torch.tensor([6000.0]),
-        return_dict=False,
-    )[0]
+def hunyuan_video(channels: int, guided: bool) -> Tiny:
+    """Text to video takes 16 channels, and those of an image besides: of the mask too (33), or not (32)."""
+    video = noise(1, channels, 2, 8, 8)
+    own, native = (torch.tensor([6000.0]), {"guidance": torch.tensor([6.0])}) if guided else (None, {})
+    sizes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "text_embed_dim": 64}
+    return Tiny(
+        "HunyuanVideoTransformer3DModel",
+        sizes | {"in_channels": channels, "guidance_embeds": guided},
+        lambda m: m(video, torch.tensor([700]), CONTEXT, torch.ones(1, 8), noise(1, 768), own, return_dict=False)[0],
+        lambda m: m(video, torch.tensor([700.0]), CONTEXT, noise(1, 768), **native),
+    )
 
 
 def ltx_reference(model: nn.Module) -> Tensor:
@@ -161,6 +173,23 @@ UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "cross_attention_dim": 32,
+}
+
+XL = UNET | {
+    "attention_head_dim": (1, 1),  # of 64 channels each
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 64 + 6 * 256,
+    "cross_attention_dim": 128,
+    "norm_num_groups": 32,
+}
+SD21 = UNET | {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": (1, 1),
+    "block_out_channels": (64, 64),
+    "use_linear_projection": True,
 }
 
 TINY = {
@@ -213,26 +242,29 @@ TINY = {
         lambda m: m(IMAGE, SD3_CONTEXT, SD3_POOLED, torch.tensor([700]), return_dict=False)[0],
         lambda m: m(IMAGE, torch.tensor([700]), context=SD3_CONTEXT, y=SD3_POOLED),
     ),
-    "sdxl": Tiny(
-        "UNet2DConditionModel",
-        UNET
-        | {
-            "attention_head_dim": (1, 1),  # of 64 channels each
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 64 + 6 * 256,
-            "cross_attention_dim": 128,
-            "norm_num_groups": 32,
-        },
-        unet_reference,
-        sdxl_native,
+    "sdxl": Tiny("UNet2DConditionModel", XL, unet_reference, sdxl_native),
+    "sdxl_pix2pix": Tiny("UNet2DConditionModel", XL | {"in_channels": 8}, unet_reference, sdxl_native),
+    "sd15": Tiny("UNet2DConditionModel", UNET | {"attention_head_dim": 8}, unet_reference, unet_native()),
+    "sd15_pix2pix": Tiny(
+        "UNet2DConditionModel", UNET | {"attention_head_dim": 8, "in_channels": 8}, unet_reference, unet_native(8)
     ),
-    "sd15": Tiny(
+    "sd21_unclip": Tiny(
         "UNet2DConditionModel",
-        UNET | {"attention_head_dim": 8},
+        SD21 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 96},
         unet_reference,
-        lambda m: m(noise(1, 4, 8, 8), torch.tensor([500]), context=noise(1, 6, 32)),
+        unet_native(label=noise(1, 96)),
+    ),
+    "lotus": Tiny(
+        "UNet2DConditionModel",
+        SD21 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 4},
+        unet_reference,
+        unet_native(label=noise(1, 4)),
+    ),
+    "x4_upscaler": Tiny(
+        "UNet2DConditionModel",
+        SD21 | {"attention_head_dim": 8, "in_channels": 7, "num_class_embeds": 1000, "only_cross_attention": [True, False]},
+        unet_reference,
+        unet_native(7, NOISE_LEVEL),
     ),
     "pixart": Tiny(
         "PixArtTransformer2DModel",
@@ -388,12 +420,9 @@ TINY = {
         lambda m: m(noise(1, 16, 2, 4, 4), torch.tensor([0.7]), CONTEXT, None),
         {"in_channels": 16, "out_channels": 16, "caption_channels": 64},
     ),
-    "hunyuan_video": Tiny(
-        "HunyuanVideoTransformer3DModel",
-        {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "text_embed_dim": 64},
-        hunyuan_reference,
-        lambda m: m(VIDEO, torch.tensor([700.0]), CONTEXT, noise(1, 768), guidance=torch.tensor([6.0])),
-    ),
+    "hunyuan_video": hunyuan_video(16, True),
+    "hunyuan_video_i2v": hunyuan_video(33, False),
+    "skyreels_i2v": hunyuan_video(32, True),
     "mochi": Tiny(
         "MochiTransformer3DModel",
         {

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from copy import deepcopy
+
+import diffusers.models
+import diffusers.pipelines
 import pytest
 import tiny_models
 import torch
 from compat.conftest import METHODS, distance
-from diffusers import ControlNetModel, FluxControlNetModel, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    ControlNetXSAdapter,
+    FluxControlNetModel,
+    MotionAdapter,
+    UNetControlNetXSModel,
+    UNetMotionModel,
+)
 from torch import nn
+
+from qdiff_diffusers.copying import OTHER_CONSTRUCTORS, copies
 
 
 def run(model: nn.Module, **more) -> torch.Tensor:
@@ -222,15 +237,92 @@ def test_first_block_cache(load):
         assert torch.allclose(run(model), expected, atol=1e-5)
 
 
-def test_every_controlnet_that_copies_a_base_is_covered():
-    """A new ``from_transformer`` or ``from_unet`` in a newer diffusers gets the same treatment."""
-    import diffusers.models.controlnets as package
+def test_every_constructor_that_copies_a_model_is_covered():
+    """Found by a walk over diffusers; a newer one gets the same treatment. Those that copy nothing are named here."""
+    seen, copying, others = set(), set(), set()
+    for module in modules_of(diffusers.models, diffusers.pipelines):
+        for kind in vars(module).values():
+            if not isinstance(kind, type) or not kind.__module__.startswith("diffusers.") or kind in seen:
+                continue
+            seen.add(kind)
+            for name, method in vars(kind).items():
+                if name.startswith("from_") and name not in OTHER_CONSTRUCTORS and isinstance(method, classmethod):
+                    (copying if copies(name, method) else others).add(f"{kind.__name__}.{name}")
+                    assert copies(name, method) == hasattr(method.__func__, "of_qdiff"), (kind, name)
+    assert {
+        "ControlNetModel.from_unet",
+        "FluxControlNetModel.from_transformer",
+        "SparseControlNetModel.from_unet",
+        "UNetControlNetXSModel.from_unet",
+        "ControlNetXSCrossAttnDownBlock2D.from_modules",
+        "UNetMotionModel.from_unet2d",
+    } <= copying
+    # The adapter of ControlNet-XS takes its base's sizes, Z-Image's ControlNet uses its base's modules: packed ones too.
+    takes_a_model = {"ControlNetXSAdapter.from_unet", "ZImageControlNetModel.from_transformer"}
+    assert {name for name in others if "unet" in name or "transformer" in name or "modules" in name} <= takes_a_model
 
-    from qdiff_diffusers.copying import COPYING
 
-    for value in vars(package).values():
-        for name in ("from_transformer", "from_unet"):
-            method = getattr(value, name, None)
-            if isinstance(value, type) and method is not None and not issubclass(value, UNet2DConditionModel):
-                assert name in COPYING
-                assert hasattr(method.__func__, "of_qdiff"), (value, name)
+def modules_of(*packages):
+    for package in packages:
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.", onerror=lambda name: None):
+            try:
+                yield importlib.import_module(found.name)
+            except (ImportError, RuntimeError):  # wants something that is not installed
+                continue
+
+
+@pytest.mark.row("AnimateDiff from a quantized UNet")
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_motion_model_from_unet(load, offloaded, method, tmp_path):
+    """Both the UNet and the motion adapter quantized; the UNet offloaded to disk or not."""
+    torch.manual_seed(0)
+    adapter = MotionAdapter(
+        block_out_channels=(32, 32), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2
+    )
+    for parameter in adapter.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    adapter.save_pretrained(tmp_path / "adapter")
+    packed_adapter = MotionAdapter.from_pretrained(tmp_path / "adapter", quantization_config=METHODS[method]())
+    model = load("sdxl_unet")
+    expected = motion_output(UNetMotionModel.from_unet2d(load("sdxl_unet").dequantize(), deepcopy(packed_adapter).dequantize()))
+    before = tiny_models.run(model, "sdxl_unet")
+    if offloaded:
+        cpu = torch.device("cpu")
+        model.enable_group_offload(cpu, cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "offload"))
+    motion = UNetMotionModel.from_unet2d(model, packed_adapter)
+    assert "quantization_config" not in motion.config
+    assert distance(motion_output(motion), expected) < 1e-5
+    assert distance(tiny_models.run(model, "sdxl_unet"), before) < 1e-2
+    assert model.is_quantized and packed_adapter.is_quantized
+
+
+def motion_output(model: nn.Module) -> torch.Tensor:
+    inputs = tiny_models.sdxl_unet_inputs()
+    torch.manual_seed(1)
+    frames = torch.randn(1, 4, 3, 8, 8)
+    with torch.no_grad():
+        return model.eval()(**inputs | {"sample": frames, "encoder_hidden_states": torch.ones(3, 6, 32)}, return_dict=False)[0]
+
+
+@pytest.mark.row("ControlNet-XS from a quantized UNet")
+def test_controlnet_xs_from_unet(load):
+    model = load("sdxl_unet")
+    adapter = ControlNetXSAdapter.from_unet(model, size_ratio=1)
+    controlnet = UNetControlNetXSModel.from_unet(model, adapter)
+    copied = controlnet.down_blocks[0].base_resnets[0].conv1
+    assert type(copied) is nn.Conv2d
+    assert torch.allclose(copied.weight, model.down_blocks[0].resnets[0].conv1.weight)
+
+
+def test_a_constructor_that_passes_modules_on_passes_on_packed_ones(packed_folder):
+    """Z-Image's ControlNet uses its base's modules, and is what is returned: neither may be copied."""
+    from diffusers import ZImageControlNetModel
+
+    controlnet, base = nn.Module(), type(tiny_models.make("flux")).from_pretrained(packed_folder("flux", "rtn"))
+    for name in ("t_scale", "t_embedder", "all_x_embedder", "cap_embedder", "rope_embedder"):
+        object.__setattr__(base, name, base.transformer_blocks)
+    for name in ("noise_refiner", "context_refiner", "x_pad_token", "cap_pad_token"):
+        object.__setattr__(base, name, base.transformer_blocks)
+    assert ZImageControlNetModel.from_transformer(controlnet, base) is controlnet
+    assert controlnet.noise_refiner is base.transformer_blocks

@@ -12,6 +12,7 @@ import torch
 from diffusers.quantizers.bfl.utils import dequantize_fp8r, dequantize_nvfp4, quantize_fp8r, quantize_nvfp4
 from flux_layout import narrow_converter, original_layout
 from safetensors.torch import save_file
+from scaled_files import description
 from torch import nn
 
 from qdiff_diffusers import CheckpointError, ConfigError
@@ -275,3 +276,40 @@ def test_bfl_files_that_cannot_be_read_are_refused_by_name(config_folder, tmp_pa
         with pytest.raises(CheckpointError, match=message):
             convert_bfl(tmp_path / "bad.safetensors", tmp_path / "out", config=config_folder)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("described", [True, False])
+def test_comfyui_names_e4m3_files_differently(named, described, config_folder, tmp_path, monkeypatch):
+    """The same numbers as Black Forest Labs' names give, exactly."""
+    narrow_converter(monkeypatch)
+    dense = original_layout(flux_dense().state_dict())
+    stored, comfy = dict(dense), {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}
+    for name in [name for name in dense if name.endswith("weight") and dense[name].ndim == 2]:
+        layer = name.removesuffix(".weight")
+        scale = dense[name].abs().max() / 448
+        stored |= {name: (dense[name] / scale).to(torch.float8_e4m3fn), f"{layer}.weight_scale": scale}
+        comfy |= {
+            f"{layer}.{named}": scale,
+            f"{layer}.{'scale_input' if named == 'scale_weight' else 'input_scale'}": torch.ones(()),
+        }
+        if described:
+            comfy[f"{layer}.comfy_quant"] = description({"format": "float8_e4m3fn"})
+    save_file(stored, tmp_path / "bfl.safetensors")
+    save_file({key: t for key, t in stored.items() if not key.endswith("weight_scale")} | comfy, tmp_path / "comfy.safetensors")
+    folders = [convert_bfl(tmp_path / f"{name}.safetensors", tmp_path / name, config=config_folder) for name in ("bfl", "comfy")]
+    left, right = (type(flux_dense()).from_pretrained(folder).state_dict() for folder in folders)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_comfyuis_other_formats_are_refused_by_name(config_folder, tmp_path):
+    tensors = {
+        "a.weight": torch.ones(32, 16, dtype=torch.uint8),
+        "a.weight_scale": torch.ones(32, 2).to(torch.float8_e4m3fn),
+        "a.weight_scale_2": torch.ones(()),
+        "a.comfy_quant": description({"format": "nvfp4"}),
+    }
+    save_file(tensors, tmp_path / "file.safetensors")
+    with pytest.raises(CheckpointError, match="ComfyUI's format nvfp4"):
+        convert_bfl(tmp_path / "file.safetensors", tmp_path / "out", config=config_folder)

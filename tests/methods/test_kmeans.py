@@ -170,7 +170,7 @@ def test_vq_format_choice():
     assert vq.choose_format(VQConfig(bits=8), (3072, 3072)).table is None
     with pytest.raises(ConfigError, match="no shared codebook"):
         vq.choose_format(VQConfig(codebook="shared", codebook_bits=5, vector_size=7), (8, 8))
-    with pytest.raises(ConfigError, match='must be "shared" or "layer"'):
+    with pytest.raises(ConfigError, match="codebook must be None, 'shared', 'layer', got 'mine'"):
         vq.choose_format(VQConfig(codebook="mine"), (8, 8))
 
 

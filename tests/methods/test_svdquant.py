@@ -158,7 +158,7 @@ def test_the_residual_may_be_stored_in_codebooks(method: str) -> None:
     branch = quantize_weight(weight, SVDQuantConfig(bits=2, weight_format=method, rank=4))
     assert (branch.spec.format, branch.spec.rotation, branch.spec.rank) == (plain.spec.format, plain.spec.rotation, 4)
     assert branch.error < 0.6 * plain.error
-    assert SVDQuantConfig(bits=2, weight_format="aq").bit_choices == (2, 3, 4)  # among which mixed bits choose
+    assert SVDQuantConfig(bits=2, weight_format="aq").widths == (2, 3, 4)  # among which mixed bits choose
     with pytest.raises(ConfigError, match="AQConfig: bits must be one of"):
         SVDQuantConfig(bits=8, weight_format="aq")
 

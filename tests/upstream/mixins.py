@@ -41,19 +41,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "bits": 4, "group_size": 16},
 }
 EVERYTHING = {"keep_outer_layers": False}
-# get_memory_footprint counts a table that layers share once for each of them. It outweighs the tiny layers of these two models, so
-# that they get codebooks of their own, of 32 bytes.
-OWN_CODEBOOKS = {"num_codebooks": 1, "codebook_bits": 3, "vector_size": 2, "codebook": "layer"}
-TINY = ("DiT", "PixArt")
 EXCLUDED = ["to_q"]
 
 # Tests that cannot pass: what they say then, and why; a "*" stands for every model. One that passes after all is an error.
 KNOWN: dict[tuple[str, str], tuple[str, str]] = {
-    ("quantization_num_parameters", "*"): (
-        "Parameter count mismatch",
-        "the mixin wants num_parameters() unchanged; diffusers counts the elements of parameters and unpacks only those of "
-        "bitsandbytes, and packed codes have fewer (SDNQ's mixin leaves this test out upstream)",
-    ),
     ("quantization_device_map", "DiT"): (
         "does not support `device_map='auto'`",
         "the model class has no _no_split_modules, so diffusers refuses device_map='auto' for it, quantized or not",
@@ -67,7 +58,7 @@ KNOWN: dict[tuple[str, str], tuple[str, str]] = {
 
 def settings(method: str, model: str) -> dict[str, Any]:
     """The config's arguments for one of ``METHODS`` and one of ``MODELS``."""
-    return METHODS[method] | EVERYTHING | (OWN_CODEBOOKS if method == "aq" and model in TINY else {})
+    return METHODS[method] | EVERYTHING
 
 
 def known(test: str, model: str) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -17,7 +18,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch"),
 }
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("forced implementation", default=None)
 
 
 def implementation(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -33,10 +34,10 @@ def implementation(op: str, name: str) -> Callable[[Callable[..., Any]], Callabl
 def chosen(op: str, device_type: str) -> str:
     """Name of the implementation of ``op`` that runs on ``device_type``."""
     available = _implementations[op]
-    if _forced is not None:
-        if _forced not in available:
-            raise ValueError(f"{op} has no implementation {_forced!r}; it has {', '.join(sorted(available))}")
-        return _forced
+    if (forced := _forced.get()) is not None:
+        if forced not in available:
+            raise ValueError(f"{op} has no implementation {forced!r}; it has {', '.join(sorted(available))}")
+        return forced
     for name in PREFERENCE.get(device_type, ("torch",)):
         if name in available:
             return name
@@ -46,10 +47,10 @@ def chosen(op: str, device_type: str) -> str:
 def run(op: str, device_type: str, *args: Any) -> Any:
     """Run ``op`` with the first implementation for ``device_type`` that takes these arguments."""
     available = _implementations[op]
-    if _forced is not None:
+    if (forced := _forced.get()) is not None:
         result = available[chosen(op, device_type)](*args)
         if result is NotImplemented:
-            raise ValueError(f"{op}: the implementation {_forced!r} does not take these arguments")
+            raise ValueError(f"{op}: the implementation {forced!r} does not take these arguments")
         return result
     for name in (*PREFERENCE.get(device_type, ()), "torch"):
         if name in available and (result := available[name](*args)) is not NotImplemented:
@@ -64,10 +65,12 @@ def implementations() -> dict[str, dict[str, str]]:
 
 @contextmanager
 def use(name: str | None) -> Iterator[None]:
-    """Force one implementation ("torch", "triton", "cpu") while the context lasts; ``None`` restores the choice by device."""
-    global _forced
-    before, _forced = _forced, name
+    """Force one implementation ("torch", "triton", "cpu") while the context lasts; ``None`` restores the choice by device.
+
+    In this thread or asynchronous task only; threads that it starts choose by device.
+    """
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)

@@ -6,6 +6,8 @@ unless they are given.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 from ..activations import FP8_MAX
 from ..activations import INT4_GROUP as GROUP
 from ..reference import Extras
-from .blocks import INT4_GROUP, INTERPRETED
+from .blocks import INT4_GROUP, INTERPRETED, padded_rank
 from .decode import minifloat_value
 from .linear import Inputs
 
@@ -23,6 +25,35 @@ BLOCK_TOKENS = 16
 # this with a low-rank branch takes 105 KB of shared memory, more than consumer GPUs have.
 FEW_TOKENS, LONG_STEP = 256, 256
 CODES = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+
+
+class Source(NamedTuple):
+    """Tokens, or the pixels of images, as an argument of the kernel."""
+
+    data: Tensor
+    columns: int
+    image_stride: int
+    token_stride: int
+    column_stride: int
+
+
+class Transform(NamedTuple):
+    """What is done to them besides rounding, as an argument of the kernel."""
+
+    smooth: Tensor | None  # [columns]
+    input_scale: Tensor | None  # [1]
+    down: Tensor | None  # [rank, columns]
+    rank: int
+
+
+class Prepared(NamedTuple):
+    """Where the results go, as an argument of the kernel: the tensors of Inputs."""
+
+    data: Tensor  # [tokens, columns]; codes of FP8 as bytes
+    scales: Tensor | None  # [tokens, groups]
+    sums: Tensor | None  # [tokens]
+    branch: Tensor | None  # [tokens, rank]
+    groups: int
 
 
 def prepare(x: Tensor, extras: Extras, down: Tensor | None) -> Inputs:
@@ -50,26 +81,15 @@ def prepare(x: Tensor, extras: Extras, down: Tensor | None) -> Inputs:
     rank = 0 if down is None else down.shape[0]
     branch = None if down is None else torch.empty(tokens, rank, device=x.device, dtype=x.dtype)
     _prepare_kernel[(triton.cdiv(tokens, BLOCK_TOKENS),)](
-        x,
-        x if smooth is None else smooth,
-        values,
-        values if scales is None else scales,
-        values if sums is None else sums,
-        values if given is None else given,
-        x if down is None else down,
-        values if branch is None else branch,
+        Source(x, columns, *strides),
+        Transform(smooth, given, down, rank),
+        Prepared(values, scales, sums, branch, groups),
         tokens,
-        columns,
         pixels,
-        *strides,
-        groups,
-        rank,
         CODE=CODES[activations],
-        GIVEN=given is not None,
-        HAS_SMOOTH=smooth is not None,
-        ROTATION=rotation,
-        RANK=max(16, triton.next_power_of_2(rank)) if rank else 0,
         LIMIT={"int8": 127.0, "int4": 7.0}.get(activations, FP8_MAX),
+        ROTATION=rotation,
+        RANK=padded_rank(rank),
         BM=BLOCK_TOKENS,
         BK=LONG_STEP if tokens <= FEW_TOKENS and columns >= LONG_STEP else max(128, rotation),
         num_warps=8 if tokens <= FEW_TOKENS else 4,
@@ -79,52 +99,42 @@ def prepare(x: Tensor, extras: Extras, down: Tensor | None) -> Inputs:
 
 @triton.jit(do_not_specialize=["tokens", "pixels"])
 def _prepare_kernel(
-    x_ptr,
-    smooth_ptr,
-    values_ptr,
-    scales_ptr,
-    sums_ptr,
-    given_ptr,
-    down_ptr,
-    branch_ptr,
+    source,  # Source
+    transform,  # Transform
+    out,  # Prepared
     tokens,
-    columns,
-    pixels,
-    image_stride,
-    pixel_stride,
-    column_stride,
-    groups,
-    rank,
+    pixels,  # of an image; as many as tokens without images
     CODE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    HAS_SMOOTH: tl.constexpr,
+    LIMIT: tl.constexpr,
     ROTATION: tl.constexpr,
     RANK: tl.constexpr,
-    LIMIT: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
+    GIVEN: tl.constexpr = transform.input_scale is not None
+    columns = source.columns
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = token < tokens
     token = tl.minimum(token, tokens - 1)
-    x_row = x_ptr + (token // pixels).to(tl.int64) * image_stride + (token % pixels).to(tl.int64) * pixel_stride
-    out_row = values_ptr + token.to(tl.int64) * columns
+    x_row = source.data + (token // pixels).to(tl.int64) * source.image_stride
+    x_row += (token % pixels).to(tl.int64) * source.token_stride
+    out_row = out.data + token.to(tl.int64) * columns
     largest = tl.zeros([BM], dtype=tl.float32)
     broken = tl.zeros([BM], dtype=tl.int32)
     branch = tl.zeros([BM, RANK if RANK else 16], dtype=tl.float32)
     sums = tl.zeros([BM], dtype=tl.float32)
     if GIVEN:
-        given = tl.zeros([BM], dtype=tl.float32) + tl.load(given_ptr)
+        given = tl.zeros([BM], dtype=tl.float32) + tl.load(transform.input_scale)
     for start in range(0, columns, BK):
         column = start + tl.arange(0, BK)
         present = (column < columns)[None, :]
-        x = tl.load(x_row[:, None] + column.to(tl.int64)[None, :] * column_stride, mask=present, other=0.0)
+        x = tl.load(x_row[:, None] + column.to(tl.int64)[None, :] * source.column_stride, mask=present, other=0.0)
         if RANK:
             index = tl.arange(0, RANK)
-            at = down_ptr + index[None, :] * columns + column[:, None]
-            down = tl.load(at, mask=(index < rank)[None, :] & (column < columns)[:, None], other=0.0)
+            at = transform.down + index[None, :] * columns + column[:, None]
+            down = tl.load(at, mask=(index < transform.rank)[None, :] & (column < columns)[:, None], other=0.0)
             branch = _product(x, down.to(x.dtype), branch)
-        t = _transform(x, smooth_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK)
+        t = _transform(x, transform.smooth, column, columns, ROTATION, BM, BK)
         if CODE == 0:
             tl.store(out_row[:, None] + column[None, :], t.to(x.dtype), mask=inside[:, None] & present)
         elif CODE == 3:
@@ -135,8 +145,8 @@ def _prepare_kernel(
             codes = tl.reshape(grouped, [BM, BK])
             tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
             group = start // INT4_GROUP + tl.arange(0, BK // INT4_GROUP)
-            at = scales_ptr + token.to(tl.int64)[:, None] * groups + group[None, :]
-            tl.store(at, scale, mask=inside[:, None] & (group < groups)[None, :])
+            at = out.scales + token.to(tl.int64)[:, None] * out.groups + group[None, :]
+            tl.store(at, scale, mask=inside[:, None] & (group < out.groups)[None, :])
         else:
             largest = tl.maximum(largest, tl.max(tl.abs(t), 1))
             broken = tl.maximum(broken, tl.max((t != t).to(tl.int32), 1))
@@ -146,8 +156,8 @@ def _prepare_kernel(
                 tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
     if RANK:
         index = tl.arange(0, RANK)
-        at = branch_ptr + token.to(tl.int64)[:, None] * rank + index[None, :]
-        tl.store(at, branch.to(branch_ptr.dtype.element_ty), mask=inside[:, None] & (index < rank)[None, :])
+        at = out.branch + token.to(tl.int64)[:, None] * transform.rank + index[None, :]
+        tl.store(at, branch.to(out.branch.dtype.element_ty), mask=inside[:, None] & (index < transform.rank)[None, :])
     if CODE == 1 or CODE == 2:
         if GIVEN:
             scale = tl.where((broken > 0) | (largest == float("inf")), float("nan"), given)
@@ -156,13 +166,13 @@ def _prepare_kernel(
             for start in range(0, columns, BK):
                 column = start + tl.arange(0, BK)
                 present = (column < columns)[None, :]
-                x = tl.load(x_row[:, None] + column.to(tl.int64)[None, :] * column_stride, mask=present, other=0.0)
-                codes, t = _codes(_transform(x, smooth_ptr, column, columns, HAS_SMOOTH, ROTATION, BM, BK), scale, CODE, LIMIT)
+                x = tl.load(x_row[:, None] + column.to(tl.int64)[None, :] * source.column_stride, mask=present, other=0.0)
+                codes, t = _codes(_transform(x, transform.smooth, column, columns, ROTATION, BM, BK), scale, CODE, LIMIT)
                 sums += tl.sum(t, 1) * scale
                 tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
-        tl.store(scales_ptr + token, scale, mask=inside)
+        tl.store(out.scales + token, scale, mask=inside)
     if CODE != 0:
-        tl.store(sums_ptr + token, sums, mask=inside)
+        tl.store(out.sums + token, sums, mask=inside)
 
 
 @triton.jit
@@ -204,11 +214,9 @@ def _e4m3_code(value):
 
 
 @triton.jit
-def _transform(
-    x, smooth_ptr, column, columns, HAS_SMOOTH: tl.constexpr, ROTATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
-):
+def _transform(x, smooth_ptr, column, columns, ROTATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """Smoothed and rotated inputs ``[BM, BK]``, float32 numbers that x's dtype holds."""
-    if HAS_SMOOTH:
+    if smooth_ptr is not None:
         smooth = tl.load(smooth_ptr + column, mask=column < columns, other=1.0)
         x = (x.to(tl.float32) / smooth.to(x.dtype).to(tl.float32)[None, :]).to(x.dtype)
     if ROTATION:

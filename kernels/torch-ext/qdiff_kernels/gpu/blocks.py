@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .decode import CODEBOOK, DENSE, INTEGER, minifloat_value, scale_tile, weight_tile
 
@@ -17,62 +19,86 @@ INT4_GROUP = tl.constexpr(64)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
+class Epilogue(NamedTuple):
+    """What is added to the sums, as an argument of a kernel."""
+
+    bias: Tensor | None  # [rows]
+    branch: Tensor | None  # [tokens, rank]
+    up: Tensor | None  # [rows, rank]
+    rank: int
+
+    @classmethod
+    def of(cls, bias: Tensor | None, branch: Tensor | None, up: Tensor | None) -> Epilogue:
+        """Without a branch unless both of its factors are there."""
+        if branch is None or up is None:
+            return cls(bias, None, None, 0)
+        return cls(bias, branch, up, up.shape[1])
+
+    @property
+    def padded_rank(self) -> int:
+        """The rank as a dimension of a tile: a power of two that a matrix unit takes, or 0."""
+        return padded_rank(self.rank)
+
+
+def padded_rank(rank: int) -> int:
+    """A power of two of at least 16, which a matrix unit takes; 0 stays 0."""
+    return max(16, triton.next_power_of_2(rank)) if rank else 0
+
+
+class Numbers(NamedTuple):
+    """How a product computes, as a compile-time argument of a kernel."""
+
+    operand: Any  # Triton's type of both factors
+    scale_at: int  # where a weight's scale is multiplied: ROW, GROUP_SUM, WEIGHT or NATIVE
+    x_scales: int  # scales of the inputs: 0 for none, 1 per token (input pixel), 2 per token and 64 columns
+    x_is_fp8_bytes: bool  # float8 inputs held as bytes, for GPUs without that type
+
+
+class Tile(NamedTuple):
+    """Sizes of the tiles of a product, as a compile-time argument of a kernel."""
+
+    rows: int  # of the weight
+    tokens: int
+    columns: int
+    rank: int  # 0 without a low-rank branch
+
+
 @triton.jit
 def operand_tile(
-    codes_ptr,
-    table_ptr,
-    scales_ptr,
-    zeros_ptr,
-    rows,
-    start,
-    columns,
-    codes_stride,
-    scales_stride,
-    groups,
+    w,  # WeightPointers
+    rows,  # [BN]
+    start,  # first column
     unit,
     OPERAND: tl.constexpr,
     SCALE_AT: tl.constexpr,
-    KIND: tl.constexpr,
-    BITS: tl.constexpr,
-    ENCODING: tl.constexpr,
-    SECOND: tl.constexpr,
-    BOOKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MIDPOINT: tl.constexpr,
-    GROUP: tl.constexpr,
-    E8M0: tl.constexpr,
-    E4M3: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
+    LAYOUT: tl.constexpr,  # WeightLayout
     ALIGNED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     """Weights ``[BN, BK]`` as the matrix unit takes them, times ``unit``; scales are in them only if ``SCALE_AT`` is ``WEIGHT``."""
-    if KIND == DENSE:
+    if LAYOUT.kind == DENSE:
         column = start + tl.arange(0, BK)
-        at = codes_ptr + rows.to(tl.int64)[:, None] * codes_stride + column[None, :]
-        return tl.load(at, mask=(column < columns)[None, :], other=0.0)
+        at = w.codes + rows.to(tl.int64)[:, None] * w.codes_stride + column[None, :]
+        return tl.load(at, mask=(column < w.columns)[None, :], other=0.0)
     else:
         scales = tl.full([BN, BK], 1.0, tl.float32)
         if SCALE_AT == WEIGHT:
-            scales = scale_tile(scales_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK) * unit
-        w = weight_tile(
-            codes_ptr, table_ptr, rows, scales < 0, start, columns, codes_stride,
-            KIND, BITS, ENCODING, SECOND, BOOKS, VECTOR, ALIGNED, BN, BK,
-        )  # fmt: skip
-        if KIND == INTEGER:
-            w -= MIDPOINT
+            scales = scale_tile(w.scales, w, rows, start, LAYOUT, BK) * unit
+        tile = weight_tile(w, rows, scales < 0, start, LAYOUT, ALIGNED, BN, BK)
+        if LAYOUT.kind == INTEGER:
+            tile -= LAYOUT.midpoint
             if OPERAND != tl.int8:
-                w = w.to(tl.float32)
+                tile = tile.to(tl.float32)
         elif SCALE_AT != WEIGHT:
-            w *= unit
-            if OPERAND == tl.int8 and KIND == CODEBOOK:
-                w = tl.floor(tl.minimum(tl.maximum(w, -127.0), 127.0) + 0.5)
+            tile *= unit
+            if OPERAND == tl.int8 and LAYOUT.kind == CODEBOOK:
+                tile = tl.floor(tl.minimum(tl.maximum(tile, -127.0), 127.0) + 0.5)
         if SCALE_AT == WEIGHT:
-            w = w * (tl.abs(scales) if SECOND else scales)
-            if HAS_ZEROS:
-                w += scale_tile(zeros_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK) + scales * MIDPOINT
-        return w.to(OPERAND)
+            tile = tile * (tl.abs(scales) if LAYOUT.second else scales)
+            if w.zeros is not None:
+                tile += scale_tile(w.zeros, w, rows, start, LAYOUT, BK) + scales * LAYOUT.midpoint
+        return tile.to(OPERAND)
 
 
 @triton.jit
@@ -85,20 +111,17 @@ def multiply(w, x, acc, SUM: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def multiply_scaled(
-    codes_ptr, scales_ptr, rows, start, codes_stride, scales_stride, groups, x, acc,
-    BITS: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+def multiply_scaled(w, rows, start, x, acc, BITS: tl.constexpr, BK: tl.constexpr):
     """``acc`` plus the product of MXFP4 or MXFP8 weights ``[BN, BK]``, as stored, with ``x [BK, BM]``: Blackwell's own format."""
     PER_BYTE: tl.constexpr = 8 // BITS
     byte = start // PER_BYTE + tl.arange(0, BK // PER_BYTE)
-    at = codes_ptr + rows.to(tl.int64)[:, None] * codes_stride + byte[None, :]
-    w = tl.load(at, mask=(byte < codes_stride)[None, :], other=0).to(tl.uint8, bitcast=True)
+    at = w.codes + rows.to(tl.int64)[:, None] * w.codes_stride + byte[None, :]
+    codes = tl.load(at, mask=(byte < w.codes_stride)[None, :], other=0).to(tl.uint8, bitcast=True)
     group = start // 32 + tl.arange(0, BK // 32)
-    at = scales_ptr + rows[:, None] * scales_stride + group[None, :]
-    scales = tl.load(at, mask=(group < groups)[None, :], other=0).to(tl.uint8, bitcast=True)
+    at = w.scales + rows[:, None] * w.scales_stride + group[None, :]
+    scales = tl.load(at, mask=(group < w.groups)[None, :], other=0).to(tl.uint8, bitcast=True)
     FORMAT: tl.constexpr = "e2m1" if BITS == 4 else "e4m3"
-    return tl.dot_scaled(w, scales, FORMAT, x, None, "bf16" if x.dtype == tl.bfloat16 else "e4m3", acc)
+    return tl.dot_scaled(codes, scales, FORMAT, x, None, "bf16" if x.dtype == tl.bfloat16 else "e4m3", acc)
 
 
 @triton.jit
@@ -113,19 +136,17 @@ def input_operand(x, OPERAND: tl.constexpr, FP8_BYTES: tl.constexpr):
 
 
 @triton.jit
-def add_branch_and_bias(
-    y, branch_ptr, up_ptr, bias_ptr, token, token_inside, rows, rank, RANK: tl.constexpr, HAS_BIAS: tl.constexpr
-):
-    """``y [BN, BM] + up [BN, rank] branch^T [rank, BM] + bias [BN]``."""
+def add_branch_and_bias(y, extras, token, token_inside, rows, RANK: tl.constexpr):
+    """``y [BN, BM] + up [BN, rank] branch^T [rank, BM] + bias [BN]``; ``extras``: an Epilogue."""
     if RANK:
         index = tl.arange(0, RANK)
-        inside = index < rank
-        up = tl.load(up_ptr + rows[:, None] * rank + index[None, :], mask=inside[None, :], other=0.0)
-        at = branch_ptr + token.to(tl.int64)[None, :] * rank + index[:, None]
+        inside = index < extras.rank
+        up = tl.load(extras.up + rows[:, None] * extras.rank + index[None, :], mask=inside[None, :], other=0.0)
+        at = extras.branch + token.to(tl.int64)[None, :] * extras.rank + index[:, None]
         branch = tl.load(at, mask=inside[:, None] & token_inside[None, :], other=0.0)
         y = multiply(up.to(branch.dtype), branch, y, tl.float32, RANK)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+    if extras.bias is not None:
+        y += tl.load(extras.bias + rows).to(tl.float32)[:, None]
     return y
 
 

@@ -7,6 +7,8 @@ to input pixels and so multiply the partial sums of one tap.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -15,11 +17,52 @@ from torch import Tensor
 
 from ..reference import Extras, Window, kernel_layout
 from .activations import prepare
-from .blocks import INT4_GROUP, ROW, WEIGHT, add_branch_and_bias, input_operand, multiply, operand_tile, tile_of
+from .blocks import (
+    INT4_GROUP,
+    ROW,
+    WEIGHT,
+    Epilogue,
+    Numbers,
+    Tile,
+    add_branch_and_bias,
+    input_operand,
+    multiply,
+    operand_tile,
+    tile_of,
+)
 from .configs import LinearConfig
 from .decode import group_scale
 from .linear import OPERANDS, Arithmetic, Inputs, Units, plan
 from .weights import CODEBOOK, PackedWeight
+
+
+class ImagePointers(NamedTuple):
+    """A batch of images as an argument of a kernel."""
+
+    data: Tensor  # [batch, channels, height, width] in any order
+    scales: Tensor | None  # [batch, height, width], or [batch, height, width, groups of 64 channels]
+    channels: int
+    height: int
+    width: int
+    image_stride: int
+    channel_stride: int
+    y_stride: int
+    x_stride: int
+
+
+class Geometry(NamedTuple):
+    """A convolution as an argument of a kernel."""
+
+    out_height: int
+    out_width: int
+    kernel_height: int
+    kernel_width: int
+    stride_y: int
+    stride_x: int
+    padding_y: int
+    padding_x: int
+    dilation_y: int
+    dilation_x: int
 
 
 def conv2d(
@@ -46,45 +89,22 @@ def conv2d(
     values = inputs.values.view(torch.uint8) if fp8_bytes else inputs.values
     out = torch.empty(batch, weight.rows, *size, device=x.device, dtype=x.dtype)
     pixels = batch * size[0] * size[1]
-    branch, up = _branch(x, extras, window), extras.low_rank_up
-    rank = 0 if branch is None or up is None else up.shape[1]
+    epilogue = Epilogue.of(extras.bias, _branch(x, extras, window), extras.low_rank_up)
     vector = weight.vector_size if weight.kind == CODEBOOK else 1
     _conv2d_kernel[(triton.cdiv(weight.rows, config.block_rows) * triton.cdiv(pixels, config.block_tokens),)](
-        values,
-        values if inputs.scales is None else inputs.scales,
+        ImagePointers(values, inputs.scales, channels, height, width, *strides),
+        weight.pointers(),
+        epilogue,
         out,
-        values if extras.bias is None else extras.bias,
-        values if branch is None else branch,
-        values if up is None else up,
-        values if weight.tensor_scale is None else weight.tensor_scale,
-        *weight.arguments(),
         pixels,
-        weight.rows,
-        channels,
-        height,
-        width,
-        *size,
-        *strides,
-        *window.kernel_size,
-        *window.stride,
-        *window.padding,
-        *window.dilation,
-        rank,
         arithmetic.unit,
-        OPERAND=OPERANDS[arithmetic.operand],
-        SCALE_AT=arithmetic.scale_at,
-        X_SCALES=0 if inputs.scales is None else 1 + grouped,
-        X_FP8_BYTES=fp8_bytes,
-        RANK=max(16, triton.next_power_of_2(rank)) if rank else 0,
-        HAS_BIAS=extras.bias is not None,
-        HAS_TENSOR_SCALE=weight.tensor_scale is not None,
+        Geometry(*size, *window.kernel_size, *window.stride, *window.padding, *window.dilation),
+        NUMBERS=Numbers(OPERANDS[arithmetic.operand], arithmetic.scale_at, 0 if inputs.scales is None else 1 + grouped, fp8_bytes),
+        LAYOUT=weight.layout(),
         ALIGNED=channels % 8 == 0 and channels % vector == 0,
-        BN=config.block_rows,
-        BM=config.block_tokens,
-        BK=block,
+        TILE=Tile(config.block_rows, config.block_tokens, block, epilogue.padded_rank),
         num_warps=config.warps,
         num_stages=config.stages,
-        **weight.constexprs(),
     )
     return out
 
@@ -109,111 +129,67 @@ def _branch(x: Tensor, extras: Extras, window: Window) -> Tensor | None:
 
 @triton.jit(do_not_specialize=["pixels"])
 def _conv2d_kernel(
-    x_ptr,
-    x_scales_ptr,
-    y_ptr,
-    bias_ptr,
-    branch_ptr,
-    up_ptr,
-    tensor_scale_ptr,
-    codes_ptr,
-    table_ptr,
-    scales_ptr,
-    zeros_ptr,
-    codes_stride,
-    scales_stride,
-    groups,
-    columns,
+    images,  # ImagePointers
+    w,  # WeightPointers
+    extras,  # Epilogue
+    y_ptr,  # [batch, rows, out_height, out_width]
     pixels,
-    row_count,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    image_stride,
-    channel_stride,
-    y_stride,
-    x_stride,
-    kernel_height,
-    kernel_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
-    rank,
     unit,
-    OPERAND: tl.constexpr,
-    SCALE_AT: tl.constexpr,
-    X_SCALES: tl.constexpr,  # 0: none, 1: per input pixel, 2: per input pixel and 64 channels
-    X_FP8_BYTES: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TENSOR_SCALE: tl.constexpr,
+    window,  # Geometry
+    NUMBERS: tl.constexpr,
+    LAYOUT: tl.constexpr,  # WeightLayout
     ALIGNED: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    KIND: tl.constexpr,
-    BITS: tl.constexpr,
-    ENCODING: tl.constexpr,
-    SECOND: tl.constexpr,
-    BOOKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MIDPOINT: tl.constexpr,
-    GROUP: tl.constexpr,
-    E8M0: tl.constexpr,
-    E4M3: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    pid_n, pid_m = tile_of(tl.program_id(0), tl.cdiv(row_count, BN), tl.cdiv(pixels, BM))
+    OPERAND: tl.constexpr = NUMBERS.operand
+    SCALE_AT: tl.constexpr = NUMBERS.scale_at
+    X_SCALES: tl.constexpr = NUMBERS.x_scales
+    BN: tl.constexpr = TILE.rows
+    BM: tl.constexpr = TILE.tokens
+    BK: tl.constexpr = TILE.columns
+    pid_n, pid_m = tile_of(tl.program_id(0), tl.cdiv(w.rows, BN), tl.cdiv(pixels, BM))
     row = pid_n * BN + tl.arange(0, BN)
-    rows = tl.minimum(row, row_count - 1)
+    rows = tl.minimum(row, w.rows - 1)
     pixel = pid_m * BM + tl.arange(0, BM)
     inside = pixel < pixels
-    image = pixel // (out_height * out_width)
-    at_y = pixel // out_width % out_height * stride_y - padding_y
-    at_x = pixel % out_width * stride_x - padding_x
-    x_groups = tl.cdiv(channels, INT4_GROUP)
+    area = window.out_height * window.out_width
+    image = (pixel // area).to(tl.int64)
+    at_y = pixel // window.out_width % window.out_height * window.stride_y - window.padding_y
+    at_x = pixel % window.out_width * window.stride_x - window.padding_x
+    x_groups = tl.cdiv(images.channels, INT4_GROUP)
     SUM: tl.constexpr = tl.int32 if OPERAND == tl.int8 else tl.float32
     acc = tl.zeros([BN, BM], dtype=tl.float32)
-    if HAS_TENSOR_SCALE and SCALE_AT == WEIGHT:
-        unit = tl.load(tensor_scale_ptr)
-    for tap in range(0, kernel_height * kernel_width):
-        in_y = at_y + tap // kernel_width * dilation_y
-        in_x = at_x + tap % kernel_width * dilation_x
-        seen = inside & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
-        x_pixel = x_ptr + image.to(tl.int64) * image_stride + in_y.to(tl.int64) * y_stride + in_x * x_stride
-        scale_at = x_scales_ptr + (image.to(tl.int64) * height + in_y) * width * (x_groups if X_SCALES == 2 else 1)
-        scale_at += in_x * (x_groups if X_SCALES == 2 else 1)
+    if w.tensor_scale is not None and SCALE_AT == WEIGHT:
+        unit = tl.load(w.tensor_scale)
+    for tap in range(0, window.kernel_height * window.kernel_width):
+        in_y = at_y + tap // window.kernel_width * window.dilation_y
+        in_x = at_x + tap % window.kernel_width * window.dilation_x
+        seen = inside & (in_y >= 0) & (in_y < images.height) & (in_x >= 0) & (in_x < images.width)
+        x_pixel = images.data + image * images.image_stride + in_y.to(tl.int64) * images.y_stride + in_x * images.x_stride
         part = tl.zeros([BN, BM], dtype=SUM)
-        for first in range(0, channels, BK):
-            w = operand_tile(
-                codes_ptr, table_ptr, scales_ptr, zeros_ptr, rows, tap * channels + first, columns, codes_stride, scales_stride,
-                groups, unit, OPERAND, SCALE_AT, KIND, BITS, ENCODING, SECOND, BOOKS, VECTOR, MIDPOINT, GROUP, E8M0, E4M3,
-                HAS_ZEROS, ALIGNED, BN, BK,
-            )  # fmt: skip
+        if X_SCALES:
+            scale_at = images.scales + (image * images.height + in_y) * images.width * (x_groups if X_SCALES == 2 else 1)
+            scale_at += in_x * (x_groups if X_SCALES == 2 else 1)
+        for first in range(0, images.channels, BK):
+            tile = operand_tile(w, rows, tap * images.channels + first, unit, OPERAND, SCALE_AT, LAYOUT, ALIGNED, BN, BK)
             channel = first + tl.arange(0, BK)
-            at = x_pixel[None, :] + channel.to(tl.int64)[:, None] * channel_stride
-            x = tl.load(at, mask=(channel < channels)[:, None] & seen[None, :], other=0.0)
-            x = input_operand(x, OPERAND, X_FP8_BYTES)
+            at = x_pixel[None, :] + channel.to(tl.int64)[:, None] * images.channel_stride
+            x = tl.load(at, mask=(channel < images.channels)[:, None] & seen[None, :], other=0.0)
+            x = input_operand(x, OPERAND, NUMBERS.x_is_fp8_bytes)
             if X_SCALES == 2:
-                sums = multiply(w, x, tl.zeros([BN, BM], dtype=SUM), SUM, BK).to(tl.float32)
+                sums = multiply(tile, x, tl.zeros([BN, BM], dtype=SUM), SUM, BK).to(tl.float32)
                 acc += sums * tl.load(scale_at + first // INT4_GROUP, mask=seen, other=0.0)[None, :]
             else:
-                part = multiply(w, x, part, SUM, BK)
+                part = multiply(tile, x, part, SUM, BK)
         if X_SCALES == 1:
             acc += part.to(tl.float32) * tl.load(scale_at, mask=seen, other=0.0)[None, :]
         elif X_SCALES == 0:
             acc += part.to(tl.float32)
     y = acc
     if SCALE_AT == ROW:
-        y *= group_scale(scales_ptr, rows, 0, scales_stride, E8M0, E4M3)[:, None] / unit
-    if HAS_TENSOR_SCALE and SCALE_AT != WEIGHT:
-        y *= tl.load(tensor_scale_ptr)
-    y = add_branch_and_bias(y, branch_ptr, up_ptr, bias_ptr, pixel, inside, rows, rank, RANK, HAS_BIAS)
-    area = out_height * out_width
-    at = y_ptr + (image.to(tl.int64) * row_count * area + pixel % area)[None, :] + row.to(tl.int64)[:, None] * area
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside[None, :] & (row < row_count)[:, None])
+        y *= group_scale(w.scales, w, rows, 0, LAYOUT)[:, None] / unit
+    if w.tensor_scale is not None and SCALE_AT != WEIGHT:
+        y *= tl.load(w.tensor_scale)
+    y = add_branch_and_bias(y, extras, pixel, inside, rows, TILE.rank)
+    at = y_ptr + (image * w.rows * area + pixel % area)[None, :] + row.to(tl.int64)[:, None] * area
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside[None, :] & (row < w.rows)[:, None])

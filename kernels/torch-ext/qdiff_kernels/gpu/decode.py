@@ -18,35 +18,27 @@ DENSE = tl.constexpr(3)  # already an operand of the matrix unit, in memory
 
 @triton.jit
 def weight_tile(
-    codes_ptr,
-    table_ptr,
+    w,  # WeightPointers
     rows,  # [BN] int, already clamped to existing rows
-    second,  # [BN, BK] bool, or None: weights of a minifloat tile that use the second encoding
-    start,  # first column
-    columns,  # columns of the matrix: what lies beyond decodes to some finite number
-    codes_stride,  # bytes of a row
-    KIND: tl.constexpr,
-    BITS: tl.constexpr,
-    ENCODING: tl.constexpr,  # minifloat: see minifloat_value
-    SECOND: tl.constexpr,  # the other encoding, 0 for none
-    BOOKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ALIGNED: tl.constexpr,  # start is always a multiple of 8 codes (and of VECTOR)
+    second,  # [BN, BK] bool: weights of a minifloat tile that use the second encoding, if the layout has one
+    start,  # first column; what lies beyond the last decodes to some finite number
+    LAYOUT: tl.constexpr,  # WeightLayout
+    ALIGNED: tl.constexpr,  # start is always a multiple of 8 codes (and of the layout's vector)
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     """Levels ``[BN, BK]``: int32 for integers, float32 otherwise."""
-    row_start = codes_ptr + rows.to(tl.int64) * codes_stride
-    if KIND == CODEBOOK:
-        levels = _codebook_tile(row_start, table_ptr, start, columns, BITS, BOOKS, VECTOR, ALIGNED, BN, BK)
+    row_start = w.codes + rows.to(tl.int64) * w.codes_stride
+    if LAYOUT.kind == CODEBOOK:
+        levels = _codebook_tile(row_start, w.table, start, w.columns, LAYOUT, ALIGNED, BN, BK)
     else:
-        codes = _code_tile(row_start, start, columns, codes_stride, BITS, ALIGNED, BN, BK)
-        if KIND == INTEGER:
+        codes = _code_tile(row_start, start, w.columns, w.codes_stride, LAYOUT.bits, ALIGNED, BN, BK)
+        if LAYOUT.kind == INTEGER:
             levels = codes
         else:
-            levels = minifloat_value(codes, ENCODING)
-            if SECOND:
-                levels = tl.where(second, minifloat_value(codes, SECOND), levels)
+            levels = minifloat_value(codes, LAYOUT.encoding)
+            if LAYOUT.second:
+                levels = tl.where(second, minifloat_value(codes, LAYOUT.second), levels)
     return levels
 
 
@@ -78,31 +70,21 @@ def minifloat_value(code, ENCODING: tl.constexpr):
 
 
 @triton.jit
-def scale_tile(
-    scales_ptr,
-    rows,
-    start,
-    columns,
-    scales_stride,  # 0 when one row of scales serves all rows
-    groups,
-    GROUP: tl.constexpr,
-    E8M0: tl.constexpr,
-    E4M3: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Scales ``[BN, BK]`` of a tile, float32; columns beyond the matrix get the last group's."""
-    group = tl.minimum((start + tl.arange(0, BK)) // GROUP, groups - 1)
-    return scale_value(tl.load(scales_ptr + rows[:, None] * scales_stride + group[None, :]), E8M0, E4M3)
+def scale_tile(stored, w, rows, start, LAYOUT: tl.constexpr, BK: tl.constexpr):
+    """Scales or zeros (``stored``: ``w.scales`` or ``w.zeros``) ``[BN, BK]`` of a tile, float32; columns beyond the matrix get the
+    last group's."""
+    group = tl.minimum((start + tl.arange(0, BK)) // LAYOUT.group, w.groups - 1)
+    return _scale_value(tl.load(stored + rows[:, None] * w.scales_stride + group[None, :]), LAYOUT.e8m0, LAYOUT.e4m3)
 
 
 @triton.jit
-def group_scale(scales_ptr, rows, group, scales_stride, E8M0: tl.constexpr, E4M3: tl.constexpr):
-    """Scales ``[BN]`` of one group, float32."""
-    return scale_value(tl.load(scales_ptr + rows * scales_stride + group), E8M0, E4M3)
+def group_scale(stored, w, rows, group, LAYOUT: tl.constexpr):
+    """Scales or zeros ``[BN]`` of one group, float32."""
+    return _scale_value(tl.load(stored + rows * w.scales_stride + group), LAYOUT.e8m0, LAYOUT.e4m3)
 
 
 @triton.jit
-def scale_value(stored, E8M0: tl.constexpr, E4M3: tl.constexpr):
+def _scale_value(stored, E8M0: tl.constexpr, E4M3: tl.constexpr):
     if E8M0:  # the exponent of a float32; its smallest, 2**-127, is a subnormal one
         exponent = stored.to(tl.int32) & 0xFF
         return tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
@@ -191,13 +173,14 @@ def _codebook_tile(
     table_ptr,
     start,
     columns,
-    BITS: tl.constexpr,
-    BOOKS: tl.constexpr,
-    VECTOR: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    BITS: tl.constexpr = LAYOUT.bits
+    BOOKS: tl.constexpr = LAYOUT.books
+    VECTOR: tl.constexpr = LAYOUT.vector
     last_vector = (columns - 1) // VECTOR
     if ALIGNED and (VECTOR & (VECTOR - 1)) == 0 and VECTOR <= BK:
         # One look-up fetches the whole vector: lanes are the last, contiguous dimension of the pointers.

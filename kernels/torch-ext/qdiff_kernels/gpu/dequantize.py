@@ -24,16 +24,13 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, unit: float | None = No
     grid = (triton.cdiv(weight.rows, BLOCK_ROWS), triton.cdiv(weight.columns, BLOCK_COLUMNS))
     _dequantize_kernel[grid](
         out,
-        weight.tensor_scale if weight.tensor_scale is not None else weight.scales,
-        *weight.arguments(),
-        weight.rows,
+        weight.pointers() if unit is None else weight.pointers()._replace(tensor_scale=None),
         1.0 if unit is None else unit,
+        LAYOUT=weight.layout(),
         SCALED=unit is None,
-        HAS_TENSOR_SCALE=weight.tensor_scale is not None and unit is None,
         INT8=dtype == torch.int8,
         BN=BLOCK_ROWS,
         BK=BLOCK_COLUMNS,
-        **weight.constexprs(),
     )
     return out
 
@@ -41,57 +38,34 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, unit: float | None = No
 @triton.jit
 def _dequantize_kernel(
     out_ptr,
-    tensor_scale_ptr,
-    codes_ptr,
-    table_ptr,
-    scales_ptr,
-    zeros_ptr,
-    codes_stride,
-    scales_stride,
-    groups,
-    columns,
-    row_count,
+    w,  # WeightPointers
     unit,
+    LAYOUT: tl.constexpr,  # WeightLayout
     SCALED: tl.constexpr,
-    HAS_TENSOR_SCALE: tl.constexpr,
     INT8: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    KIND: tl.constexpr,
-    BITS: tl.constexpr,
-    ENCODING: tl.constexpr,
-    SECOND: tl.constexpr,
-    BOOKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MIDPOINT: tl.constexpr,
-    GROUP: tl.constexpr,
-    E8M0: tl.constexpr,
-    E4M3: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
 ):
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     start = tl.program_id(1) * BK
-    rows = tl.minimum(row, row_count - 1)
+    rows = tl.minimum(row, w.rows - 1)
     scales = tl.full([BN, BK], 1.0, tl.float32)
-    if SCALED or SECOND:
-        scales = scale_tile(scales_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK)
-    levels = weight_tile(
-        codes_ptr, table_ptr, rows, scales < 0, start, columns, codes_stride,
-        KIND, BITS, ENCODING, SECOND, BOOKS, VECTOR, True, BN, BK,
-    )  # fmt: skip
-    value = (levels - MIDPOINT).to(tl.float32) if KIND == INTEGER else levels
+    if SCALED or LAYOUT.second:
+        scales = scale_tile(w.scales, w, rows, start, LAYOUT, BK)
+    levels = weight_tile(w, rows, scales < 0, start, LAYOUT, True, BN, BK)
+    value = (levels - LAYOUT.midpoint).to(tl.float32) if LAYOUT.kind == INTEGER else levels
     if SCALED:
-        if SECOND:
+        if LAYOUT.second:
             scales = tl.abs(scales)
-        if HAS_TENSOR_SCALE:
-            scales = scales * tl.load(tensor_scale_ptr)
+        if w.tensor_scale is not None:
+            scales = scales * tl.load(w.tensor_scale)
         value = value * scales
-        if HAS_ZEROS:
-            value += scale_tile(zeros_ptr, rows, start, columns, scales_stride, groups, GROUP, E8M0, E4M3, BK) + scales * MIDPOINT
+        if w.zeros is not None:
+            value += scale_tile(w.zeros, w, rows, start, LAYOUT, BK) + scales * LAYOUT.midpoint
     else:
         value = value * unit
-    if INT8 and KIND == CODEBOOK:
+    if INT8 and LAYOUT.kind == CODEBOOK:
         value = tl.floor(tl.minimum(tl.maximum(value, -127.0), 127.0) + 0.5)
     column = start + tl.arange(0, BK)
-    inside = (row < row_count)[:, None] & (column < columns)[None, :]
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)
+    inside = (row < w.rows)[:, None] & (column < w.columns)[None, :]
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * w.columns + column[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)

@@ -20,6 +20,9 @@ from .blocks import (
     NATIVE,
     ROW,
     WEIGHT,
+    Epilogue,
+    Numbers,
+    Tile,
     add_branch_and_bias,
     input_operand,
     multiply,
@@ -47,6 +50,15 @@ class Inputs(NamedTuple):
     scales: Tensor | None  # float32 [tokens, 1], or [tokens, groups of 64]
     sums: Tensor | None  # float32 [tokens]: of quantized values, scales multiplied in; zeros of rows multiply them
     branch: Tensor | None  # [tokens, rank], the low-rank branch before its up-projection
+
+
+class TokenPointers(NamedTuple):
+    """Inputs as an argument of a kernel."""
+
+    data: Tensor  # [tokens, columns]; float8 as bytes where the device has no such type
+    scales: Tensor | None
+    sums: Tensor | None
+    stride: int  # of a token
 
 
 class Arithmetic(NamedTuple):
@@ -108,37 +120,20 @@ def linear(
     splits = min(config.splits, triton.cdiv(columns, block))
     out = torch.empty(tokens, weight.rows, device=x.device, dtype=out_dtype)
     target = out if splits == 1 else torch.empty(splits, tokens, weight.rows, device=x.device, dtype=torch.float32)
-    rank = 0 if up is None or inputs.branch is None else up.shape[1]
+    extras = Epilogue.of(bias, inputs.branch, up)
     grid = (triton.cdiv(weight.rows, config.block_rows) * triton.cdiv(tokens, config.block_tokens), splits)
-    values = x.view(torch.uint8) if fp8_bytes else x
     _linear_kernel[grid](
-        values,
-        values if inputs.scales is None else inputs.scales,
-        values if inputs.sums is None else inputs.sums,
+        TokenPointers(x.view(torch.uint8) if fp8_bytes else x, inputs.scales, inputs.sums, x.stride(0)),
+        weight.pointers(),
+        extras,
         target,
-        values if bias is None else bias,
-        values if inputs.branch is None else inputs.branch,
-        values if up is None else up,
-        values if weight.tensor_scale is None else weight.tensor_scale,
-        *weight.arguments(),
         tokens,
-        weight.rows,
-        x.stride(0),
-        rank,
         arithmetic.unit,
-        OPERAND=OPERANDS[arithmetic.operand],
-        SCALE_AT=arithmetic.scale_at,
-        X_SCALES=0 if inputs.scales is None else 1 + grouped,
-        X_FP8_BYTES=fp8_bytes,
-        RANK=max(16, triton.next_power_of_2(rank)) if rank else 0,
-        HAS_BIAS=bias is not None,
-        HAS_TENSOR_SCALE=weight.tensor_scale is not None,
-        BN=config.block_rows,
-        BM=config.block_tokens,
-        BK=block,
+        NUMBERS=Numbers(OPERANDS[arithmetic.operand], arithmetic.scale_at, 0 if inputs.scales is None else 1 + grouped, fp8_bytes),
+        LAYOUT=weight.layout(),
+        TILE=Tile(config.block_rows, config.block_tokens, block, extras.padded_rank),
         num_warps=config.warps,
         num_stages=config.stages,
-        **weight.constexprs(),
     )
     if splits > 1:
         size = out.numel()
@@ -148,106 +143,75 @@ def linear(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _linear_kernel(
-    x_ptr,
-    x_scales_ptr,
-    x_sums_ptr,
-    y_ptr,
-    bias_ptr,
-    branch_ptr,
-    up_ptr,
-    tensor_scale_ptr,
-    codes_ptr,
-    table_ptr,
-    scales_ptr,
-    zeros_ptr,
-    codes_stride,
-    scales_stride,
-    groups,
-    columns,
+    inputs,  # TokenPointers
+    w,  # WeightPointers
+    extras,  # Epilogue
+    y_ptr,  # [splits, tokens, rows]
     tokens,
-    row_count,
-    x_stride,
-    rank,
     unit,
-    OPERAND: tl.constexpr,
-    SCALE_AT: tl.constexpr,
-    X_SCALES: tl.constexpr,  # 0: none, 1: per token, 2: per token and 64 columns
-    X_FP8_BYTES: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TENSOR_SCALE: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    KIND: tl.constexpr,
-    BITS: tl.constexpr,
-    ENCODING: tl.constexpr,
-    SECOND: tl.constexpr,
-    BOOKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MIDPOINT: tl.constexpr,
-    GROUP: tl.constexpr,
-    E8M0: tl.constexpr,
-    E4M3: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    LAYOUT: tl.constexpr,  # WeightLayout
+    TILE: tl.constexpr,
 ):
-    pid_n, pid_m = tile_of(tl.program_id(0), tl.cdiv(row_count, BN), tl.cdiv(tokens, BM))
+    OPERAND: tl.constexpr = NUMBERS.operand
+    SCALE_AT: tl.constexpr = NUMBERS.scale_at
+    X_SCALES: tl.constexpr = NUMBERS.x_scales
+    BN: tl.constexpr = TILE.rows
+    BM: tl.constexpr = TILE.tokens
+    BK: tl.constexpr = TILE.columns
+    pid_n, pid_m = tile_of(tl.program_id(0), tl.cdiv(w.rows, BN), tl.cdiv(tokens, BM))
     row = pid_n * BN + tl.arange(0, BN)
     token = pid_m * BM + tl.arange(0, BM)
-    rows = tl.minimum(row, row_count - 1)
+    rows = tl.minimum(row, w.rows - 1)
     token_inside = token < tokens
-    x_row = x_ptr + tl.minimum(token, tokens - 1).to(tl.int64) * x_stride
-    x_groups = tl.cdiv(columns, INT4_GROUP)
+    x_row = inputs.data + tl.minimum(token, tokens - 1).to(tl.int64) * inputs.stride
+    x_groups = tl.cdiv(w.columns, INT4_GROUP)
     split = tl.program_id(1)
-    blocks = tl.cdiv(columns, BK)
+    blocks = tl.cdiv(w.columns, BK)
     # Integer sums stay integers as long as nothing but the row's and the token's scale multiplies them.
     EXACT: tl.constexpr = OPERAND == tl.int8 and SCALE_AT == ROW and X_SCALES < 2
     PARTS: tl.constexpr = SCALE_AT == GROUP_SUM or X_SCALES == 2
     SUM: tl.constexpr = tl.int32 if OPERAND == tl.int8 else tl.float32
     acc = tl.zeros([BN, BM], dtype=tl.int32 if EXACT else tl.float32)
     splits = tl.num_programs(1)
-    if HAS_TENSOR_SCALE and SCALE_AT == WEIGHT:  # with the other scales, or the weights might leave float16's range
-        unit = tl.load(tensor_scale_ptr)
+    if w.tensor_scale is not None and SCALE_AT == WEIGHT:  # with the other scales, or the weights might leave float16's range
+        unit = tl.load(w.tensor_scale)
     for block in range(split * blocks // splits, (split + 1) * blocks // splits):
         start = block * BK
         column = start + tl.arange(0, BK)
-        x = tl.load(x_row[None, :] + column[:, None], mask=(column < columns)[:, None] & token_inside[None, :], other=0.0)
-        x = input_operand(x, OPERAND, X_FP8_BYTES)
+        x = tl.load(x_row[None, :] + column[:, None], mask=(column < w.columns)[:, None] & token_inside[None, :], other=0.0)
+        x = input_operand(x, OPERAND, NUMBERS.x_is_fp8_bytes)
         if SCALE_AT == NATIVE:
-            acc = multiply_scaled(codes_ptr, scales_ptr, rows, start, codes_stride, scales_stride, groups, x, acc, BITS, BK)
+            acc = multiply_scaled(w, rows, start, x, acc, LAYOUT.bits, BK)
         else:
-            w = operand_tile(
-                codes_ptr, table_ptr, scales_ptr, zeros_ptr, rows, start, columns, codes_stride, scales_stride, groups, unit,
-                OPERAND, SCALE_AT, KIND, BITS, ENCODING, SECOND, BOOKS, VECTOR, MIDPOINT, GROUP, E8M0, E4M3, HAS_ZEROS, True,
-                BN, BK,
-            )  # fmt: skip
+            tile = operand_tile(w, rows, start, unit, OPERAND, SCALE_AT, LAYOUT, True, BN, BK)
             if PARTS:
-                part = multiply(w, x, tl.zeros([BN, BM], dtype=SUM), SUM, BK).to(tl.float32)
+                part = multiply(tile, x, tl.zeros([BN, BM], dtype=SUM), SUM, BK).to(tl.float32)
                 if SCALE_AT == GROUP_SUM:
-                    part *= group_scale(scales_ptr, rows, start // GROUP, scales_stride, E8M0, E4M3)[:, None]
+                    part *= group_scale(w.scales, w, rows, start // LAYOUT.group, LAYOUT)[:, None]
                 if X_SCALES == 2:
-                    at = x_scales_ptr + token.to(tl.int64) * x_groups + start // INT4_GROUP
+                    at = inputs.scales + token.to(tl.int64) * x_groups + start // INT4_GROUP
                     part *= tl.load(at, mask=token_inside, other=0.0)[None, :]
                 acc += part
             else:
-                acc = multiply(w, x, acc, SUM, BK)
+                acc = multiply(tile, x, acc, SUM, BK)
     y = acc.to(tl.float32)
     if SCALE_AT == ROW:
-        y *= group_scale(scales_ptr, rows, 0, scales_stride, E8M0, E4M3)[:, None]
+        y *= group_scale(w.scales, w, rows, 0, LAYOUT)[:, None]
     if SCALE_AT == ROW or SCALE_AT == GROUP_SUM:
         y *= 1.0 / unit
-    if HAS_TENSOR_SCALE and SCALE_AT != WEIGHT:
-        y *= tl.load(tensor_scale_ptr)
+    if w.tensor_scale is not None and SCALE_AT != WEIGHT:
+        y *= tl.load(w.tensor_scale)
     if X_SCALES == 1:
-        y *= tl.load(x_scales_ptr + token, mask=token_inside, other=0.0)[None, :]
+        y *= tl.load(inputs.scales + token, mask=token_inside, other=0.0)[None, :]
     if split == 0:
-        if HAS_ZEROS and SCALE_AT == ROW:
-            zeros = group_scale(zeros_ptr, rows, 0, scales_stride, E8M0, E4M3)
-            zeros += MIDPOINT * group_scale(scales_ptr, rows, 0, scales_stride, E8M0, E4M3)
-            y += zeros[:, None] * tl.load(x_sums_ptr + token, mask=token_inside, other=0.0)[None, :]
-        y = add_branch_and_bias(y, branch_ptr, up_ptr, bias_ptr, token, token_inside, rows, rank, RANK, HAS_BIAS)
-    at = y_ptr + split.to(tl.int64) * tokens * row_count + token.to(tl.int64)[None, :] * row_count + row[:, None]
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=token_inside[None, :] & (row < row_count)[:, None])
+        if w.zeros is not None and SCALE_AT == ROW:
+            zeros = group_scale(w.zeros, w, rows, 0, LAYOUT)
+            zeros += LAYOUT.midpoint * group_scale(w.scales, w, rows, 0, LAYOUT)
+            y += zeros[:, None] * tl.load(inputs.sums + token, mask=token_inside, other=0.0)[None, :]
+        y = add_branch_and_bias(y, extras, token, token_inside, rows, TILE.rank)
+    at = y_ptr + split.to(tl.int64) * tokens * w.rows + token.to(tl.int64)[None, :] * w.rows + row[:, None]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=token_inside[None, :] & (row < w.rows)[:, None])
 
 
 @triton.jit(do_not_specialize=["size"])

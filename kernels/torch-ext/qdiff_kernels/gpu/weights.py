@@ -18,6 +18,36 @@ E2M1, E4M3 = 2 * 16 + 1 * 2, 4 * 16 + 3 * 2
 SATURATING_REACH = 150
 
 
+class WeightPointers(NamedTuple):
+    """A packed weight as an argument of a kernel. ``None`` is known when the kernel is compiled."""
+
+    codes: Tensor  # [rows, codes_stride]
+    table: Tensor | None  # [books, entries, vector]
+    scales: Tensor  # [rows or 1, groups]
+    zeros: Tensor | None  # like scales
+    tensor_scale: Tensor | None  # [1]
+    codes_stride: int  # bytes of a row
+    scales_stride: int  # 0 when one row of scales serves all rows
+    groups: int
+    rows: int
+    columns: int
+
+
+class WeightLayout(NamedTuple):
+    """What the codes of a packed weight mean, as a compile-time argument of a kernel."""
+
+    kind: int  # INTEGER, MINIFLOAT, CODEBOOK or DENSE
+    bits: int  # of a code
+    encoding: int  # of minifloats: exponent_bits * 16 + mantissa_bits * 2 + uz
+    second: int  # the encoding of groups with a negative scale, 0 for none
+    books: int
+    vector: int  # weights that one entry of a codebook stands for
+    midpoint: int  # subtracted from integer codes
+    group: int  # columns that share a scale; a single group needs no size: layers of all widths share one compiled kernel
+    e8m0: bool  # scales are exponents of two
+    e4m3: bool  # scales are E4M3 numbers, as bytes
+
+
 class PackedWeight(NamedTuple):
     """Tensors, sizes and compile-time facts of one packed ``[rows, columns]`` weight."""
 
@@ -57,30 +87,17 @@ class PackedWeight(NamedTuple):
         """What is subtracted from an integer code, with zeros or without: signed numbers fit the matrix unit."""
         return 1 << (self.bits - 1) if self.kind in (INTEGER, DENSE) else 0
 
-    def constexprs(self) -> dict[str, Any]:
-        """Compile-time arguments that every kernel with a packed weight takes."""
-        return {
-            "KIND": self.kind,
-            "BITS": self.bits,
-            "ENCODING": self.encoding,
-            "SECOND": self.second,
-            "BOOKS": self.books,
-            "VECTOR": self.vector_size,
-            "MIDPOINT": self.midpoint,
-            # A single group needs no size: layers of all widths share one compiled kernel.
-            "GROUP": self.group_size if self.scales.shape[1] > 1 else 1 << 30,
-            "E8M0": self.e8m0,
-            "E4M3": self.e4m3,
-            "HAS_ZEROS": self.zeros is not None,
-        }
+    def pointers(self) -> WeightPointers:
+        """What kernels are told at run time."""
+        stride = 0 if self.scales.shape[0] == 1 else self.scales.stride(0)
+        tensors = (self.codes, self.table, self.scales, self.zeros, self.tensor_scale)
+        return WeightPointers(*tensors, self.codes.stride(0), stride, self.scales.shape[1], self.rows, self.columns)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Run-time arguments in the kernels' order: pointers, then the sizes of their rows."""
-        scales = self.scales
-        stride = 0 if scales.shape[0] == 1 else scales.stride(0)
-        table = self.codes if self.table is None else self.table
-        zeros = scales if self.zeros is None else self.zeros
-        return self.codes, table, scales, zeros, self.codes.stride(0), stride, scales.shape[1], self.columns
+    def layout(self) -> WeightLayout:
+        """What kernels are compiled for."""
+        group = self.group_size if self.scales.shape[1] > 1 else 1 << 30
+        codes = (self.kind, self.bits, self.encoding, self.second, self.books, self.vector_size, self.midpoint)
+        return WeightLayout(*codes, group, self.e8m0, self.e4m3)
 
     def operand_unit(self, operand: torch.dtype) -> float | None:
         """Factor that turns every level into a number ``operand`` holds; ``None`` if it would lose precision that matters.
