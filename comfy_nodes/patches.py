@@ -163,7 +163,7 @@ class PackedPatcher:
         """
         weight = comfy.utils.get_attr(self.model, key)
         packed = weight if is_packed(weight) else getattr(self.backup.get(key), "weight", None)
-        if not is_packed(packed):
+        if packed is None or not is_packed(packed):
             return super().patch_weight_to_device(key, device_to, *args, **kwargs)
         if key in self.patches:
             _check_padding(key, tuple(packed.shape), self._new_shape(key, packed))
