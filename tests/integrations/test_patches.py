@@ -24,7 +24,8 @@ from qdiff_diffusers.integrations import patches
 from qdiff_diffusers.integrations.patches import MARKER, Entry, Patch, State
 from qdiff_diffusers.integrations.table import TABLE
 
-INHERITED = "ModelMixin.to"  # without its own the class has torch's, which is wrapped then
+# Without its own the class has its base's (torch's or a mixin's), which is wrapped then.
+INHERITED = ("ModelMixin.to", "PreTrainedModel.save_pretrained", "PreTrainedModel.num_parameters")
 IMPORTED = ("_skip_init_on_device", "init_on_device", "load_state_dict")  # by other modules of its library, which need it
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -115,7 +116,7 @@ def states():
 def test_with_any_one_name_gone_import_works_one_warning_says_what_is_off_and_the_rest_is_on() -> None:
     """In programs that import diffusers, transformers and PEFT first."""
     pytest.importorskip("peft")
-    needed = [row for row in TABLE if row.is_needed() and row.path != INHERITED]
+    needed = [row for row in TABLE if row.is_needed() and row.path not in INHERITED]
     rows = [(row.module, row.path) for row in needed]
     found = in_fresh_process(
         PRELUDE
@@ -155,7 +156,7 @@ def test_the_users_own_imports_work_too_when_names_are_gone() -> None:
     found = in_fresh_process(
         PRELUDE.replace("import torch, diffusers, transformers, peft, accelerate", "import qdiff_diffusers")
         + f"""
-IMPORTED = {(*IMPORTED, INHERITED)!r}
+IMPORTED = {(*IMPORTED, *INHERITED)!r}
 """
         + """
 from qdiff_diffusers.integrations import table
@@ -191,7 +192,7 @@ print(json.dumps({module: in_child(user, module, sorted(paths)) for module, path
     assert {"peft.tuners.lora", "transformers.modeling_utils", "diffusers.models.modeling_utils"} <= set(found)
     for module, answer in found.items():
         assert answer["error"] is None, (module, answer["error"])
-        gone = {row.target for row in TABLE if row.module == module and row.is_needed() and row.path not in (*IMPORTED, INHERITED)}
+        gone = {row.target for row in TABLE if row.module == module and row.is_needed() and row.path not in (*IMPORTED, *INHERITED)}
         told = [message for message in answer["told"] if any(target in message for target in gone)]
         assert len(told) == len(gone), (module, answer["told"])
         assert all(answer["found"][target] == "off" for target in gone)
