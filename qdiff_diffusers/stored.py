@@ -19,7 +19,7 @@ from torch import Tensor
 from .checkpoint import MAX_HEADER, check_tensors, read_headers, read_json, weight_files
 from .config import QDiffConfig, QDiffMethod
 from .errors import CheckpointError
-from .folders import content, written_at_once
+from .folders import content, real_place, written_at_once
 from .formats import TensorInfo
 
 METADATA = "qdiff_config"  # key of config.json in a safetensors file's metadata
@@ -123,7 +123,7 @@ def write_stored_model(
         OutputError: there is no space left.
     """
     folder = Path(folder)
-    if folder.is_file() or content(folder):
+    if content(real_place(folder)):
         raise CheckpointError(f"{folder} exists already; choose another name, or delete it")
     full = {**settings, "quantization_config": quantization.to_dict()}
     with written_at_once(folder) as new:

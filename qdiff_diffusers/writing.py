@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from .errors import OutputError
 
+MAX_NAME = 300  # characters of a path in a message
 ENDING = ("SIGTERM", "SIGHUP")
 # What to do about the system's reasons for not writing.
 WAYS_OUT = {
@@ -52,7 +53,8 @@ def written_file(path: Path) -> Iterator[Path]:
             yield part
             part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,8 +86,10 @@ def _is_unwritten(error: Exception) -> bool:
 
 
 def explained(shown: Path, error: OSError) -> str:
-    reason = error.strerror or str(error)
-    return f"cannot write to {shown}: {reason}; {WAYS_OUT.get(error.errno or 0, 'choose another folder')}"
+    """What the system objects to, and what to do."""
+    name, reason = str(shown), error.strerror or str(error)
+    name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]} ..."
+    return f"cannot write to {name}: {reason}; {WAYS_OUT.get(error.errno or 0, 'choose another folder')}"
 
 
 @contextmanager

@@ -48,12 +48,16 @@ OLDEST = {
     "accelerate": "==1.0.0",
     "safetensors": "==0.8.0",
     "numpy": "==1.26.0",
+    "filelock": "==3.13.0",
     "jinja2": "==3.1.0",
+    "packaging": "==23.0",
     "pillow": "==10.1.0",
+    "pyyaml": "==6.0.1",
     "rich": "==13.0.0",
     "typer": "==0.12.0",
     "matplotlib": "==3.8.0",
     "numba": "==0.62.0",
+    "llvmlite": "==0.45.0",
 }
 NEWEST = dict.fromkeys(OLDEST, "")
 BEFORE_HUB_2 = {"huggingface-hub": "<2"}

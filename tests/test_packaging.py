@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import itertools
 import re
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,12 @@ from qdiff_diffusers.version import package_version
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 ROOT = Path(__file__).parents[1]
+SHIPPED = ("qdiff_autoload.py", "qdiff_diffusers", "kernels/torch-ext/qdiff_kernels", "comfy_nodes")
+OURS = {"qdiff_autoload", "qdiff_diffusers", "qdiff_kernels"}
+OF_COMFYUI = {"comfy", "comfy_api", "comfy_kitchen", "folder_paths"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}  # of modules with another name
+# What can be compared with where it is installed; nothing of it is imported before it is asked for.
+PEERS = {"bitsandbytes", "gemlite", "gguf", "lpips", "optimum", "orbitquant", "sdnq", "torchao"}
 
 
 def test_the_wheel_has_every_package():
@@ -60,6 +69,48 @@ def test_the_oldest_versions_stated_are_those_that_are_tested():
     for requirement in map(Requirement, itertools.chain(project["dependencies"], *extras)):
         (least,) = [part.version for part in requirement.specifier if part.operator == ">="]
         assert Version(tested[requirement.name].removeprefix("==")) == Version(least), requirement
+
+
+def imported(tree: ast.AST, always: bool = True) -> Iterator[tuple[str, bool]]:
+    """Top-level names of the packages that a module imports, and whether it does so whenever it is imported itself."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], always) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).partition(".")[0], always
+        else:
+            yield from imported(node, always and not isinstance(node, ast.FunctionDef | ast.Lambda))
+
+
+def imports() -> dict[str, set[bool]]:
+    found: dict[str, set[bool]] = {}
+    for place in SHIPPED:
+        for path in [ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"):
+            for name, always in imported(ast.parse(path.read_text(encoding="utf-8"))):
+                if name not in sys.stdlib_module_names and name not in OURS | OF_COMFYUI:
+                    found.setdefault(DISTRIBUTIONS.get(name, name), set()).add(always)
+    return found
+
+
+def test_everything_that_is_imported_is_declared_and_everything_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "docs")]
+    declared = {Requirement(line).name for line in itertools.chain(project["dependencies"], *extras)}
+    found = imports()
+    assert found.keys() - PEERS == declared
+    assert {name for name in PEERS if True in found.get(name, set())} == set()
+    assert found.keys() >= PEERS
+
+
+def test_comfyui_installs_what_pyproject_asks_for():
+    """requirements.txt: the dependencies but torch, which ComfyUI chooses, and what its nodes use besides."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [line for line in project["dependencies"] if Requirement(line).name != "torch"]
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert sorted(map(str, map(Requirement, lines))) == sorted(
+        map(str, map(Requirement, wanted + extras["transformers"] + extras["cpu"]))
+    )
 
 
 def stated_version() -> str:

@@ -83,6 +83,17 @@ def file_digest(path: Path) -> str:
     return found.hexdigest()[:LENGTH]
 
 
+def folder_digest(root: Path, entries: Iterable[str] = ("",)) -> str:
+    """A short hash of all files in a folder, or in some of its entries, by their names and content; hidden ones are left out."""
+    found = {}
+    for entry in entries:
+        for path in [root / entry, *(root / entry).rglob("*")]:
+            name = path.relative_to(root)
+            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                found[name.as_posix()] = file_digest(path)
+    return digest(found)
+
+
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide what a pipeline computes, and Python's."""
     return {"python": _python_version()} | {name: found for name in PACKAGES if (found := _version(name))}

@@ -61,16 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         with ended_by_signals():
-            return app(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
+            code = app(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer has caught the interrupt
+            print_error("interrupted")
+        return code
     except EndedError as end:
         print_error(f"ended by {end.signal.name}")
         return 128 + end.signal
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print_error("interrupted")
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, typer.Abort):
-            return INTERRUPTED
         if hasattr(error, "format_message"):  # usage errors of typer and click share no public base class
             print_error(error.format_message())
             return USER_ERROR

@@ -105,7 +105,8 @@ class Job:
 
     def score_key(self) -> str:
         """Changes with everything that the scores depend on besides the row's images."""
-        return digest([SCORES_VERSION, self.settings.images, self.settings.paired, self.reference().store.key])
+        judged_by = [SCORES_VERSION, self.subject.classifier_fingerprint]
+        return digest([*judged_by, self.settings.images, self.settings.paired, self.reference().store.key])
 
 
 def run_eval(

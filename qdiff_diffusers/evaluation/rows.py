@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from ..calibration import Calibration, as_calibration
+from ..calibration.fingerprints import digest, folder_digest
+from ..calibration.settings import read_prompts
 from ..checkpoint import inspect_checkpoint
 from ..config import METHODS, QDiffConfig
 from ..errors import ConfigError, QDiffError
+from .machine import package_version
 from .peers import PEERS
 from .subject import Subject, check_layer_names
 
 Kind = Literal["reference", "config", "folder", "peer"]
 REFERENCE_NAME = "16-bit"
+PLACES = ("workspace", "recordings", "memory_limit")  # of a calibration: they change nothing in its result
 COMMA = re.compile(r",(?![^\[{(]*[\]})])")  # not one inside brackets
 
 
@@ -59,8 +62,15 @@ class EvalRow:
         if self.kind == "config":
             out["settings"] = self.config().settings()
         if self.kind == "folder":
-            out["config"] = hashlib.sha256(json.dumps(_folder_facts(self.target)).encode()).hexdigest()
-        return out | ({"calibration": self.calibration} if self.calibration is not None else {})
+            out["files"] = self._files
+        if self.kind == "peer" and (version := package_version(PEERS[self.target].install)):
+            out["version"] = version
+        return out | ({"calibration": _inputs(self.calibration)} if self.calibration is not None else {})
+
+    @cached_property
+    def _files(self) -> str:
+        """Changes with every file of a folder."""
+        return folder_digest(Path(self.target))
 
 
 REFERENCE = EvalRow(REFERENCE_NAME, "reference")
@@ -200,6 +210,11 @@ def _with_unique_names(rows: Sequence[EvalRow]) -> list[EvalRow]:
     return out
 
 
-def _folder_facts(folder: str) -> list[Any]:
-    info = inspect_checkpoint(folder)
-    return [info.config.to_dict(), [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(info.folder.glob("*"))]]
+def _inputs(calibration: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a calibration's result, JSON-able: prompts as they stand in their file, ``run`` by its content."""
+    out = {key: value for key, value in calibration.items() if key not in PLACES}
+    if isinstance(out.get("prompts"), str | Path):
+        out["prompts"] = read_prompts(out["prompts"])
+    if out.get("run") is not None:
+        out["run"] = out.get("run_key") or digest(out["run"], "run")
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..calibration import fingerprints
 from ..errors import ConfigError
 from ..writing import write_text, written_file
 
@@ -23,8 +23,8 @@ IMAGES, PROBES, FACTS = "images", "probes.pt", "row.json"
 
 
 def digest(definition: Any) -> str:
-    """A short hash of anything JSON-able."""
-    return hashlib.sha256(json.dumps(definition, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    """A short hash of anything whose content can be told."""
+    return fingerprints.digest(definition)
 
 
 class RowStore:

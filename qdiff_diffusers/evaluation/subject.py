@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 
 from ..api import DENOISERS, pipeline_components
+from ..calibration.fingerprints import folder_digest
 from ..calibration.settings import read_prompts
 from ..checkpoint import read_header, weight_files
 from ..errors import CheckpointError, ConfigError
@@ -23,7 +24,6 @@ PACKAGE = Path(__file__).parents[1]
 BUNDLED = {"dit": PACKAGE / "demo_model", "unet": PACKAGE / "demo_unet"}
 CLASSIFIER = BUNDLED["dit"] / "classifier"
 BUNDLED_STEPS, BUNDLED_GUIDANCE = 20, 2.0
-EDGE = 1 << 20  # bytes at either end of a weight file that tell it from another
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,16 @@ class Subject:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the files of a local folder. For a Hub name it is the name."""
+        """Changes with every file of the pipeline's components; for a Hub name it is the commit that it stands for now."""
         root = Path(self.source)
         if not root.is_dir():
-            return self.source
-        digest = hashlib.sha256()
-        paths = [path for name in self.components for path in weight_files(root / name)]
-        paths += [path for path in sorted(root.rglob("*.json")) if path.parent == root or path.parent.parent == root]
-        for path in paths:
-            digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(EDGE))
-                file.seek(max(EDGE, path.stat().st_size - EDGE))
-                digest.update(file.read(EDGE))
-        return digest.hexdigest()
+            return f"{self.source}@{_commit(self.source)}"
+        return folder_digest(root, ["model_index.json", *(pipeline_components(root) or ())])
+
+    @cached_property
+    def classifier_fingerprint(self) -> str | None:
+        """Changes with the classifier."""
+        return None if self.classifier is None else folder_digest(self.classifier)
 
 
 def find_subject(
@@ -150,6 +146,19 @@ def check_layer_names(subject: Subject, patterns: Iterable[str], where: str) -> 
         if layers and not any(pattern in name for name in layers):
             example = layers[len(layers) // 2]
             raise ConfigError(f"{where}: no layer of {subject.name} has {pattern!r} in its name; one is called {example}")
+
+
+def _commit(name: str) -> str:
+    """The commit of a pipeline on the Hub, or of its copy in the cache if the Hub cannot be reached.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    try:
+        path = Path(hf_hub_download(name, "model_index.json"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} is no local folder, and no pipeline on the Hub that could be reached") from error
+    return path.parent.name
 
 
 def _own_classifier(root: Path) -> Path | None:

@@ -126,7 +126,7 @@ def _check_components(folder: Path) -> None:
         if not part.is_dir() or not any(part.glob("*.json")):
             raise CheckpointError(f"{folder} lacks {name}/, which model_index.json names; the pipeline is incomplete")
         weights = [*part.glob("*.safetensors")]
-        if (part / "config.json").is_file() and not weights and not any(part.glob("*.json.index")):
+        if (part / "config.json").is_file() and not weights and not any(part.glob("*.index.json")):
             raise CheckpointError(f"{part} holds no safetensors file; the pipeline is incomplete")
 
 

@@ -278,3 +278,12 @@ class TestBeforeAnythingIsSent:
     def test_the_name_is_none(self, hub, client, model, name):
         assert "cannot be a name on the Hub" in refused(client, model, name)
         assert not hub.log
+
+    def test_all_shards_of_a_component_are_missing(self, hub, client, pipeline, tmp_path):
+        folder = Path(shutil.copytree(pipeline, tmp_path / "pipeline"))
+        for path in (folder / "vae").glob("*.safetensors"):
+            path.unlink()
+        self.check(hub, client, folder, "holds no safetensors file")
+        index = {"metadata": {}, "weight_map": {"weight": "model-00001-of-00002.safetensors"}}
+        (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+        self.check(hub, client, folder, "names model-00001-of-00002.safetensors, which is not there")
