@@ -18,8 +18,8 @@ from .folders import CONFIG
 from .hub.origin import is_hub_name
 from .source_weights import read_source_files
 
-# Where other backends say how many bits, or of which kind.
 FILES = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)")
+# Where other backends say how many bits, or of which kind.
 DETAILS = ("bits", "w_bit", "nbits", "weights_dtype", "weights", "quant_type", "precision", "fmt", "format")
 
 
@@ -93,17 +93,19 @@ def refuse_quantized_model(model: nn.Module, owner: str) -> None:
         ConfigError: says what it is and what to start from.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    config = getattr(quantizer, "quantization_config", None) or getattr(model.config, "quantization_config", None)
+    settings = getattr(model, "config", None)
+    config = getattr(quantizer, "quantization_config", None) or getattr(settings, "quantization_config", None)
     if getattr(model, "is_quantized", False) or config:
-        _refuse(config or {}, owner, getattr(model.config, "_name_or_path", None))
+        _refuse(config or {}, owner, getattr(settings, "_name_or_path", None))
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ConfigError(
                 f"{name} of {owner} is on the meta device, so there is no weight to quantize; load the model's weights, without "
                 "offloading"
             )
-        if type(tensor) is not nn.Parameter or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-            kind = type(tensor.data).__name__ if type(tensor.data).__name__ not in ("Tensor", "Parameter") else tensor.dtype
+        is_weight = name.rpartition(".")[2] in ("weight", "bias")
+        if is_weight and (type(tensor) is not nn.Parameter or not tensor.is_floating_point() or tensor.dtype.itemsize == 1):
+            kind = tensor.dtype if type(tensor) is nn.Parameter else type(tensor.data).__name__
             raise ConfigError(f"{name} of {owner} is a {kind}, no dense weight; start from the model in 16 or 32 bits")
 
 

@@ -30,7 +30,7 @@ from .packing import (
     without_adapters,
 )
 from .selection import select_layers
-from .source_weights import EightBit, SourceWeights, read_source_files, read_source_tensors
+from .source_weights import EightBit, SourceWeights, defer_source_tensors, read_source_files
 
 logger = logging.get_logger(__name__)
 
@@ -109,21 +109,18 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not hasattr(self, "origin"):  # from_single_file, whose first sight of a checkpoint this is
-            metadata = getattr(state_dict, "metadata", None)
-            state_dict = state_dict.copy()  # it may be the caller's own, and what is read of it is dropped below
-            self._check_single_file(state_dict, metadata)
+            self._check_single_file(state_dict)
         elif self.source is not None:
             self.source.defer(state_dict)
         return state_dict
 
-    def _check_single_file(self, state_dict: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    def _check_single_file(self, state_dict: dict[str, Any]) -> None:
         """from_single_file always claims "pre-quantized"; see whether it is, and keep our names out of its converters."""
         layers = self.quantization_config.layers
         self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
         if not self.pre_quantized:
             self.quantization_config = self.quantization_config.fresh()
-            self.source = read_source_tensors(state_dict, metadata)
-            self.source.defer(state_dict)
+            self.source = defer_source_tensors(state_dict)
             return
         if not layers:
             raise ConfigError(

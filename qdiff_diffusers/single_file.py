@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from .checkpoint import read_header
 from .config import QDiffConfig
 from .errors import CheckpointError
 from .guards import state_dict
-from .source_weights import COMFY_METADATA, read_source_tensors
+from .source_weights import COMFY_METADATA, defer_source_tensors
 from .stored import stored_settings
 
 # Whether from_single_file was called with a config of ours.
@@ -47,6 +48,8 @@ def from_single_file(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         return _load_self_contained(cls, settings, args, kwargs)
     config = kwargs.get("quantization_config")
     token = _quantizing.set(isinstance(config, QDiffConfig))
+    if _quantizing.get() and args and isinstance(args[0], dict):
+        args = (copy.copy(args[0]), *args[1:])  # what has been read of it is dropped, and it may be the caller's own
     try:
         return original(cls, *args, **kwargs)
     except (LookupError, AttributeError, TypeError, OSError) as error:
@@ -67,8 +70,7 @@ def should_convert(original: Any, model_state_dict: dict[str, Any], checkpoint_s
     """Before 0.42 diffusers shows a quantizer a single file only after it was converted, and takes packed ones for foreign."""
     is_packed = any(key.endswith(".codes") for key in checkpoint_state_dict)
     if not is_packed and _quantizing.get():
-        metadata = getattr(checkpoint_state_dict, "metadata", None)
-        read_source_tensors(checkpoint_state_dict, metadata).defer(checkpoint_state_dict)
+        defer_source_tensors(checkpoint_state_dict)
     return not is_packed and original(model_state_dict, checkpoint_state_dict)
 
 

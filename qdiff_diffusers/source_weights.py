@@ -384,3 +384,19 @@ def read_source_tensors(tensors: Mapping[str, Any], metadata: Mapping[str, str] 
     if any(type(value).__name__ == "GGUFParameter" for value in tensors.values()):
         raise CheckpointError(f"a GGUF file is quantized already; read it with `qdiff convert gguf`, or {START}")
     return SourceWeights(tensor_infos(tensors), lambda names: {name: tensors[name] for name in names}, metadata, "the file")
+
+
+def defer_source_tensors(tensors: dict[str, Any]) -> SourceWeights:
+    """Read a state dict and :meth:`~SourceWeights.defer` its 8-bit weights, in place; once more, nothing is left to do.
+
+    Args:
+        tensors: its attribute ``metadata``, if it has one, is that of the file that it was read from.
+
+    Raises:
+        CheckpointError: see :func:`read_source_tensors`.
+    """
+    source = read_source_tensors(tensors, getattr(tensors, "metadata", None))
+    source.defer(tensors)
+    if hasattr(tensors, "metadata"):
+        tensors.metadata = {}  # which speaks of scales that are gone
+    return source

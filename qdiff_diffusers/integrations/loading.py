@@ -123,7 +123,8 @@ class _Registration:
         with self.lock:
             self.users += 1
             if self.users == 1:
-                self.original = _without_leftovers(nn.Module.register_parameter)
+                found = _without_leftovers(nn.Module.register_parameter)
+                self.original = self.original if found is self.replacement else found  # left by a context that ended after ours
                 nn.Module.register_parameter = self.replacement  # type: ignore[method-assign, assignment]
         token = _device.set(device)
         try:

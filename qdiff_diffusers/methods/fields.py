@@ -77,7 +77,7 @@ class _Kind(NamedTuple):
             number = "an integer" if self.type is int else "a number"
             yield number if self.bounds is None else f"{number} from {self.bounds.low} to {self.bounds.high}"
         elif self.type is bool:
-            yield from ("True", "False")
+            yield "True or False"
         elif self.type is list:
             yield f"a list of {' or '.join(text for kind in self.items for text in kind.texts())}"
         else:
