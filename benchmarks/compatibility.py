@@ -30,7 +30,8 @@ What diffusers {diffusers.__version__} does to a model, and what becomes of a qu
 - **skipped**: cannot be tried on this machine
 
 LoRA with offloading: an adapter loaded before it and after it, active, fused, and taken out again. DoRA and other variants read the
-layer under them between its calls, and are refused where sequential or leaf-level offloading or layerwise casting keep that elsewhere.
+layer under them between its calls, and are refused where sequential or leaf-level offloading or layerwise casting keep that
+elsewhere.
 `dequantize()` leaves adapters, hooks and offloading in place. A model that accelerate offloads is saved once its hooks are off.
 """
 
