@@ -28,6 +28,10 @@ What diffusers {diffusers.__version__} does to a model, and what becomes of a qu
 - **works**: the output is that of the quantized model left alone, bit for bit or within the rounding of the computation
 - **refused**: ends in an error that says what to do instead, before anything is changed
 - **skipped**: cannot be tried on this machine
+
+LoRA with offloading: an adapter loaded before it and after it, active, fused, and taken out again. DoRA and other variants read
+the layer under them between its calls, and are refused where sequential or leaf-level offloading or layerwise casting move it away.
+`dequantize()` leaves adapters, hooks and offloading in place. A model that accelerate offloads is saved once its hooks are off.
 """
 
 

@@ -163,7 +163,7 @@ class PackedPatcher:
         """
         weight = comfy.utils.get_attr(self.model, key)
         packed = weight if is_packed(weight) else getattr(self.backup.get(key), "weight", None)
-        if not is_packed(packed):
+        if packed is None or not is_packed(packed):
             return super().patch_weight_to_device(key, device_to, *args, **kwargs)
         if key in self.patches:
             _check_padding(key, tuple(packed.shape), self._new_shape(key, packed))
@@ -240,10 +240,15 @@ class PackedPatcher:
 
         Models look at that, to know how many channels to give a layer. So such a weight is decoded, as long as it is patched.
         """
-        weights = {key: weight for key, weight in self._packed_weights().items() if key in self.patches}
-        reshaped = [key for key, weight in weights.items() if self._new_shape(key, weight) != tuple(weight.shape)]
+        weights = self._packed_weights()
+        patched = [key for key in weights if key in self.patches]
+        reshaped = [key for key in patched if self._new_shape(key, weights[key]) != tuple(weights[key].shape)]
+        for key in set(weights) - set(reshaped):
+            if not is_packed(comfy.utils.get_attr(self.model, key)):  # older ComfyUIs leave it so with dynamic VRAM
+                self._put_back(key)
+                self._put_back(f"{key.removesuffix('weight')}bias")
         everything, before = self.patches, self.withheld
-        held = {key: everything[key] for key in weights if key not in reshaped}
+        held = {key: everything[key] for key in patched if key not in reshaped}
         self.patches, self._withheld = {key: p for key, p in everything.items() if key not in held}, held
         try:
             yield held
@@ -251,6 +256,11 @@ class PackedPatcher:
                 self._reshape(key)
         finally:
             self.patches, self._withheld = everything, before
+
+    def _put_back(self: Any, key: str) -> None:
+        """Undo what has been done to a tensor, if anything has."""
+        if backup := self.backup.pop(key, None):
+            comfy.utils.set_attr_param(self.model, key, backup.weight)
 
     def _reshape(self: Any, key: str) -> None:
         """Patch a weight that ComfyUI has left on the CPU, to be patched whenever it is used."""

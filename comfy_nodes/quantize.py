@@ -116,7 +116,7 @@ def _check_sources(model: nn.Module) -> None:
     """
     decoded: dict[str, int] = {}
     for name, module in _layers(model):
-        weight = module.weight
+        weight: Any = module.weight
         if isinstance(weight, QuantizedTensor):
             decoded[weight._layout_cls] = decoded.get(weight._layout_cls, 0) + 1
             continue

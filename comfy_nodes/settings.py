@@ -88,7 +88,7 @@ def _unet(shapes: Shapes, config: Any) -> dict[str, Any]:
     heads, head_dim = config.unet_config.get("num_heads", -1), config.unet_config.get("num_head_channels", -1)
     context = next(shapes[key][1] for key in shapes if key.endswith("attn2.to_k.weight"))
     extra = shapes.get("add_embedding.linear_1.weight")
-    out = {
+    out: dict[str, Any] = {
         "sample_size": 64 if extra is None else 128,
         "in_channels": shapes["conv_in.weight"][1],
         "out_channels": shapes["conv_out.weight"][0],

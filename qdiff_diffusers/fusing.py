@@ -15,13 +15,13 @@ from torch import nn
 from .errors import QDiffError
 from .layers import PackedLayer
 from .offloading import changing_all, without_group_offloading
-from .packing import packed_layers
+from .packing import is_or_was_packed
 
 FUSING = ("fuse_lora", "merge_adapter", "_unload_and_optionally_merge")
 
 
 def on_offloaded(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A method of models, pipelines or tuners, ``original`` by its name. What has no packed layers is left alone.
+    """A method of models, pipelines or tuners, ``original`` by its name. What never had packed layers is left alone.
 
     All adapters are checked before the first is fused. Offloading in groups, which holds on to every tensor, is off meanwhile. An
     adapter that accelerate offloads is there to be read and replaced; a whole model that it offloads is not, and is not saved.
@@ -29,7 +29,7 @@ def on_offloaded(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     name = original.__name__
     saving = name == "save_pretrained"
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
-    models = [model for model in _models_of(self, given.get("components")) if packed_layers(model)]
+    models = [model for model in _models_of(self, given.get("components")) if is_or_was_packed(model)]
     for model in models if saving else ():
         _check_in_memory(model)
     with ExitStack() as stack:

@@ -53,9 +53,8 @@ class PackedLora:
         with changing(base):
             for name, (down, up, bias) in factors.items():
                 before = None if bias is None else base.bias.detach()
-                self.__dict__.setdefault("fused", []).append(
-                    Fused(name, len(down), self.scaling[name], base.spec.extras_dtype, before)
-                )
+                fused = Fused(name, len(down), float(self.scaling[name]), base.spec.extras_dtype, before)
+                self.__dict__.setdefault("fused", []).append(fused)
                 base.append_branch(down, up)
                 if bias is not None:
                     _set_bias(base, base.bias.float() + bias.to(base.bias.device))
@@ -129,10 +128,10 @@ class PackedLora:
             QDiffError: one was fused with another; ``layer`` is the name of the layer.
         """
         for fused in self.__dict__.get("fused", ()):
-            if fused.name in self.scaling and self.scaling[fused.name] != fused.scaling:
+            if fused.name in self.scaling and float(self.scaling[fused.name]) != fused.scaling:
                 raise QDiffError(
                     f"adapter {fused.name!r} was fused into layer {layer} with the scale {fused.scaling:.6g}, and now has "
-                    f"{self.scaling[fused.name]:.6g}: unfuse_lora() first, and fuse it again afterwards"
+                    f"{float(self.scaling[fused.name]):.6g}: unfuse_lora() first, and fuse it again afterwards"
                 )
 
     def follow_dense_base(self: Any) -> None:

@@ -154,6 +154,11 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
+def is_or_was_packed(model: nn.Module) -> bool:
+    """Whether a model has packed layers, or had some until :func:`dequantize_model`."""
+    return getattr(model, "dequantized_by_qdiff", False) or bool(packed_layers(model))
+
+
 def describe_layers(config: QDiffConfig, layers: dict[str, PackedLayer]) -> None:
     """Bring ``config`` up to date with layers that were cast, or that took up adapters, since they were quantized."""
     for name, layer in layers.items():
@@ -189,6 +194,7 @@ def dequantize_model(model: nn.Module) -> None:
         if adapters:
             _follow_dense_bases(adapters)
     follow_timesteps(model)
+    model.dequantized_by_qdiff = True  # type: ignore[assignment]
 
 
 def _checked_adapters(model: nn.Module) -> dict[str, nn.Module]:

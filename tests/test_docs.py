@@ -134,7 +134,7 @@ def test_every_public_report_has_an_address_and_a_test():
         assert named and "https://" in row, row
         for file, function in named:
             path = ROOT / file
-            assert not path.is_file() or f"def {function}(" in path.read_text(), f"{file} has no {function}"
+            assert path.is_file() and f"def {function}(" in path.read_text(), f"{file} has no {function}"
 
 
 def test_every_page_is_in_the_sites_menu_and_the_site_has_no_page_twice():

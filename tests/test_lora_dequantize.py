@@ -85,6 +85,21 @@ def test_an_offloaded_model_goes_on_offloaded(kind, folders, tmp_path):
 
 
 @pytest.mark.parametrize("kind", OFFLOADS)
+def test_an_adapter_of_an_offloaded_model_is_fused_and_taken_out_afterwards(kind, folders, tmp_path):
+    model = flux(folders)
+    expected = run(model)
+    OFFLOADS[kind](model, str(tmp_path))
+    model.dequantize()
+    for step in (model.fuse_lora, model.unfuse_lora):
+        step()
+        assert distance(run(model), expected) < 1e-5
+        assert distance(run(model), expected) < 1e-5
+    bare = flux(folders, lora=False).dequantize()
+    model.unload_lora()
+    assert distance(run(model), run(bare)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", OFFLOADS)
 def test_hooks_that_were_taken_off_leave_nothing_behind(kind, folders, tmp_path):
     """accelerate and diffusers leave the layer's old bound ``forward`` on it."""
     model = flux(folders)

@@ -126,6 +126,22 @@ def test_a_lora_is_baked_in(native):
     assert (run(packed, "flux") - wanted).abs().max() < 0.02 * wanted.std()
 
 
+@torch.no_grad()
+def test_a_lora_that_widens_a_layer_is_baked_in_and_saved(native, tmp_path):
+    from comfyui.test_patches import control_lora, with_lora
+    from comfyui.test_stock_nodes import sample
+
+    quantize, loader = host.part("quantize"), host.part("loader")
+    model = with_lora(native("flux"), control_lora(), 0.8)
+    wanted = sample(model, "flux")
+    packed = quantize.quantize_model(model, RTNConfig(bits=8, group_size=32, keep_outer_layers=False))
+    output = sample(packed, "flux")
+    assert (output - wanted).norm() < 0.02 * wanted.norm()
+    quantize.save_model(packed, tmp_path / "saved")
+    assert torch.equal(sample(loader.load_model(tmp_path / "saved"), "flux"), output)
+    assert diffusers.AutoModel.from_pretrained(str(tmp_path / "saved")).config.in_channels == 128
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16])
 @torch.no_grad()
 def test_a_model_that_is_stored_in_fewer_bits_can_be_quantized_and_saved(dtype, native, tmp_path):

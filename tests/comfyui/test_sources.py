@@ -111,6 +111,10 @@ def test_what_is_skipped_is_decoded_too_and_all_is_saved(load, tmp_path):
 @torch.no_grad()
 def test_factors_of_the_inputs_are_taken_into_the_weight(load):
     """As files of ModelOpt have them; and what 8-bit inputs are divided by is not needed any more."""
+    from comfy.quant_ops import QUANT_ALGOS
+
+    if "pre_quant_scale" not in QUANT_ALGOS["nvfp4"]["parameters"]:
+        pytest.skip("this ComfyUI does not know them")
     key = "double_blocks.0.img_mlp.0"
     factors = torch.rand(128) + 0.5
 
