@@ -101,8 +101,8 @@ def refuse_quantized_model(model: nn.Module, owner: str) -> None:
     if adapted is not None:
         raise ConfigError(
             f"{adapted} of {owner} has an adapter, and a packed layer under it could be neither unfused nor loaded again; "
-            "fuse_lora() and unload_lora_weights() (unload_lora() of a model) make the adapter part of the weights, unloading alone "
-            "leaves it for later"
+            "fuse_lora() and unload_lora_weights() (of a model: unload_lora()) make the adapter part of the weights, unloading "
+            "alone leaves it for later"
         )
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
