@@ -68,6 +68,7 @@ def quantize(
         CalibrationError: calibration cannot go on; what it has finished waits beside ``output_dir``.
         HubError: the upload failed; ``output_dir`` is complete all the same, and ``qdiff push`` sends it again.
     """
+    _check_kinds(source, config, dtype)
     if calibration is None:
         config.check_uncalibrated()
     stored = isinstance(source, str | Path)
@@ -102,6 +103,19 @@ def quantize(
     if push_to_hub and parallel.rank() == 0:
         push_folder(folder, push_to_hub)
     return folder
+
+
+def _check_kinds(source: Any, config: Any, dtype: Any) -> None:
+    """Raise a :class:`ConfigError` for what is no source, config or dtype at all."""
+    if not isinstance(config, QDiffConfig):
+        raise ConfigError(f'config must be a qdiff config such as AQConfig(bits=2) or QDiffConfig(method="aq"), got {config!r}')
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype must be a torch.dtype such as torch.bfloat16, got {dtype!r}")
+    is_model = isinstance(source, nn.Module) and hasattr(source, "config")
+    is_pipeline = not isinstance(source, type) and hasattr(source, "components")
+    if not isinstance(source, str | Path) and not is_model and not is_pipeline:
+        kind = source.__name__ if isinstance(source, type) else type(source).__name__
+        raise ConfigError(f"source must be a folder, a Hub name, or a model or pipeline of diffusers in memory, got {kind}")
 
 
 def _quantize(

@@ -169,6 +169,8 @@ def real_place(folder: Path) -> Path:
     Raises:
         ConfigError: it is a file, a link to nowhere, or cannot be a folder's name.
     """
+    if "\0" in str(folder):
+        raise ConfigError(f"{str(folder)!r} cannot be a folder's name: it has a zero byte")
     with _refusing(folder):
         named = Path(os.path.abspath(folder))
         if os.path.islink(named) and not named.exists():

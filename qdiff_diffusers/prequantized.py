@@ -87,7 +87,7 @@ def _weight_files(folder: Path, loading: Mapping[str, Any]) -> list[Path]:
 
 
 def refuse_quantized_model(model: nn.Module, owner: str) -> None:
-    """Refuse to quantize a model in memory that cannot be: it is quantized already, or its weights are not there.
+    """Refuse to quantize a model in memory that cannot be: it is quantized already, has adapters, or its weights are not there.
 
     Raises:
         ConfigError: says what it is and what to start from.
@@ -97,6 +97,13 @@ def refuse_quantized_model(model: nn.Module, owner: str) -> None:
     config = getattr(quantizer, "quantization_config", None) or getattr(settings, "quantization_config", None)
     if getattr(model, "is_quantized", False) or config:
         _refuse(config or {}, owner, getattr(settings, "_name_or_path", None))
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None:
+        raise ConfigError(
+            f"{adapted} of {owner} has an adapter, and a packed layer under it could be neither unfused nor loaded again; "
+            "fuse_lora() and unload_lora_weights() (of a model: unload_lora()) make the adapter part of the weights, unloading "
+            "alone leaves it for later"
+        )
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ConfigError(

@@ -553,3 +553,8 @@ def test_different_benchmarks_may_write_to_one_folder(tmp_path):
     with held(tmp_path, name="layers_cpu"), held(tmp_path, name="models_cpu"), other, held(tmp_path, name="layers_cpu"):
         pass
     assert names(tmp_path) == []
+
+
+def test_a_name_with_a_zero_byte_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="zero byte"):
+        check_output(tmp_path / "a\0b", overwrite=True)

@@ -170,6 +170,45 @@ def test_a_model_without_its_weights_is_refused_by_name():
         quantize(pipeline(model), RTNConfig(bits=4))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("config", [RTNConfig(bits=8), SVDQuantConfig(bits=8, rank=4)], ids=str)
+def test_a_model_with_an_adapter_is_refused_until_it_is_taken_out(config, fused, tmp_path):
+    """Saved, its layers would have the names that they have under the adapter, which nothing could load."""
+    peft = pytest.importorskip("peft")
+    model = tiny_models.make("flux")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    if fused:
+        model.fuse_lora()
+    expected = tiny_models.run(model, "flux")
+    with pytest.raises(ConfigError, match=r"transformer_blocks\.0\.attn\.to_q of this FluxTransformer2DModel has an adapter"):
+        quantize(model, config, tmp_path / "out")
+    assert torch.equal(tiny_models.run(model, "flux"), expected)
+    assert not (tmp_path / "out").exists()
+    if not fused:
+        model.fuse_lora()
+    model.unload_lora()
+    quantize(model, config, tmp_path / "out")
+    loaded = type(model).from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
+    assert (tiny_models.run(loaded, "flux") - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("config", [{"method": "rtn", "bits": 4}, "rtn", None, RTNConfig])
+def test_what_is_no_config_is_refused_by_name(config, tmp_path):
+    with pytest.raises(ConfigError, match="config must be a qdiff config"):
+        quantize(tmp_path, config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("source", [None, DIT, {}, [], torch.nn.Linear(64, 64), DiTPipeline, 5], ids=str)
+def test_what_is_no_source_is_refused_by_name(source):
+    with pytest.raises(ConfigError, match="source must be a folder, a Hub name, or a model or pipeline"):
+        quantize(source, RTNConfig(bits=4))
+
+
+def test_a_dtype_in_words_is_refused_and_not_taken_for_float32(dense, tmp_path, nothing_is_loaded):
+    with pytest.raises(ConfigError, match=r"dtype must be a torch\.dtype .*'bfloat16'"):
+        quantize(dense, RTNConfig(bits=4), tmp_path / "out", dtype="bfloat16")
+
+
 def test_weights_that_another_package_packed_are_refused_by_name():
     model = tiny_models.make("dit")
     layer = model.transformer_blocks[0].attn1.to_q

@@ -6,6 +6,8 @@ import dis
 import enum
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import logging
 import re
@@ -142,6 +144,8 @@ class _Digests:
         return self.known[id(value)][0]
 
     def _parts(self, value: Any, name: str) -> Iterator[Any]:
+        if isinstance(value, Mapping | list | tuple | set | frozenset) and not _is_installed(type(value).__module__):
+            return self._own_container(value, name)
         if isinstance(value, Mapping):
             return self._unordered("dict", [(key, item) for key, item in value.items()], name)
         if isinstance(value, set | frozenset):
@@ -155,12 +159,20 @@ class _Digests:
         if isinstance(value, types.CodeType):
             return iter(["code", *(self.of(getattr(value, field, b""), name) for field in CODE)])
         if isinstance(value, types.ModuleType):
-            return self._module(value)
+            return self._module(value, name)
         if isinstance(value, type):
             return self._class(value, name)
         if callable(value) and not hasattr(value, "components"):
             return self._callable(value, name)
         return self._object(value, name)
+
+    def _own_container(self, value: Any, name: str) -> Iterator[Any]:
+        """A container of the user's own class: what its methods do, its attributes, its items."""
+        yield from ("container", self.of(type(value), name), self.of(_attributes(value), name))
+        if isinstance(value, set | frozenset):
+            yield from self._unordered("set", value, name)
+        else:
+            yield self.of(dict(value) if isinstance(value, Mapping) else list(value), name)
 
     def _unordered(self, kind: str, items: Iterable[Any], name: str) -> Iterator[Any]:
         """Items in whatever order; sets of strings have another one in each process."""
@@ -191,10 +203,22 @@ class _Digests:
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             yield from (key, self.of(tensor, f"{key} of {name}"))
 
-    def _module(self, module: types.ModuleType) -> Iterator[Any]:
+    def _module(self, module: types.ModuleType, name: str) -> Iterator[Any]:
+        """A user's own module by its file and by what is in it now: variables with plain values, and the modules it took from."""
         yield from ("module", module.__name__)
         file = getattr(module, "__file__", None)
-        yield _installed_version(module.__name__) if _is_installed(module.__name__) or not file else file_digest(Path(file))
+        if _is_installed(module.__name__) or not file:
+            yield _installed_version(module.__name__)
+            return
+        yield file_digest(Path(file))
+        for variable, value in sorted(vars(module).items()):
+            if variable.startswith("__"):
+                continue
+            if _is_plain(value):
+                yield from (variable, self.of(value, f"{variable} of {name}"))
+            source = value if isinstance(value, types.ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
+            if source is not None and source is not module and not _is_installed(source.__name__):
+                yield from (variable, self.of(source, name))
 
     def _class(self, cls: type, name: str) -> Iterator[Any]:
         yield from ("class", cls.__module__, cls.__qualname__)
@@ -243,6 +267,8 @@ class _Digests:
         if not installed:
             known = function.__globals__
             variables |= {variable: known[variable] for variable in _global_names(function.__code__) if variable in known}
+            package = known.get("__package__") or ""
+            variables |= {f"import {found}": _found(found) for found in _imports(function.__code__, package)}
         for variable, value in sorted(variables.items(), key=lambda item: item[0]):
             yield from (variable, self.of(value, f"`{variable}`, which {name} refers to,"))
 
@@ -299,7 +325,20 @@ def _state(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     own = not any(base.__module__ not in BARE and _is_installed(base.__module__) for base in type(value).__mro__)
-    return dict(vars(value)) if own and hasattr(value, "__dict__") and components is None else None
+    return _attributes(value) if own and hasattr(value, "__dict__") and components is None else None
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Of an object, those in slots too."""
+    names = {name: None for cls in type(value).__mro__ for name in _slots(cls) if hasattr(value, name)}
+    return {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
+
+
+def _slots(cls: type) -> list[str]:
+    slots = vars(cls).get("__slots__", ())
+    names = [slots] if isinstance(slots, str) else list(slots)
+    private = f"_{cls.__name__.lstrip('_')}"
+    return [f"{private}{name}" if name.startswith("__") and not name.endswith("__") else name for name in names]
 
 
 def pipeline_parts(pipe: Any) -> dict[str, Any]:
@@ -356,6 +395,36 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _global_names(constant)
+
+
+def _imports(code: types.CodeType, package: str) -> Iterator[str]:
+    """Full names of modules that code, and the functions in it, import when they run, and of what is taken from them."""
+    level = 0
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT") and type(instruction.argval) is int:
+            level = instruction.argval
+        elif instruction.opname == "IMPORT_NAME":
+            base = package.rsplit(".", level - 1)[0] + "." if level else ""
+            found = (base + instruction.argval).rstrip(".")
+            yield found
+        elif instruction.opname == "IMPORT_FROM":
+            yield f"{found}.{instruction.argval}"
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _imports(constant, package)
+
+
+def _found(module: str) -> types.ModuleType | str | None:
+    """A module of the user's own, imported; the name of another; ``None`` if it cannot be imported."""
+    top = module.partition(".")[0]
+    if top in sys.stdlib_module_names or top in OWN:
+        return top
+    try:
+        spec = importlib.util.find_spec(module)
+        installed = spec is None or not INSTALLED.isdisjoint(Path(spec.origin or "").parts)
+        return module if installed else importlib.import_module(module)
+    except (ImportError, ValueError):
+        return None
 
 
 @functools.lru_cache(maxsize=512)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -193,6 +194,94 @@ def test_a_global_that_run_reads_through_another_function_counts(monkeypatch):
     before = digest(draw_by_global)
     monkeypatch.setitem(globals(), "SCALE", 2.0)
     assert digest(draw_by_global) != before
+
+
+HELPERS = {
+    "a module": """
+import {name}_helpers
+def run(*_): return {name}_helpers.draw()
+""",
+    "a module of a package": """
+import {name}_package.inner
+def run(*_): return {name}_package.inner.draw()
+""",
+    "an import inside": """
+def run(*_):
+    import {name}_helpers
+    return {name}_helpers.draw()
+""",
+    "a name imported inside": """
+def run(*_):
+    from {name}_prompts import PROMPTS
+    return PROMPTS
+""",
+    "a function inside": """
+def run(*_):
+    def inner():
+        from {name}_helpers import draw
+        return draw()
+    return inner()
+""",
+}
+
+
+@pytest.mark.parametrize("how", HELPERS)
+def test_what_run_takes_from_modules_counts_however_it_is_imported(how, tmp_path, monkeypatch):
+    """The prompts lie two modules away; that run itself and its helpers are the same files says nothing."""
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "run" + str(list(HELPERS).index(how))
+    helpers = f"from {name}_prompts import PROMPTS\ndef draw(): return PROMPTS\n"
+    (tmp_path / f"{name}_package").mkdir()
+    for file, text in {
+        f"{name}_helpers.py": helpers,
+        f"{name}_package/__init__.py": "",
+        f"{name}_package/inner.py": helpers,
+    }.items():
+        (tmp_path / file).write_text(text)
+    (tmp_path / f"{name}_prompts.py").write_text("PROMPTS = ['a cat']\n")
+    (tmp_path / f"{name}_user.py").write_text(HELPERS[how].format(name=name))
+    user = importlib.import_module(f"{name}_user")
+    before = digest(user.run)
+    assert digest(user.run) == before
+    user.run()
+    assert digest(user.run) == before
+    for module in [module for key, module in sys.modules.items() if key.startswith(name)]:
+        if hasattr(module, "PROMPTS"):
+            monkeypatch.setattr(module, "PROMPTS", ["a dog"])
+    assert digest(user.run) != before
+
+
+def test_a_setting_of_a_module_that_was_changed_counts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "settings_of_a_run.py").write_text("SCALE = 1\n")
+    settings = importlib.import_module("settings_of_a_run")
+    run = looking_up(settings)
+    before = digest(run)
+    settings.SCALE = 2
+    assert digest(run) != before
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+
+class Own(Slotted):
+    pass
+
+
+class Prompts(list):
+    pass
+
+
+class Settings(dict):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Own, Prompts, Settings])
+def test_attributes_count_wherever_an_object_keeps_them(kind):
+    first, second = kind(), kind()
+    first.scale, second.scale = 1, 2
+    assert digest(looking_up(first)) == digest(looking_up(first)) != digest(looking_up(second))
 
 
 def test_run_functions_made_again_have_the_same_digest():
