@@ -268,7 +268,7 @@ def save_model(patcher: Any, folder: Path) -> Path:
 
     Raises:
         ConfigError: the model is not quantized by us, or there are LoRAs on it, which would be lost.
-        CheckpointError: ``folder`` exists already.
+        CheckpointError: ``folder`` holds something already.
     """
     info = patcher.get_attachment(ATTACHMENT)
     if info is None or not packed_weights(patcher):

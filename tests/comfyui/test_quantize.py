@@ -193,6 +193,7 @@ def test_errors_say_what_to_do(native, tmp_path):
     with pytest.raises(ConfigError, match="nothing to quantize"):
         quantize.quantize_model(dense, RTNConfig(bits=4, modules_to_not_convert=["blocks"]))
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "something").touch()
     with pytest.raises(CheckpointError, match="exists already"):
         quantize.save_model(packed, tmp_path / "there")
 

@@ -209,10 +209,10 @@ print(json.dumps({module: in_child(user, module, sorted(paths)) for module, path
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.ModuleType]:
     """A module of a library with a function, a class and a dictionary."""
-    module = types.ModuleType("some_library.module")
-    exec(
+    file = tmp_path / "module.py"
+    file.write_text(
         textwrap.dedent(
             """
             TABLE = {}
@@ -234,9 +234,12 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
                 def make(cls, x):
                     return cls, x
             """
-        ),
-        module.__dict__,
+        )
     )
+    spec = importlib.util.spec_from_file_location("some_library.module", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(patches, "_states", {})
     yield module
