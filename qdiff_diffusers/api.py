@@ -74,6 +74,8 @@ def quantize(
     stored = isinstance(source, str | Path)
     if output_dir is None and (stored or push_to_hub):
         raise ConfigError("give output_dir, the folder to write")
+    if output_dir is not None and not isinstance(output_dir, str | Path):
+        raise ConfigError(f"output_dir must be the path of a folder, got {output_dir!r}")
     if push_to_hub:
         check_name(push_to_hub)
     loading = {"use_safetensors": use_safetensors, "variant": variant, "revision": revision}

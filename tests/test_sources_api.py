@@ -396,3 +396,8 @@ def test_a_users_settings_are_not_taken_for_a_checkpoint(quant_method, dense):
             QDiffConfig.from_dict(wrong | quant_method)
     settings = {"method": "rtn", "bits": 4, "quant_method": "qdiff"}
     assert packed_layers(DIT.from_pretrained(dense / "transformer", quantization_config=settings))
+
+
+def test_an_output_that_is_no_path_is_refused(tmp_path, nothing_is_loaded):
+    with pytest.raises(ConfigError, match="output_dir must be the path of a folder, got 5"):
+        quantize(tmp_path, RTNConfig(bits=4), output_dir=5)
