@@ -100,6 +100,6 @@ for version in "${versions[@]}"; do
     comfyui "$version" # outside of the || below, in which a wrong hash would not stop anything
     [ -z "$only_install" ] || continue
     run "$version" || failed=1
-    if [ "${#versions[@]}" -gt 1 ]; then "$python" benchmarks/comfyui.py "$folder" "$version"; fi
+    if [ "${#versions[@]}" -gt 1 ]; then "$python" benchmarks/comfyui_versions.py "$folder" "$version"; fi
 done
 exit "$failed"

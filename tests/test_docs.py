@@ -82,7 +82,7 @@ def test_tables_made_from_a_run_are_what_the_run_says(benchmark):
     made = {f"ladder_{name}.md": ladders.page(name) for name in ladders.LISTS}
     made |= {f"speed_{name}.md": speed.page(name) for name in speed.TABLES}
     made["calibrated.md"] = benchmark("calibrated_table").table()
-    made["comfyui.md"] = benchmark("comfyui").render(json.loads((RESULTS / "comfyui.json").read_text()))
+    made["comfyui.md"] = benchmark("comfyui_versions").render(json.loads((RESULTS / "comfyui.json").read_text()))
     for file, text in made.items():
         path = RESULTS / file
         assert path.is_file() == (text is not None), file

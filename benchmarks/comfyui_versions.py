@@ -1,7 +1,7 @@
 """A row of the table of ComfyUI versions, from the outcomes of its tests: called by scripts/comfy.sh, which runs them. The table
 also goes into docs/comfyui.md; rows of other versions keep their earlier outcome.
 
-python benchmarks/comfyui.py FOLDER VERSION      FOLDER has VERSION.xml (pytest's) and ComfyUI-VERSION
+python benchmarks/comfyui_versions.py FOLDER VERSION      FOLDER has VERSION.xml (pytest's) and ComfyUI-VERSION
 """
 
 from __future__ import annotations
