@@ -18,8 +18,8 @@ from torch import nn
 
 from qdiff_diffusers import RTNConfig
 from qdiff_diffusers.formats import IntegerFormat, LayerSpec
-from qdiff_diffusers.selection import select_layers
-from qdiff_diffusers.ties import followers, leader
+from qdiff_diffusers.model.selection import select_layers
+from qdiff_diffusers.model.tied_weights import followers, leader
 
 GROUP = 64
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.layers import dense_layer
-from qdiff_diffusers.packing import quantize_layer
-from qdiff_diffusers.selection import select_layers
+from qdiff_diffusers.model.packing import quantize_layer
+from qdiff_diffusers.model.selection import select_layers
 
 RANK = 32
 METHODS: dict[str, Callable[[], QDiffConfig]] = {

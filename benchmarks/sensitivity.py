@@ -19,12 +19,12 @@ from common import write
 from diffusers import DiffusionPipeline
 
 from qdiff_diffusers import AQConfig, Calibration
-from qdiff_diffusers.budget import kind_of, width_of
 from qdiff_diffusers.calibration.allocation import sensitivities
 from qdiff_diffusers.calibration.store import Store
 from qdiff_diffusers.calibration.trajectories import record
 from qdiff_diffusers.evaluation.subject import BUNDLED
-from qdiff_diffusers.selection import select_layers
+from qdiff_diffusers.model.bit_allocation import kind_of, width_of
+from qdiff_diffusers.model.selection import select_layers
 
 SAMPLES, GUIDANCE = 10, 2.0
 

@@ -19,9 +19,9 @@ from common import write
 
 import qdiff_diffusers
 from qdiff_diffusers import Calibration, FPConfig, QDiffConfig, Tuning, VQConfig
+from qdiff_diffusers.calibration import trainable
 from qdiff_diffusers.evaluation.build import quiet_diffusers
 from qdiff_diffusers.evaluation.subject import BUNDLED
-from qdiff_diffusers.methods import trainable
 
 STEPS = 100
 OTHERS = [f"transformer_blocks.{i}." for i in (0, 1, 3, 4, 5)]

@@ -12,8 +12,8 @@ import folder_paths
 import torch
 from torch import nn
 
+from qdiff_diffusers.checkpoint.stored_model import StoredModel, read_stored_model, stored_settings
 from qdiff_diffusers.errors import CheckpointError
-from qdiff_diffusers.stored import StoredModel, read_stored_model, stored_settings
 
 from .families import Family
 from .loader import is_text_encoder, native_tensors

@@ -11,8 +11,8 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from qdiff_diffusers.checkpoint.stored_model import StoredModel, read_stored_model
 from qdiff_diffusers.errors import CheckpointError
-from qdiff_diffusers.stored import StoredModel, read_stored_model
 
 from .families import FAMILIES, Family, MissingPart, Part, family_of_class, family_of_native, to_native
 from .layout import Piece, is_packed, make_weight

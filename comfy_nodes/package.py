@@ -49,7 +49,7 @@ def problem() -> str | None:
     try:
         if reason := _other_version(importlib.import_module("qdiff_diffusers")):
             return reason
-        importlib.import_module("qdiff_diffusers.stored")
+        importlib.import_module("qdiff_diffusers.checkpoint.stored_model")
         importlib.import_module("comfy_kitchen.tensor")
     except ImportError as error:
         needs = f'-r "{ROOT / "requirements.txt"}"' if (ROOT / "requirements.txt").is_file() else "qdiff-diffusers"

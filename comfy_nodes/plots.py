@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from qdiff_diffusers.errors import ConfigError
-from qdiff_diffusers.layer_table import StoredLayer
+from qdiff_diffusers.formats.layer_table import StoredLayer
 
 from .report import Layer, bits_per_weight, layers
 

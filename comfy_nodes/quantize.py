@@ -19,12 +19,13 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 
 from qdiff_diffusers import QDiffConfig
+from qdiff_diffusers.checkpoint.provenance import new_provenance
+from qdiff_diffusers.checkpoint.stored_model import write_stored_model
 from qdiff_diffusers.errors import ConfigError
-from qdiff_diffusers.layer_table import StoredLayer
-from qdiff_diffusers.packing import new_provenance, quantize_named
-from qdiff_diffusers.patterns import check_patterns
-from qdiff_diffusers.selection import check_layers
-from qdiff_diffusers.stored import write_stored_model
+from qdiff_diffusers.formats.layer_table import StoredLayer
+from qdiff_diffusers.model.packing import quantize_named
+from qdiff_diffusers.model.patterns import check_patterns
+from qdiff_diffusers.model.selection import check_layers
 
 from .families import Family, Slice, family_of_native, to_diffusers
 from .layout import Piece, is_packed
@@ -189,7 +190,7 @@ def _check(
 
 
 def _reason_to_skip(name: str, module: nn.Module, config: QDiffConfig, keep: list[str]) -> str | None:
-    """As ``qdiff_diffusers.selection`` decides, from diffusers' names and ComfyUI's modules."""
+    """As ``qdiff_diffusers.model.selection`` decides, from diffusers' names and ComfyUI's modules."""
     chosen = config.config_for(name)
     if not (_is_linear(module) or isinstance(module, nn.Conv2d)) or not hasattr(module, "comfy_cast_weights"):
         return f"{type(module).__name__} is not a plain Linear or Conv2d"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from .api import quantize
 from .calibration import Calibration, Tuning
-from .checkpoint import CheckpointInfo, LayerInfo, inspect_checkpoint
+from .checkpoint.inspect import CheckpointInfo, LayerInfo, inspect_checkpoint
 from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from .errors import CalibrationError, CheckpointError, ConfigError, OutputError, QDiffError
+from .integrations.registration import register
 from .methods import Method, register_method
-from .registration import register
-from .steps import high_precision_steps
+from .model.high_precision_steps import high_precision_steps
 from .version import package_version
 
 __version__ = package_version()

@@ -142,7 +142,7 @@ def test_with_an_old_transformers_a_quantized_text_encoder_is_refused(checkpoint
     from qdiff_diffusers import ConfigError, register
 
     monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "qdiff", None)
-    monkeypatch.setattr("qdiff_diffusers.registration.is_transformers_version", lambda *_: True)
+    monkeypatch.setattr("qdiff_diffusers.integrations.registration.is_transformers_version", lambda *_: True)
     register()
     with pytest.raises(ConfigError, match=r"transformers 5\.0 or newer"):
         transformers.T5EncoderModel.from_pretrained(checkpoints / "text_encoder")

@@ -12,8 +12,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from qdiff_diffusers.bench import layers, models, ours, peers
-from qdiff_diffusers.bench.contenders import Contender, plain, resident_bytes, select
+from qdiff_diffusers.bench import layers, models, ours
 from qdiff_diffusers.bench.layers import Shape, run_layers
 from qdiff_diffusers.bench.models import MODELS, Model, fill, run_models
 from qdiff_diffusers.bench.report import layers_markdown, models_markdown
@@ -21,6 +20,8 @@ from qdiff_diffusers.bench.results import Results, busy, busy_cores, facts
 from qdiff_diffusers.bench.timing import BASELINE_EVERY, Call, CpuTimer, Race, Spread, race
 from qdiff_diffusers.cli import main
 from qdiff_diffusers.errors import ConfigError
+from qdiff_diffusers.measuring import peers
+from qdiff_diffusers.measuring.contenders import Contender, plain, resident_bytes, select
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ import pytest
 import tiny_models
 
 from qdiff_diffusers import AQConfig, ConfigError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
-from qdiff_diffusers.budget import SENSITIVITY, kind_of, spread_by_kind
-from qdiff_diffusers.selection import select_layers
+from qdiff_diffusers.model.bit_allocation import SENSITIVITY, kind_of, spread_by_kind
+from qdiff_diffusers.model.selection import select_layers
 
 BLOCK = "transformer_blocks.3."
 NAMES = {

@@ -14,7 +14,7 @@ from torch import nn
 
 from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig
 from qdiff_diffusers.layers import PackedLayer, QDiffConv2d
-from qdiff_diffusers.packing import check_loaded
+from qdiff_diffusers.model.packing import check_loaded
 
 NAMES = ("dit", "flux", "sdxl_unet")
 CONFIGS = {

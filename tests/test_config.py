@@ -24,7 +24,7 @@ from qdiff_diffusers import (
 )
 from qdiff_diffusers.config import FORMAT_VERSION, METHODS
 from qdiff_diffusers.formats import IntegerFormat, LayerSpec, MinifloatFormat
-from qdiff_diffusers.layer_table import StoredLayer
+from qdiff_diffusers.formats.layer_table import StoredLayer
 
 CLASSES = {"aq": AQConfig, "vq": VQConfig, "fp": FPConfig, "svdquant": SVDQuantConfig, "rtn": RTNConfig}
 CONFIGS = {

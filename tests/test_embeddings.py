@@ -11,7 +11,7 @@ from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, QDiffError, RTNConf
 from qdiff_diffusers.layers import PackedLayer, dense_layer, pack_layer, unsupported_reason
 from qdiff_diffusers.layers.embedding import QDiffEmbedding
 from qdiff_diffusers.methods import quantize_weight
-from qdiff_diffusers.packing import packed_layers
+from qdiff_diffusers.model.packing import packed_layers
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -251,7 +251,7 @@ def test_a_table_of_any_method_grows(method, folders):
 
 
 def test_one_line_says_that_a_table_becomes_dense(folders, monkeypatch):
-    from qdiff_diffusers import token_tables
+    from qdiff_diffusers.integrations import token_tables
 
     lines = []
     monkeypatch.setattr(token_tables.logger, "warning", lines.append)

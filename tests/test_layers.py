@@ -15,7 +15,7 @@ from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, QDiffError, RTNConf
 from qdiff_diffusers.formats import CodebookFormat, IntegerFormat, LayerSpec, MinifloatFormat
 from qdiff_diffusers.layers import PackedLayer, QDiffConv2d, QDiffLinear, dense_layer, pack_layer, unsupported_reason
 from qdiff_diffusers.methods import quantize_weight
-from qdiff_diffusers.selection import select_layers
+from qdiff_diffusers.model.selection import select_layers
 
 CONFIGS = {
     "int4-asymmetric": lambda: RTNConfig(bits=4),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, QDiffError, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.layers import PackedLayer, dense_layer
-from qdiff_diffusers.packing import quantize_layer
+from qdiff_diffusers.model.packing import quantize_layer
 
 peft = pytest.importorskip("peft")
 

@@ -14,7 +14,7 @@ from test_lora_layers import distance, pair, with_adapter
 from torch import Tensor, nn
 
 from qdiff_diffusers import QDiffError
-from qdiff_diffusers.offloading import without_group_offloading
+from qdiff_diffusers.layers.offloading import without_group_offloading
 
 peft = pytest.importorskip("peft")
 

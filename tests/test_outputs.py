@@ -21,12 +21,13 @@ from calibration.test_calibrate import unet
 from convert.test_single_files import bfl_file, config_folder, narrow_converter  # noqa: F401 - a fixture
 from test_cli import fails, run
 
-from qdiff_diffusers import ConfigError, OutputError, RTNConfig, SVDQuantConfig, VQConfig, folders, quantize
+from qdiff_diffusers import ConfigError, OutputError, RTNConfig, SVDQuantConfig, VQConfig, quantize
+from qdiff_diffusers.checkpoint import folders
+from qdiff_diffusers.checkpoint.folders import STAGE, check_output, held, reserved, written_at_once
+from qdiff_diffusers.checkpoint.stored_model import write_stored_model
+from qdiff_diffusers.checkpoint.writing import write_text, written_file
 from qdiff_diffusers.config import QDiffConfig
 from qdiff_diffusers.convert import convert_bfl, export_nunchaku
-from qdiff_diffusers.folders import STAGE, check_output, held, reserved, written_at_once
-from qdiff_diffusers.stored import write_stored_model
-from qdiff_diffusers.writing import write_text, written_file
 
 TESTS = Path(__file__).parent
 DIT, UNET = type(tiny_models.make("dit")), type(unet())
@@ -152,10 +153,10 @@ def store_it(folder: Path, dense: Path, config: Path, tmp_path: Path) -> None:
 WRITERS = [quantize_it, quantize_in_memory, convert_it, store_it]
 # The names of their loading or reading.
 WORK = [
-    "qdiff_diffusers.api._load",
+    "qdiff_diffusers.calibration.quantize._load",
     "qdiff_diffusers.api.calibrate",
     "qdiff_diffusers.convert.single_file.plan",
-    "qdiff_diffusers.stored.save_file",
+    "qdiff_diffusers.checkpoint.stored_model.save_file",
 ]
 
 

@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, PipelineQuantization
 
 from qdiff_diffusers import AQConfig, ConfigError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.config import METHODS
-from qdiff_diffusers.patterns import nearest_names, one_config_for_all
-from qdiff_diffusers.selection import select_layers
+from qdiff_diffusers.model.patterns import nearest_names, one_config_for_all
+from qdiff_diffusers.model.selection import select_layers
 
 EMPTY = [{"modules_to_not_convert": ["norm", ""]}, {"modules_to_not_convert": ""}, {"overrides": {"": None}}]
 CONFIGS = [AQConfig, VQConfig, FPConfig, SVDQuantConfig, RTNConfig]

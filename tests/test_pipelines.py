@@ -375,7 +375,7 @@ def test_an_unquantized_pipeline_is_left_alone(dit_pipeline, tmp_path):
 def test_a_transformers_too_old_for_text_encoders_is_reported_on_import(monkeypatch):
     from transformers.quantizers import auto
 
-    from qdiff_diffusers import registration
+    from qdiff_diffusers.integrations import registration
 
     warnings: list[str] = []
     monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "qdiff", None)  # which registering replaces by a refusal

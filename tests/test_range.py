@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, QDiffError, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.config import METHODS
 from qdiff_diffusers.formats import CodebookFormat, LayerSpec
-from qdiff_diffusers.layer_table import StoredLayer, write_layers
+from qdiff_diffusers.formats.layer_table import StoredLayer, write_layers
 from qdiff_diffusers.layers import pack_layer
 from qdiff_diffusers.methods import LayerInputs, QuantizedWeight, quantize_weight
-from qdiff_diffusers.packing import quantize_layer
+from qdiff_diffusers.model.packing import quantize_layer
 
 OWN = {"codebook_bits": 5, "vector_size": 2, "codebook": "layer"}
 CONFIGS = {

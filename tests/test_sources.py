@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qdiff_diffusers import AQConfig, CheckpointError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers.checkpoint.source_weights import read_source_tensors
 from qdiff_diffusers.layers import PackedLayer
-from qdiff_diffusers.source_weights import read_source_tensors
 
 METHODS = {
     "aq": lambda: AQConfig(num_codebooks=1, codebook_bits=8, vector_size=4, codebook="shared", rotation=True, effort=0),
@@ -289,7 +289,9 @@ def test_what_cannot_be_read_is_refused_by_name_before_a_weight_is_quantized(cas
     if case in WITHOUT_WEIGHT:
         del tensors[f"{LAYER}.weight"]
     folder = written(tmp_path / "model", tensors | change, dense("dit"))
-    monkeypatch.setattr("qdiff_diffusers.quantizer.quantize_layer", lambda *_: pytest.fail("a layer was quantized"))
+    monkeypatch.setattr(
+        "qdiff_diffusers.integrations.diffusers_quantizer.quantize_layer", lambda *_: pytest.fail("a layer was quantized")
+    )
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         DIT.from_pretrained(folder, quantization_config=RTNConfig(bits=4))
 

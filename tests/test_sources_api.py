@@ -28,7 +28,7 @@ from qdiff_diffusers import (
     quantize,
 )
 from qdiff_diffusers.cli import main
-from qdiff_diffusers.packing import packed_layers
+from qdiff_diffusers.model.packing import packed_layers
 
 DIT = DiTTransformer2DModel
 WEIGHTS = "diffusion_pytorch_model"

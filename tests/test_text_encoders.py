@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers.checkpoint.stored_model import read_stored_model
 from qdiff_diffusers.layers import PackedLayer
-from qdiff_diffusers.stored import read_stored_model
 
 transformers = pytest.importorskip("transformers")
 

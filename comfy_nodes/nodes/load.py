@@ -101,7 +101,7 @@ def _not_found(checkpoint: str, kinds: tuple[str, ...]) -> str:
 
 def _problem_of(checkpoint: str, kinds: tuple[str, ...]) -> bool | str:
     """What is wrong with a checkpoint's description, before anything is loaded; ``True`` if nothing is."""
-    from qdiff_diffusers.stored import read_stored_model
+    from qdiff_diffusers.checkpoint.stored_model import read_stored_model
 
     from ..loader import stored_family
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from . import ours, peers
-from .contenders import Contender, plain, resident_bytes, select
+from ..measuring import peers
+from ..measuring.contenders import Contender, describe_failure, plain, resident_bytes, select
+from . import ours
 from .results import Results
-from .timing import Call, Race, Spread, describe_failure, make_timer, race
+from .timing import Call, Race, Spread, make_timer, race
 
 LINEAR = ("1152x1152", "1152x4608", "3072x3072", "3072x12288", "12288x3072", "3072x18432")
 CONV = tuple(f"conv{channels}@{pixels}" for channels in (320, 640, 1280) for pixels in (64, 32, 16))

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..config import QDiffConfig
 from ..errors import ConfigError
-from ..selection import select_layers
+from ..measuring.contenders import OURS, Contender, compiled, describe_failure, detached, first_tensor, resident_bytes
+from ..model.selection import select_layers
 from . import ours
-from .contenders import OURS, Contender, compiled, resident_bytes
 from .layers import Advance, contenders_for, describe_race
 from .results import Results
-from .timing import Call, Timer, describe_failure, make_timer, race
+from .timing import Call, Timer, make_timer, race
 
 WEIGHT_SCALE = 0.02
 BLOCK = 1 << 20  # random numbers that are repeated to fill a model
@@ -242,16 +242,6 @@ def convert_model(contender: Contender, dense: nn.Module, targets: Sequence[str]
     return (compiled(model) if contender.compiled else model), converted, list(formats)
 
 
-def detached(layer: nn.Module) -> nn.Module:
-    """A copy of a layer with parameters of its own, which a peer may change as it likes."""
-    out = copy.copy(layer)
-    out._parameters = {
-        name: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
-        for name, value in layer._parameters.items()
-    }
-    return out
-
-
 def fill(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Build a model without initialising it, and fill it with small random weights.
 
@@ -276,11 +266,6 @@ def _values(name: str, parameter: Tensor, block: Tensor) -> Tensor:
         return torch.full(parameter.shape, float(name.endswith("weight")), dtype=block.dtype, device=block.device)
     repeats = math.ceil(parameter.numel() / block.numel())
     return block.repeat(repeats)[: parameter.numel()].reshape(parameter.shape).clone()
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The sample of a diffusers model's output."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _key(name: str, contender: Contender) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..config import QDiffConfig
 from ..formats import CodebookFormat, LayerSpec
 from ..layers import PackedLayer, QDiffLinear, pack_layer
+from ..measuring.contenders import OURS, Contender
 from ..methods import method_of, quantize_weight
-from .contenders import OURS, Contender
 
 ROWS = 256
 ROW_TENSORS = ("codes", "scales", "zeros", "low_rank_up")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.writing import write_text
 from ..errors import ConfigError
-from ..evaluation.machine import machine_facts, package_version
-from ..writing import write_text
-from .peers import distributions
+from ..measuring.machine import commit, machine_facts, package_version
+from ..measuring.peers import distributions
 
 Cell = dict[str, Any]
 # Facts that may differ between the cells of one file.
@@ -37,22 +36,6 @@ def facts(device: torch.device, dtype: torch.dtype, budget: float) -> dict[str, 
         "busy_cores": round(busy_cores(), 2),
         "budget": budget,
     }
-
-
-def commit() -> str | None:
-    """Commit of the checkout that this package lies in, with a + if there are changes; ``None`` for an installed package."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
-
-    try:
-        head, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    except OSError:
-        return None
-    return f"{head}+" if head and changed else head or None
 
 
 def busy(run: dict[str, Any]) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..measuring.contenders import describe_failure
+
 Function = Callable[[], Any]
 BASELINE_EVERY = 4  # calls between two of the baseline's: a slice of 10 ms does not separate them at small layers
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
@@ -185,9 +187,3 @@ def _affordable(entry: Race, budget: float, max_rounds: int) -> int:
     if seconds > budget:
         return min(SLOW_ROUNDS, max_rounds)
     return min(max_rounds, max(MIN_ROUNDS, int(budget / max(seconds, 1e-9))))
-
-
-def describe_failure(error: BaseException) -> str:
-    """One line that says what went wrong."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

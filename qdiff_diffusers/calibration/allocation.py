@@ -12,10 +12,10 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..budget import Choice, has_settings, spend, with_settings
+from ..checkpoint.writing import write_text
 from ..config import QDiffConfig
 from ..methods import method_of, quantize_weight
-from ..writing import write_text
+from ..model.bit_allocation import Choice, has_settings, spend, with_settings
 from . import parallel
 from .settings import Calibration
 from .store import Store

@@ -16,7 +16,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..packing import pack_finished, packed_layers
+from ..model.packing import pack_finished, packed_layers
 from . import parallel
 from .layerwise import FinishedLayer
 from .settings import Calibration

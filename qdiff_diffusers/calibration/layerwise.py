@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import QDiffConfig
 from ..errors import CalibrationError
 from ..formats import LayerSpec
-from ..layer_table import StoredLayer
+from ..formats.layer_table import StoredLayer
 from ..methods import LayerInputs, format_target, quantize_weight
 from . import parallel
 from .settings import Calibration

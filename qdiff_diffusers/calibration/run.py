@@ -16,13 +16,13 @@ from diffusers.utils import logging
 from filelock import FileLock  # torch depends on it
 from torch import Tensor, nn
 
+from ..checkpoint.folders import check_writable, clear, content, held
+from ..checkpoint.writing import write_text
 from ..config import QDiffConfig
 from ..errors import ConfigError
-from ..folders import check_writable, clear, content, held
+from ..integrations.diffusers_quantizer import QDiffQuantizer
 from ..layers.timesteps import timestep_argument
-from ..packing import pack_finished
-from ..quantizer import QDiffQuantizer
-from ..writing import write_text
+from ..model.packing import pack_finished
 from . import parallel
 from .allocation import allocate
 from .blocks import apply, tune_blocks

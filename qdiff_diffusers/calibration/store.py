@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint.writing import written_file
 from ..errors import CalibrationError, OutputError
-from ..writing import written_file
 
 STRUCTURE = "structure"
 

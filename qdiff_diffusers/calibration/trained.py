@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..formats import matrix_shape
 from ..layers import PackedLayer, QDiffConv2d, decoded, set_tensor
-from ..methods.trainable import make_trainable
 from .settings import Tuning
+from .trainable import make_trainable
 
 
 class TrainedLayer(nn.Module):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..packing import packed_layers
+from ..model.packing import packed_layers
 from .settings import Calibration, Tuning
 from .store import Store, read_tensors, write_tensors
 from .trained import TrainedLayer, training

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..writing import EndedError, ended_by_signals
+from ..checkpoint.writing import EndedError, ended_by_signals
 from .bench import bench
 from .comfy import comfy
 from .console import errors, print_error

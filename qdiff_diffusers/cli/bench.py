@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..checkpoint.folders import held
+from ..checkpoint.writing import write_text
 from ..errors import ConfigError
-from ..folders import held
-from ..writing import write_text
 from .console import progress_bars, stdout
 from .demo import check_device
 from .quantize import DTYPES

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..checkpoint.folders import written_at_once
 from ..errors import ConfigError
-from ..folders import written_at_once
 from .console import stdout
 
 NAME = "qdiff"

@@ -93,7 +93,7 @@ def _progress() -> Iterator[Advance]:
 
 
 def _report(output: Path) -> None:
-    from ..checkpoint import inspect_components
+    from ..checkpoint.inspect import inspect_components
 
     for info in inspect_components(output):
         bits, size = f"{info.bits_per_weight:.2f}", f"{info.total_bytes / 1e6:.1f} MB"

@@ -63,7 +63,7 @@ def default_workers(device: str | None) -> int:
     """One process per core, but a GPU is used by one."""
     import torch
 
-    from ..evaluation.machine import cpu_count
+    from ..measuring.machine import cpu_count
 
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     return min(cpu_count(), MAX_WORKERS) if on_cpu else 1

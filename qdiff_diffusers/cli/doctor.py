@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..evaluation.machine import DISTRIBUTION, cpu_count, package_version, processor_name
 from ..integrations.patches import examine
 from ..integrations.table import TABLE
+from ..measuring.machine import DISTRIBUTION, cpu_count, package_version, processor_name
 from .console import stdout
 
 REQUIRED = ("torch", "diffusers", "accelerate", "safetensors", "huggingface-hub")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..checkpoint import CheckpointInfo, inspect_components, zero_shares
+from ..checkpoint.inspect import CheckpointInfo, inspect_components, zero_shares
 from .console import progress_bars, stdout
 
 

@@ -153,7 +153,7 @@ def quantize(
 
 def _tell(output: Path, push: str | None) -> None:
     """What was written, and where it can be found."""
-    from ..checkpoint import inspect_components
+    from ..checkpoint.inspect import inspect_components
 
     console = stdout()
     for info in inspect_components(output):

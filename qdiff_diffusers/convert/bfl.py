@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.source_weights import MARKER, comfy_formats
+from ..checkpoint.stand_ins import Piece, StandIn
 from ..config import FPConfig, QDiffConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import MinifloatFormat, TensorInfo, WeightFormat
-from ..layer_table import StoredLayer
-from ..source_weights import MARKER, comfy_formats
-from ..stand_ins import Piece, StandIn
+from ..formats.layer_table import StoredLayer
 from .nunchaku_folder import Advance
 from .single_file import convert_single_file
 from .stream import Source

@@ -14,11 +14,11 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checkpoint.stand_ins import Piece, StandIn
 from ..config import QDiffConfig, RTNConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import CodebookFormat, IntegerFormat, WeightFormat
-from ..layer_table import StoredLayer
-from ..stand_ins import Piece, StandIn
+from ..formats.layer_table import StoredLayer
 from .nunchaku_folder import Advance
 from .single_file import convert_single_file
 

@@ -11,12 +11,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from ..checkpoint.provenance import new_provenance
 from ..config import QDiffConfig
 from ..errors import CheckpointError
 from ..formats import TensorInfo
-from ..layer_table import StoredLayer
-from ..packing import new_provenance
-from ..selection import WEIGHTED
+from ..formats.layer_table import StoredLayer
+from ..model.selection import WEIGHTED
 from .layouts import Copied, Plan, Target
 from .logical import concatenate_columns
 from .nunchaku import Header, find_header, read_part, spec_of

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import check_tensors, read_json, weight_files
+from ..checkpoint.files import check_tensors, read_json, weight_files
+from ..checkpoint.folders import CONFIG, check_output, written_at_once
 from ..config import QDiffConfig, QDiffMethod
 from ..errors import CheckpointError, ConfigError
-from ..folders import CONFIG, check_output, written_at_once
 from ..formats import IntegerFormat, LayerSpec, MinifloatFormat, TensorInfo
-from ..layer_table import StoredLayer
+from ..formats.layer_table import StoredLayer
 from .logical import INT4_GROUP, NVFP4_GROUP, LogicalLayer
 from .nunchaku_folder import LITE, PRECISIONS, WEIGHTS, Advance, counted
 from .packing_order import (

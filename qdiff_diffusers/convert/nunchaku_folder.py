@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..checkpoint import read_json, weight_files
+from ..checkpoint.files import read_json, weight_files
+from ..checkpoint.folders import CONFIG, INDEX, check_output, written_at_once
 from ..config import FORMAT_VERSION, QDiffConfig, SVDQuantConfig
 from ..errors import CheckpointError, ConfigError
-from ..folders import CONFIG, INDEX, check_output, written_at_once
 from .importing import Import, Reader, describe, diffusers_class, prepare, skeleton
 from .layouts import plan_lite, plan_original
 from .stream import Source, stored_bytes, write_file

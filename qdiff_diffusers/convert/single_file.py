@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.folders import CONFIG, check_output, written_at_once
+from ..checkpoint.stand_ins import Piece, StandIn
 from ..config import FORMAT_VERSION, QDiffConfig
 from ..errors import CheckpointError, ConfigError
-from ..folders import CONFIG, check_output, written_at_once
 from ..formats import LayerSpec, TensorInfo, WeightFormat
-from ..layer_table import StoredLayer
+from ..formats.layer_table import StoredLayer
 from ..layers import unsupported_reason
-from ..stand_ins import Piece, StandIn
 from .importing import describe, skeleton
 from .nunchaku_folder import WEIGHTS, Advance, counted, read_config
 from .stream import stored_bytes, write_file

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..checkpoint import DTYPES, read_header
+from ..checkpoint.files import DTYPES, read_header
 from ..errors import CheckpointError
 from ..formats import TensorInfo
 

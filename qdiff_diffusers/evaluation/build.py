@@ -15,13 +15,15 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils import logging
 
-from .. import api
-from ..bench.contenders import resident_bytes
 from ..calibration.layerwise import SAVED
-from ..checkpoint import CheckpointInfo, inspect_components, read_headers, weight_files
+from ..calibration.quantize import CALIBRATION_LOG, quantize_source
+from ..checkpoint.files import read_headers, weight_files
+from ..checkpoint.folders import INDEX
+from ..checkpoint.inspect import CheckpointInfo, inspect_components
 from ..errors import ConfigError
 from ..formats import TensorInfo
 from ..layers import PackedLayer
+from ..measuring.contenders import resident_bytes
 from .peers import apply_peer, copy_in, find_peer, make_dense, stored_bits, target_layers, weight_shapes
 from .rows import EvalRow, calibration_of
 from .sampling import denoisers
@@ -79,14 +81,14 @@ def _quantized(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype,
     shapes = _shapes(load(subject.source, subject.stored_dtype))
     if row.kind == "config":
         source = folder / MODEL
-        if not (source / api.INDEX).is_file():
+        if not (source / INDEX).is_file():
             shutil.rmtree(source, ignore_errors=True)
             seconds = _quantize(row, subject, source, folder.parent.parent / RECORDINGS)
         else:
             seconds = costs["quantize_seconds"]
     else:
         source, seconds = Path(row.target), None
-    if (source / api.INDEX).is_file():
+    if (source / INDEX).is_file():
         pipe = load(source, dtype)
     else:
         with quiet_diffusers():
@@ -109,9 +111,9 @@ def _quantize(row: EvalRow, subject: Subject, folder: Path, recordings: Path) ->
         calibration = replace(calibration, recordings=recordings)
     start = time.perf_counter()
     with quiet_diffusers():
-        api.quantize(subject.source, row.config(), folder, calibration=calibration, components=components, dtype=dtype)
+        quantize_source(subject.source, row.config(), folder, calibration=calibration, components=components, dtype=dtype)
     seconds = time.perf_counter() - start
-    logs = [json.loads(path.read_text()) for path in folder.glob(f"*/{api.CALIBRATION_LOG}")]
+    logs = [json.loads(path.read_text()) for path in folder.glob(f"*/{CALIBRATION_LOG}")]
     return seconds + sum(entry.get(SAVED, 0.0) for log in logs for entry in log)
 
 

@@ -17,15 +17,15 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from rich.progress import Progress
 from torch import Tensor
 
-from ..checkpoint import inspect_checkpoint
+from ..checkpoint.folders import held
+from ..checkpoint.inspect import inspect_checkpoint
+from ..checkpoint.writing import write_text
 from ..errors import ConfigError
-from ..folders import held
+from ..measuring.machine import machine_facts
 from ..methods import METHODS
-from ..writing import write_text
 from .build import quiet_diffusers
 from .classifier import classify, load_classifier
 from .grid import GridRow, draw_grid, save_png
-from .machine import machine_facts
 from .metrics import class_accuracy, feature_statistics, frechet_distance, load_statistics, psnr, ssim
 from .report import DENSE_LABEL, Row, best_of_group, render_report
 from .sampling import image_labels, image_seeds, num_steps, sample

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ..bench.results import commit
-from ..bench.timing import describe_failure
+from ..checkpoint.folders import held
 from ..errors import ConfigError, QDiffError
-from ..folders import held
+from ..measuring.contenders import describe_failure
+from ..measuring.machine import commit, machine_facts
 from .build import Costs, build
-from .machine import machine_facts
 from .outputs import write_outputs
 from .probes import Probes, layer_errors, record, step_errors
 from .rows import REFERENCE, EvalRow

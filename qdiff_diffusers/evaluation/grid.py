@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..writing import written_file
+from ..checkpoint.writing import written_file
 
 PAPER, INK, FAINT, RULE, BEST = "#ffffff", "#1b1f24", "#6a737d", "#d0d7de", "#0a7d33"
 TILE_GAP, MARGIN, GROUP_GAP = 6, 24, 18

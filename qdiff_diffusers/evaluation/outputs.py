@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from ..writing import write_text
+from ..checkpoint.writing import write_text
 from .eval_plots import layers_plot, quality_plots, steps_plot
 from .grid import GridRow, draw_grid, save_png
 from .rows import EvalRow

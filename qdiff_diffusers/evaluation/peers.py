@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bench import k_quants
-from ..bench.contenders import Contender, resident_bytes
-from ..bench.models import detached
-from ..bench.peers import UnchangedError
-from ..bench.peers import contenders as bench_contenders
 from ..config import QDiffConfig
 from ..errors import ConfigError
 from ..layers import PackedLayer
-from ..selection import select_layers
+from ..measuring import k_quants
+from ..measuring.contenders import Contender, detached, resident_bytes
+from ..measuring.peers import UnchangedError
+from ..measuring.peers import contenders as bench_contenders
+from ..model.selection import select_layers
 from .metrics import relative_error
 
 K_QUANTS = {"Q4_K": 4, "Q3_K": 3, "Q2_K": 2}

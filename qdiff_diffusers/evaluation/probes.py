@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bench.models import first_tensor
-from ..writing import written_file
+from ..checkpoint.writing import written_file
+from ..measuring.contenders import first_tensor
 from .metrics import relative_error
 from .peers import target_layers
 from .sampling import denoisers

@@ -15,10 +15,10 @@ import yaml
 from ..calibration import Calibration, as_calibration
 from ..calibration.fingerprints import digest
 from ..calibration.settings import read_prompts
-from ..checkpoint import inspect_checkpoint
+from ..checkpoint.inspect import inspect_checkpoint
 from ..config import METHODS, QDiffConfig
 from ..errors import ConfigError, QDiffError
-from .machine import package_version
+from ..measuring.machine import package_version
 from .peers import PEERS
 from .subject import Subject, check_layer_names, model_digest
 

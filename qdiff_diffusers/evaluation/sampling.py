@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..api import DENOISERS
+from ..checkpoint.components import DENOISERS
 
 SEED_STRIDE = 100_000  # image sets of different base seeds do not overlap below this many images
 

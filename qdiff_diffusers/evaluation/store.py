@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..calibration import fingerprints
+from ..checkpoint.writing import write_text, written_file
 from ..errors import ConfigError
-from ..writing import write_text, written_file
 
 ROWS = "rows"  # folder of all rows
 RECORDINGS = "recordings"  # folder of the trajectories that rows are calibrated on

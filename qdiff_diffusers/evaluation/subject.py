@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
-from ..api import CALIBRATION_LOG, DENOISERS, pipeline_components
 from ..calibration.fingerprints import folder_digest
+from ..calibration.quantize import CALIBRATION_LOG
 from ..calibration.settings import read_prompts
-from ..checkpoint import read_header, read_json, weight_files
+from ..checkpoint.components import DENOISERS, pipeline_components
+from ..checkpoint.files import read_header, read_json, weight_files
+from ..checkpoint.folders import INDEX
+from ..checkpoint.results import RESULTS
 from ..errors import CheckpointError, ConfigError
-from ..folders import INDEX
 from ..formats import TensorInfo
-from ..hub.results import RESULTS
 
 PACKAGE = Path(__file__).parents[1]
 # The models that come with the package. Both are judged by the classifier of the first.

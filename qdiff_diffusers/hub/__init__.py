@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..checkpoint.results import Result, Results, read_results, write_results
+from ..evaluation.published import Evaluated, read_evaluation
 from .cards import render_card, write_card
-from .evaluated import Evaluated, read_evaluation
 from .push import push_folder
-from .results import Result, Results, read_results, write_results
 
 __all__ = [
     "Evaluated",

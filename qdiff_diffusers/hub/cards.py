@@ -11,13 +11,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..checkpoint import CheckpointInfo, inspect_components
+from ..checkpoint.inspect import CheckpointInfo, inspect_components
+from ..checkpoint.provenance import INHERITED, LICENSE_KEYS, hub_card, is_hub_name, task_of
+from ..checkpoint.results import Results, read_results
 from ..config import QDiffConfig
+from ..evaluation.published import Evaluated
 from ..methods import method_of
 from .contents import facts, kind_rows, legend, sample_files, samples, settings
-from .evaluated import Evaluated
-from .origin import INHERITED, LICENSE_KEYS, hub_card, is_hub_name, task_of
-from .results import Results, read_results
 
 TAG = "qdiff"
 CARD = "README.md"

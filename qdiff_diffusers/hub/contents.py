@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CheckpointInfo, LayerInfo
+from ..checkpoint.inspect import CheckpointInfo, LayerInfo
+from ..checkpoint.results import DENSE_SUFFIX, SAMPLES
 from ..config import QDiffConfig
 from ..formats import CodebookFormat, MinifloatFormat
 from ..methods import method_of
@@ -23,8 +24,6 @@ KINDS = (
     ("convolution", r"conv|resnets"),
 )
 SHOWN_FORMATS = 2
-SAMPLES = "samples"
-DENSE_SUFFIX = "-16bit"
 
 
 def layer_kind(name: str) -> str:

@@ -12,11 +12,12 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoint import INDEX, check_index, inspect_components
+from ..checkpoint.files import INDEX, check_index
+from ..checkpoint.inspect import inspect_components
+from ..checkpoint.results import read_results
 from ..errors import CheckpointError, ConfigError, HubError
+from ..evaluation.published import read_evaluation
 from .cards import CARD, base_card, is_handwritten, render_card
-from .evaluated import read_evaluation
-from .results import read_results
 
 UNSAFE = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "ssl", "socket")

@@ -23,7 +23,7 @@ from diffusers.utils import logging
 from packaging.specifiers import SpecifierSet
 
 from ..errors import QDiffError
-from ..imports import after_import
+from .after_import import after_import
 
 logger = logging.get_logger(__name__)
 

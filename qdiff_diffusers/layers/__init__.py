@@ -9,12 +9,12 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..formats import LayerSpec
-from ..offloading import changing, follow_class
 from . import decoded
 from .base import CONV2D_OPS, LINEAR_OPS, PackedLayer, op_arguments, set_tensor
 from .conv import QDiffConv2d
 from .embedding import QDiffEmbedding, is_table
 from .linear import QDiffLinear
+from .offloading import changing, follow_class
 from .timesteps import follow_timesteps
 
 __all__ = [

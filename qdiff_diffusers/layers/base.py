@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..formats import LayerSpec, TensorInfo, load_shared_codebooks
 from ..formats.spec import EXTRAS_DTYPES
-from ..offloading import fetch, has_hooks
+from .offloading import fetch, has_hooks
 
 LINEAR_OPS = {"codebook": codebook_linear, "minifloat": minifloat_linear, "integer": integer_linear}
 CONV2D_OPS = {"codebook": codebook_conv2d, "minifloat": minifloat_conv2d, "integer": integer_conv2d}

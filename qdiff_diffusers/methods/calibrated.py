@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..formats import WeightFormat
 from .coders import CodebookCoder, ScalarCoder, make_coder
-from .output_error import descend, gain, pass_on_errors, row_errors
+from .error_feedback import descend, gain, pass_on_errors, row_errors
 from .unbias import MAX_GAIN
 
 BEAM = 16

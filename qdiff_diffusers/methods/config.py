@@ -19,8 +19,8 @@ import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
+from ..formats.layer_table import StoredLayer, read_layers, write_layers
 from ..formats.spec import STATIC
-from ..layer_table import StoredLayer, read_layers, write_layers
 from .base import METHODS, method_of
 from .fields import Between, check_fields
 

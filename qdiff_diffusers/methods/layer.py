@@ -15,9 +15,9 @@ from ..formats.transform import kernels_first, smooth_matrix
 from .base import method_of
 from .calibrated import fit_to_inputs, keep_gain
 from .config import QDiffConfig
+from .error_feedback import damped
 from .inputs import NOISE_SHARE, Samples, fit_inputs, for_noisy_inputs, input_noise
 from .magnitude import even_exponent, half_precision, reach, restore, row_exponents, times_power
-from .output_error import damped
 from .smoothing import search_smoothing
 from .unbias import sample_rows, unbias
 

@@ -26,12 +26,12 @@ from qdiff_diffusers import (
     VQConfig,
     quantize,
 )
-from qdiff_diffusers.budget import Choice, spend
 from qdiff_diffusers.calibration import tuning as tuning_module
 from qdiff_diffusers.calibration.store import Store
 from qdiff_diffusers.calibration.trajectories import call_model, record
 from qdiff_diffusers.calibration.tuning import guided_loss
 from qdiff_diffusers.layers import PackedLayer
+from qdiff_diffusers.model.bit_allocation import Choice, spend
 
 CONFIG = AQConfig(num_codebooks=2, codebook_bits=4, vector_size=4, codebook="layer", keep_outer_layers=True)
 FEW = {"class_labels": [0, 1], "samples": 4, "steps": 3, "batch_size": 2, "guidance_scale": 1.0}
@@ -407,8 +407,8 @@ def test_mixed_bits_need_bits():
 
 
 def test_rounding_begins_at_the_weight_itself_and_ends_on_a_neighbour():
+    from qdiff_diffusers.calibration.trainable import RoundedWeight, make_trainable
     from qdiff_diffusers.methods import format_target, quantize_weight
-    from qdiff_diffusers.methods.trainable import RoundedWeight, make_trainable
 
     weight = torch.randn(16, 64)
     for config in (RTNConfig(bits=3, group_size=16), FPConfig(bits=4), FPConfig(weight_format="mxfp4")):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qdiff_diffusers import AQConfig, FPConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.methods import LayerInputs, format_target, quantize_weight
 from qdiff_diffusers.methods.coders import make_coder
-from qdiff_diffusers.methods.output_error import damped, descend, inverse_factor, pass_on_errors, row_errors
+from qdiff_diffusers.methods.error_feedback import damped, descend, inverse_factor, pass_on_errors, row_errors
 
 CONFIGS = {
     "aq": AQConfig(bits=2),

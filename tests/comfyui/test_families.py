@@ -43,7 +43,7 @@ def test_native_output_is_that_of_diffusers(family, quantized, tiny):
 
 @pytest.mark.parametrize("family", TINY)
 def test_names_go_there_and_back(family, dense, tiny):
-    from qdiff_diffusers.checkpoint import read_headers, weight_files
+    from qdiff_diffusers.checkpoint.files import read_headers, weight_files
 
     families = host.part("families")
     tiny(family)

@@ -213,7 +213,7 @@ def test_a_layer_that_shifts_its_inputs_keeps_its_bias_under_patches():
     from comfy.weight_adapter import LoKrAdapter
 
     from qdiff_diffusers import SVDQuantConfig
-    from qdiff_diffusers.packing import quantize_named
+    from qdiff_diffusers.model.packing import quantize_named
 
     torch.manual_seed(0)
     weight, shift, x = torch.randn(64, 64), torch.full((64,), 4.0), torch.rand(5, 64)

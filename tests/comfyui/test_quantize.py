@@ -10,8 +10,8 @@ from comfyui.models_folder import native_tensors
 from comfyui.tiny_families import TINY
 
 from qdiff_diffusers import CheckpointError, ConfigError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers.checkpoint.stored_model import read_stored_model, write_stored_model
 from qdiff_diffusers.methods import METHODS
-from qdiff_diffusers.stored import read_stored_model, write_stored_model
 
 CONFIGS = {
     "rtn": lambda: RTNConfig(bits=4, group_size=32),

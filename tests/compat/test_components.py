@@ -23,7 +23,7 @@ from diffusers import (
 )
 from torch import nn
 
-from qdiff_diffusers.copying import OTHER_CONSTRUCTORS, copies
+from qdiff_diffusers.integrations.controlnets import OTHER_CONSTRUCTORS, copies
 
 
 def run(model: nn.Module, **more) -> torch.Tensor:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from evaluate_tiny import evaluated
 
-from qdiff_diffusers.bench import k_quants
-from qdiff_diffusers.bench.contenders import Contender
-from qdiff_diffusers.bench.peers import UnchangedError
 from qdiff_diffusers.evaluation import peers
+from qdiff_diffusers.measuring import k_quants
+from qdiff_diffusers.measuring.contenders import Contender
+from qdiff_diffusers.measuring.peers import UnchangedError
 
 
 class TestPeers:

@@ -17,9 +17,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from qdiff_diffusers import AQConfig, CheckpointError, FPConfig, RTNConfig, SVDQuantConfig, VQConfig, inspect_checkpoint
+from qdiff_diffusers.checkpoint.provenance import local_card, task_of
 from qdiff_diffusers.hub import Result, Results, read_results, render_card, write_card, write_results
 from qdiff_diffusers.hub.contents import layer_kind
-from qdiff_diffusers.hub.origin import local_card, task_of
 
 CONFIGS = {
     "aq": lambda: AQConfig(num_codebooks=1, codebook_bits=8, vector_size=4, codebook="shared", rotation=True, effort=0),

@@ -270,7 +270,7 @@ def test_a_process_that_threads_have_spoilt_before_is_mended(folders: Path) -> N
 def test_reading_weights_does_not_wait_for_another_model_that_is_being_read(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only construction is done one model at a time: two quantizers that wait for each other both go on."""
     together = threading.Barrier(2, timeout=300)
-    from qdiff_diffusers.quantizer import QDiffQuantizer
+    from qdiff_diffusers.integrations.diffusers_quantizer import QDiffQuantizer
 
     original = QDiffQuantizer._process_model_after_weight_loading
 

@@ -243,7 +243,7 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[types.M
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(patches, "_states", {})
     yield module
-    from qdiff_diffusers.imports import _watcher
+    from qdiff_diffusers.integrations.after_import import _watcher
 
     _watcher.actions.pop(module.__name__, None)
 

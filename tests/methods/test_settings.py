@@ -15,7 +15,7 @@ from torch import nn
 from qdiff_diffusers import AQConfig, ConfigError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.config import METHODS
 from qdiff_diffusers.methods import quantize_weight
-from qdiff_diffusers.selection import check_layers, select_layers
+from qdiff_diffusers.model.selection import check_layers, select_layers
 
 EVEN, ODD, KERNEL = (64, 96), (37, 53), (12, 32, 3, 3)
 WRONG = [

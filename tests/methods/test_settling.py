@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qdiff_diffusers import FPConfig, QDiffConfig, RTNConfig, VQConfig
 from qdiff_diffusers.calibration import Tuning
+from qdiff_diffusers.calibration.trainable import CandidateWeight, RoundedWeight, make_trainable
 from qdiff_diffusers.methods import quantize_weight
-from qdiff_diffusers.methods.trainable import CandidateWeight, RoundedWeight, make_trainable
 
 ROWS, COLUMNS = 64, 96
 

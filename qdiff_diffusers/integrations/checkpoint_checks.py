@@ -1,0 +1,84 @@
+"""Checks around what the libraries do with files: they trust an index blindly, of a damaged file they only say that it cannot be
+read, they know nothing of the scales of 8-bit weights, and they write pickles of layers that cannot be read back from them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint.files import check_index, index_shards, read_header
+from ..config import QDiffMethod
+from ..errors import CheckpointError, ConfigError
+from ..model.packing import packed_layers
+
+SUFFIX = ".safetensors"
+
+
+def shard_files(original: Any, name: Any, index_filename: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function that reads an index; those of our checkpoints are checked first. Others are left alone."""
+    path = Path(index_filename)
+    if path.is_file() and _is_ours(path.parent / "config.json"):
+        # Of a local folder all shards must be there; from the Hub they are fetched after this.
+        (check_index if Path(name).is_dir() else index_shards)(path)
+    return original(name, index_filename, *args, **kwargs)
+
+
+def state_dict(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function that reads a file; the header of our safetensors files is checked first. Others are left alone."""
+    if not (isinstance(file, str | Path) and str(file).endswith(SUFFIX) and _is_ours(Path(file).parent / "config.json")):
+        return original(file, *args, **kwargs)
+    read_header(file)
+    try:
+        return original(file, *args, **kwargs)
+    except OSError as error:  # what safetensors alone knows to be wrong
+        raise CheckpointError(f"{file} cannot be read: {error.__context__ or error}") from error
+
+
+def decode_sources(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function of transformers that takes over a state dict: a quantizer of ours applies the scales of 8-bit weights first.
+
+    Our errors are raised, which transformers turns into lines of its report.
+    """
+    quantizer = _quantizer_in((*args, *kwargs.values()))
+    if quantizer is None:
+        return original(*args, **kwargs)
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.arguments["state_dict"] = quantizer.read_source(bound.arguments["state_dict"])
+    out = original(*bound.args, **bound.kwargs)
+    if quantizer.failure is not None:
+        raise quantizer.failure
+    return out
+
+
+def _quantizer_in(arguments: Iterable[Any]) -> Any:
+    """The quantizer of ours that a function of transformers was given, by itself or in its settings."""
+    candidates = (found for argument in arguments for found in (argument, getattr(argument, "hf_quantizer", None)))
+    return next((found for found in candidates if hasattr(found, "read_source")), None)
+
+
+def refuse_pickles(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``save_pretrained``: a quantized model is written as safetensors or not at all. Others are left alone."""
+    bound = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    asked = bound | bound.get("kwargs", {})
+    wrong = "safe_serialization=False" if not asked.get("safe_serialization", True) else None
+    wrong = "use_flashpack=True" if asked.get("use_flashpack") else wrong
+    parts = {"the model": self} | {f"component {key!r}": part for key, part in getattr(self, "components", {}).items()}
+    packed = [part for part, model in parts.items() if isinstance(model, nn.Module) and packed_layers(model)]
+    if wrong and packed:
+        raise ConfigError(
+            f"{packed[0]} is quantized, and qdiff's layers are stored as safetensors only: {wrong} would write what cannot be "
+            "loaded. Leave it out; or call dequantize() first"
+        )
+    return original(self, *args, **kwargs)
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"] == QDiffMethod.QDIFF.value
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False

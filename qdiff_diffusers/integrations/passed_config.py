@@ -1,0 +1,35 @@
+"""A config that is passed for a model that is quantized already."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from ..checkpoint.prequantized import describe_quantization, refuse_quantization, settings_of
+from ..config import QDiffConfig, QDiffMethod
+
+
+def obey_or_refuse(merge: Any, cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
+    """``merge_quantization_configs`` of a library's auto quantizer, where a config of ours is passed for a quantized model.
+
+    The same settings go without a word, others with a warning that names both; those for another backend's model are refused, which
+    the libraries would load as it is.
+    """
+    passed = quantization_config_from_args
+    if not isinstance(passed, QDiffConfig):
+        return merge(cls, quantization_config, passed, **kwargs)
+    if settings_of(quantization_config).get("quant_method") != QDiffMethod.QDIFF.value:
+        refuse_quantization(quantization_config, "the model", None)
+    merged = merge(cls, quantization_config, None, **kwargs)
+    if _settings(merged) != _settings(passed):
+        warnings.warn(
+            "the model already has a `quantization_config`, which is used as it is stored: "
+            f"{describe_quantization(merged)}. The one that was passed, {describe_quantization(passed)}, is ignored; pass it "
+            "with the full-precision model",
+            stacklevel=2,
+        )
+    return merged
+
+
+def _settings(config: QDiffConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.settings().items() if key != "compute_dtype"}

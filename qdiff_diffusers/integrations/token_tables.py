@@ -1,0 +1,57 @@
+"""Tokens that are added to a text encoder whose table is packed: by ``resize_token_embeddings``, and with it by diffusers'
+``load_textual_inversion``.
+
+Both write into the table, and what is written into a decoded copy is lost without a word. So the table becomes dense first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from diffusers.utils import logging
+from torch import nn
+
+from ..errors import QDiffError
+from ..layers import PackedLayer
+from ..layers.offloading import without_group_offloading
+
+logger = logging.get_logger(__name__)
+
+
+def resize_token_embeddings(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``PreTrainedModel.resize_token_embeddings``, before which packed tables become dense."""
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    if given.get("new_num_tokens") is None and given.get("pad_to_multiple_of") is None:  # only looks at the table
+        return original(self, *args, **kwargs)
+    tables = packed_tables(self)
+    if not tables:
+        return original(self, *args, **kwargs)
+    with without_group_offloading(self):
+        make_dense(self, tables)
+        return original(self, *args, **kwargs)
+
+
+def packed_tables(model: Any) -> list[str]:
+    """Names of the packed layers among a text encoder's input and output embeddings."""
+    ends = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if isinstance(part, nn.Module)]
+    packed = {id(module) for part in ends for module in part.modules() if isinstance(module, PackedLayer)}
+    return [name for name, module in model.named_modules() if id(module) in packed]
+
+
+def make_dense(model: Any, tables: list[str]) -> None:
+    """Make packed layers of a text encoder dense, and those that share their weight, and let it be saved like that.
+
+    Raises:
+        QDiffError: ``model`` is only a part of what was quantized, or an adapter hangs on a table; nothing was changed.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not hasattr(quantizer, "make_dense"):
+        raise QDiffError(
+            f"the token table of this {type(model).__name__} is packed, and only the whole model that was quantized can change "
+            "that: call resize_token_embeddings of that one, or dequantize() it"
+        )
+    if wrapped := [name for name in tables if name.endswith(".base_layer")]:
+        raise QDiffError(f"an adapter hangs on the packed token table {wrapped[0]}: unload it before tokens are added")
+    logger.warning(f"tokens are added to {type(model).__name__}: its packed token table {tables[0]} becomes dense")
+    quantizer.make_dense(model, tables)

@@ -1,0 +1,198 @@
+"""The transformers quantizer, for text encoders: what transformers' loader asks of a backend, while it reads a model."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+
+from ..checkpoint.files import check_tensors, read_headers
+from ..checkpoint.provenance import new_provenance, origin_of
+from ..checkpoint.source_weights import SourceWeights, read_source_files, read_source_tensors
+from ..config import QDiffConfig
+from ..errors import CheckpointError, QDiffError
+from ..layers import PackedLayer, dense_layer
+from ..layers.offloading import without_group_offloading
+from ..model.packing import (
+    check_compute_dtype,
+    check_loaded,
+    dequantize_model,
+    describe_layers,
+    packed_layers,
+    prepare_packed_layers,
+    quantize_layer,
+    release_checkpoint,
+)
+from ..model.selection import select_layers
+from ..model.tied_weights import leader, tie, tie_dense, untie
+
+
+class QuantizeOp(ConversionOps):
+    """Quantizes one weight as it is read."""
+
+    def __init__(self, quantizer: QDiffTransformersQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: Any = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        ((_, value),) = input_dict.items()
+        name = full_layer_name.rpartition(".")[0]
+        try:
+            self.quantizer.quantize(model.get_submodule(name), name, value[0] if isinstance(value, list) else value)
+        except QDiffError as error:
+            self.quantizer.failure = error  # transformers only notes it, and goes on
+            raise
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+class QDiffTransformersQuantizer(HfQuantizer):
+    """Quantizes on load or fills packed layers, like :class:`QDiffQuantizer`."""
+
+    requires_calibration = False
+    quantization_config: QDiffConfig
+    source: SourceWeights | None = None  # while a dense checkpoint is read
+    failure: QDiffError | None = None
+
+    def __init__(self, quantization_config: QDiffConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        config = self.quantization_config
+        self.quantization_config = copy.deepcopy(config) if self.pre_quantized else config.fresh()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self.quantization_config.check_uncalibrated()
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.compute_dtype = dtype or torch.float32
+        check_compute_dtype(self.compute_dtype)
+        self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
+        return self.compute_dtype
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files") or ()
+        if self.pre_quantized:
+            layers = self.quantization_config.layers
+            headers = read_headers(files)
+            # transformers renames the modules of some models when it saves them: those layers are checked once loaded.
+            check_tensors({name: layer for name, layer in layers.items() if f"{name}.codes" in headers}, headers)
+            prepare_packed_layers(model, layers, self.compute_dtype)
+            self._untie(model, layers)
+            return
+        if files:
+            self.source = read_source_files(files)
+            self.source.check_floating(model)
+        keep = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) or []
+        targets, self.quantization_config.skipped = select_layers(model, self.quantization_config, list(keep))
+        self.quantization_config.provenance = new_provenance(type(model).__name__) | (origin_of(files[0]) if files else {})
+        # Of layers that share a weight the file holds one.
+        self.targets = {leader(model, name): config for name, config in targets.items()}
+        for name in self.targets:
+            self.quantization_config.skipped.pop(name, None)
+        self._untie(model, self.targets)
+
+    def read_source(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """What transformers is to load instead of a dense checkpoint's ``tensors``; ``guards.decode_sources`` asks for it."""
+        if self.pre_quantized:
+            return tensors
+        if self.source is None:  # from_pretrained(None, state_dict=...)
+            self.source = read_source_tensors(tensors)
+        return self.source.defer_slices(tensors)
+
+    def _untie(self, model: Any, packed: Iterable[str]) -> None:
+        """Empty the layers that share the weight of a packed one."""
+        self.tied = {name: names for name in packed if (names := untie(model, name))}
+        for name in (name for names in self.tied.values() for name in names):
+            self.quantization_config.skipped.pop(name, None)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        module, _, leaf = param_name.rpartition(".")
+        return not self.pre_quantized and leaf == "weight" and module in self.targets
+
+    def get_quantize_ops(self) -> QuantizeOp:
+        return QuantizeOp(self)
+
+    def quantize(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        """Quantize one layer and convert it in place."""
+        stored = quantize_layer(module, name, weight, self.targets[name], self.compute_dtype)
+        for tensor in (*cast(PackedLayer, module).packed_tensors().values(), module):
+            tensor._is_hf_initialized = True  # type: ignore[union-attr]  # or transformers would initialise it afresh
+        self.quantization_config.layers[name] = stored
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.source is not None:
+            self.source.check_read()
+            self.source = None
+        for name, names in self.tied.items():
+            tie(model, name, names)
+        check_loaded(model)
+        release_checkpoint(model)
+        tied = {name for names in self.tied.values() for name in names}
+        self.packed = {name: layer for name, layer in packed_layers(model).items() if name not in tied}
+        if missing := self._missing(model):
+            raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:5])}; it is incomplete")
+        return model
+
+    def _missing(self, model: Any) -> list[str]:
+        """What was not in the files. transformers only logs it, and fills it with random numbers."""
+        if not self.pre_quantized:
+            return sorted(f"{name}.weight" for name in set(self.targets) - set(self.quantization_config.layers))
+        ignored = model._keys_to_ignore_on_load_missing or []
+        tensors = model.state_dict(keep_vars=True).items()
+        unread = (name for name, tensor in tensors if not getattr(tensor, "_is_hf_initialized", False))
+        return sorted(name for name in unread if not any(re.search(pattern, name) for pattern in ignored))
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What is saved: layers that share a packed weight once."""
+        tied = {name for names in self.tied.values() for name in names}
+        if not tied:
+            return None, {}
+        return {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] not in tied}, {}
+
+    def make_dense(self, model: Any, names: list[str]) -> None:
+        """Make some packed layers dense, together with those that share their weight; the others stay packed."""
+        sources = {name: source for source, followers in self.tied.items() for name in followers}
+        for name in dict.fromkeys(sources.get(name, name) for name in names):
+            followers = self.tied.pop(name, [])
+            layers = {
+                id(layer): layer for layer in map(model.get_submodule, (name, *followers))
+            }  # transformers may have merged them
+            for layer in layers.values():
+                dense_layer(layer)
+            tie_dense(model, name, followers)
+            del self.packed[name]
+            self.quantization_config.layers.pop(name)
+            self.quantization_config.skipped |= dict.fromkeys((name, *followers), "made dense to add tokens")
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        with without_group_offloading(model):
+            dequantize_model(model)
+            for name, names in self.tied.items():
+                tie_dense(model, name, names)
+        self.packed, self.tied = {}, {}
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        describe_layers(self.quantization_config, self.packed)  # saving asks this first, then writes config.json
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
