@@ -16,6 +16,8 @@ from xml.etree import ElementTree
 
 from update_readme import filled
 
+from qdiff_diffusers.measuring.tables import markdown_table
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "comfyui.md"
 REQUIRED = ("comfyui-frontend-package", "comfy-kitchen", "comfy-aimdo")  # pinned by ComfyUI
@@ -42,13 +44,14 @@ def row(folder: Path, version: str) -> dict[str, Any]:
 
 
 def render(record: dict[str, Any]) -> str:
-    lines = ["| ComfyUI | frontend | comfy-kitchen | passed | failed | skipped |", "|---" * 6 + "|"]
-    for version, found in record.items():
-        pins = [found["requires"].get(name, "-") for name in REQUIRED[:2]]
-        lines.append(f"| {' | '.join(map(str, (version, *pins, *(found[kind] for kind in OUTCOMES))))} |")
+    rows = [
+        [version, *(found["requires"].get(name, "-") for name in REQUIRED[:2]), *(str(found[kind]) for kind in OUTCOMES)]
+        for version, found in record.items()
+    ]
+    table = markdown_table(["ComfyUI", "frontend", "comfy-kitchen", "passed", "failed", "skipped"], rows)
     notes = [f"- {version}: {name}" for version, found in record.items() for name in found["failures"]]
     tested = sorted({found["with"] for found in record.values()})
-    return "\n".join([*lines, "", *notes, *([""] if notes else []), "; ".join(tested), ""])
+    return "\n".join([table, "", *notes, *([""] if notes else []), "; ".join(tested), ""])
 
 
 def main(folder: Path, version: str) -> None:

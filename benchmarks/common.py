@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 from collections.abc import Sequence
 from datetime import date
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from qdiff_diffusers.measuring.machine import processor_name
+from qdiff_diffusers.measuring.tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -22,7 +24,7 @@ def facts() -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "commit": commit.strip() or "unknown",
-        "cpu": _cpu(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {name: version(name) for name in ("torch", "diffusers", "qdiff-diffusers")},
@@ -48,16 +50,5 @@ def write(name: str, rows: list[dict[str, Any]], columns: Sequence[tuple[str, st
 
 def markdown(rows: list[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> str:
     """A markdown table; a value that is missing or None shows as a dash."""
-    lines = ["| " + " | ".join(heading for _, heading, _ in columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = ["-" if row.get(key) is None else format(row[key], spec) for key, _, spec in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    cells = [["-" if row.get(key) is None else format(row[key], spec) for key, _, spec in columns] for row in rows]
+    return markdown_table([heading for _, heading, _ in columns], cells)

@@ -22,6 +22,7 @@ from qdiff_diffusers import QDiffConfig
 from qdiff_diffusers.checkpoint.provenance import new_provenance
 from qdiff_diffusers.checkpoint.stored_model import write_stored_model
 from qdiff_diffusers.errors import ConfigError
+from qdiff_diffusers.formats import dtype_name
 from qdiff_diffusers.formats.layer_table import StoredLayer
 from qdiff_diffusers.model.packing import quantize_named
 from qdiff_diffusers.model.patterns import check_patterns
@@ -79,7 +80,7 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
             progress(config.layers, total)
     tensors = {key: pieces[key] if key in pieces else _patched(patcher, key, value, dtype) for key, value in weights.items()}
     state = {key: assemble(value, dtype) if isinstance(value, list) else value for key, value in tensors.items()}
-    config.compute_dtype = str(dtype).removeprefix("torch.")
+    config.compute_dtype = dtype_name(dtype)
     config.provenance = new_provenance(family.classes[0] if family else type(patcher.model).__name__)
     return _rebuild(patcher, state, config, family, names)
 

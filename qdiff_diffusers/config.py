@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from .methods import METHODS as _METHODS
 from .methods.aq import AQConfig
-from .methods.config import ACTIVATION_SCALES, COMPUTE_DTYPES, FORMAT_VERSION, QDiffConfig, QDiffMethod
+from .methods.config import ACTIVATION_SCALES, COMPUTE_DTYPES, FORMAT_VERSION, QDiffConfig, QDiffMethod, is_ours
 from .methods.fp import SEARCHES, FPConfig
 from .methods.rtn import RTNConfig
 from .methods.svdquant import RANK_SHARES, SVDQuantConfig
@@ -29,6 +29,7 @@ __all__ = [
     "RTNConfig",
     "SVDQuantConfig",
     "VQConfig",
+    "is_ours",
 ]
 
 SCALE_SEARCHES = tuple(SEARCHES)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..measuring.tables import markdown_table
 from .results import Cell, Results, busy
 
 Rows = dict[str, list[Cell]]
@@ -65,7 +66,7 @@ def _layer_table(shape: str, cells: Sequence[Cell], rough: bool) -> str:
             failed.append(f"- {name}: {own[0]['reason']}")
             continue
         rows.append(_layer_row(own, measured, counts, graphs, lookups, rough))
-    return "\n".join([f"### {shape}", "", _markdown(heads, rows), *(["", "Without a time:", ""] if failed else []), *failed])
+    return "\n".join([f"### {shape}", "", markdown_table(heads, rows), *(["", "Without a time:", ""] if failed else []), *failed])
 
 
 def _layer_row(
@@ -110,7 +111,7 @@ def _model_table(model: str, cells: Sequence[Cell], rough: bool) -> str:
                 "; ".join(note for note in (cell.get("format"), cell.get("note")) if note),
             ]
         )
-    table = _markdown(heads, rows) if rows else ""
+    table = markdown_table(heads, rows) if rows else ""
     return "\n".join([f"### {model}", "", table, *(["", "Without a time:", ""] if failed else []), *failed])
 
 
@@ -152,8 +153,3 @@ def _by_contender(cells: Sequence[Cell]) -> Rows:
 def _unique(cells: Sequence[Cell], name: str) -> list[Any]:
     found = list(dict.fromkeys(cell[name] for cell in cells))
     return sorted(found) if name == "tokens" else found
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

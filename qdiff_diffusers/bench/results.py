@@ -14,6 +14,7 @@ import torch
 
 from ..checkpoint.writing import write_text
 from ..errors import ConfigError
+from ..formats import dtype_name
 from ..measuring.machine import commit, machine_facts, package_version
 from ..measuring.peers import distributions
 
@@ -30,7 +31,7 @@ def facts(device: torch.device, dtype: torch.dtype, budget: float) -> dict[str, 
     return machine_facts(device) | {
         "date": date.today().isoformat(),
         "commit": commit(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "peers": peers,
         "busy_cores": round(busy_cores(), 2),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoint.writing import written_file
 from ..errors import CalibrationError, OutputError
+from ..formats import dtype_name
 
 STRUCTURE = "structure"
 
@@ -126,7 +127,7 @@ def _flatten(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, list | tuple):
         return {type(value).__name__ if type(value) in (list, tuple) else "tuple": [_flatten(item, tensors) for item in value]}
     if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
+        return {"dtype": dtype_name(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     raise CalibrationError(f"the model is called with a {type(value).__name__}, which cannot be recorded")

@@ -7,16 +7,18 @@ import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from ..config import is_ours
 from ..errors import CheckpointError
 from ..formats import TensorInfo
 from ..formats.layer_table import StoredLayer
 
 MAX_HEADER = 100 << 20
 MAX_BYTES = 1 << 62
+NO_HEADER = "is no safetensors file, or is cut off in its header"
 # Names that diffusers and transformers give their files: diffusion_pytorch_model.fp16-00001-of-00002.safetensors and the like.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
@@ -52,27 +54,48 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is not there; the checkpoint is incomplete")
-    size = path.stat().st_size
+    header = header_of(path)
+    if header is None:
+        raise CheckpointError(f"{path} {NO_HEADER}")
+    try:
+        entries = {k: _entry(k, v) for k, v in header.items() if k != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a malformed safetensors header: {error}") from error
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 0 < length <= min(MAX_HEADER, size):
-            raise CheckpointError(f"{path} is not a safetensors file, or is cut off in its header")
-        try:
-            header = json.loads(file.read(length))
-            entries = {k: _entry(k, v) for k, v in header.items() if k != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} has a malformed safetensors header: {error}") from error
+        data, size = 8 + _header_bytes(file), path.stat().st_size
     end = 0
     for name, (info, start, stop) in sorted(entries.items(), key=lambda item: item[1][1:]):
         if start != end or stop - start != info.nbytes:
             raise CheckpointError(
-                f"{path} has a malformed safetensors header: tensor {name}, {_show(info)}, cannot lie at bytes {start} to {stop}"
+                f"{path} has a malformed safetensors header: tensor {name}, {info}, cannot lie at bytes {start} to {stop}"
             )
         end = stop
-    if size != 8 + length + end:
-        raise CheckpointError(f"{path} is truncated or damaged: {size} bytes, its header promises {8 + length + end}")
+    if size != data + end:
+        raise CheckpointError(f"{path} is truncated or damaged: {size} bytes, its header promises {data + end}")
     return {name: info for name, (info, _, _) in entries.items()}
+
+
+def header_of(path: Path) -> Any:
+    """The JSON of a safetensors file's header, not checked any further; ``None`` if the file is of another kind.
+
+    Raises:
+        CheckpointError: the file ends inside of its header, or that is no JSON.
+    """
+    with path.open("rb") as file:
+        length = _header_bytes(file)
+        if not 0 < length <= MAX_HEADER:
+            return None
+        if length > path.stat().st_size:
+            raise CheckpointError(f"{path} {NO_HEADER}")
+        try:
+            return json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} has a malformed safetensors header: {error}") from error
+
+
+def _header_bytes(file: IO[bytes]) -> int:
+    prefix = file.read(8)
+    return int(struct.unpack("<Q", prefix)[0]) if len(prefix) == 8 else 0
 
 
 def _entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
@@ -168,6 +191,14 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 
 
+def says_quantized(config: Path) -> bool:
+    """Whether a config.json, readable or not, is that of a model of ours."""
+    try:
+        return is_ours(json.loads(config.read_text(encoding="utf-8"))["quantization_config"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def check_tensors(layers: dict[str, StoredLayer], stored: dict[str, TensorInfo]) -> None:
     """Compare what config.json promises with what the files hold.
 
@@ -180,7 +211,7 @@ def check_tensors(layers: dict[str, StoredLayer], stored: dict[str, TensorInfo])
             if key not in stored:
                 raise CheckpointError(f"the checkpoint lacks tensor {key}; it is incomplete")
             if stored[key] != info:
-                raise CheckpointError(f"tensor {key} is {_show(stored[key])}, its layer's spec says {_show(info)}")
+                raise CheckpointError(f"tensor {key} is {stored[key]}, its layer's spec says {info}")
 
 
 def check_shapes(shapes: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo]) -> None:
@@ -199,7 +230,3 @@ def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name}")
     return DTYPES[name]
-
-
-def _show(info: TensorInfo) -> str:
-    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 
-from ..config import QDiffConfig, QDiffMethod
+from ..config import QDiffConfig, QDiffMethod, is_ours
 from ..errors import CheckpointError
 from ..formats import codebook_table
 from .files import check_tensors, read_header, read_headers, weight_files
@@ -132,8 +132,7 @@ def _quantization_config(folder: Path) -> dict[str, Any] | None:
         config = json.loads(path.read_text()).get("quantization_config")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    is_ours = isinstance(config, dict) and config.get("quant_method") == QDiffMethod.QDIFF.value
-    return config if is_ours else None
+    return config if is_ours(config) else None
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..formats import TensorInfo
+from ..formats import TensorInfo, dtype_name
 from .files import read_header
 from .stand_ins import StandIn
 
@@ -196,7 +196,7 @@ class SourceWeights:
         for name, tensor in model.state_dict().items():
             info = self.infos.get(name)
             if info and tensor.is_floating_point() and not info.dtype.is_floating_point and name not in self.scales:
-                dtype = str(info.dtype).removeprefix("torch.")
+                dtype = dtype_name(info.dtype)
                 raise CheckpointError(f"{name} is {dtype} in {self.where}, {tensor.dtype} in the model; {START}")
 
     def check_read(self) -> None:
@@ -272,7 +272,7 @@ class SourceWeights:
                     self._refuse([name, *strange], "a layout that is not known here")
             is_number = dtype.is_floating_point and (dtype.itemsize > 1 or dtype in FLOAT8)
             if not is_number and (scaled or leaf in ("weight", "bias")) and not (scaled and dtype == torch.int8):
-                self._refuse([name], f"{str(dtype).removeprefix('torch.')} numbers of which no scheme is known")
+                self._refuse([name], f"{dtype_name(dtype)} numbers of which no scheme is known")
 
     def _value(self, name: str, key: str, scale: Tensor) -> Tensor:
         if self.infos[name].dtype.itemsize > 1 and not (scale == 1).all():
@@ -313,7 +313,7 @@ def _check_scale(name: str, weight: TensorInfo, key: str, scale: TensorInfo) -> 
     one = all(size == 1 for size in shape)
     known = per_row if key.endswith("SCB") else one or per_row or (per_block and weight.dtype in FLOAT8)
     if not known or not scale.dtype.is_floating_point:
-        dtype = str(scale.dtype).removeprefix("torch.")
+        dtype = dtype_name(scale.dtype)
         raise CheckpointError(
             f"{key} is {dtype} {list(shape)}, which is no scale of the tensor, of each row or of each block of {BLOCK} x {BLOCK} "
             f"of {name} {list(weight.shape)}; {START}"

@@ -7,7 +7,6 @@ carries config.json in its metadata, as :func:`write_stored_model` writes it.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import QDiffConfig, QDiffMethod
+from ..config import QDiffConfig, QDiffMethod, is_ours
 from ..errors import CheckpointError
 from ..formats import TensorInfo
-from .files import MAX_HEADER, check_tensors, read_headers, read_json, weight_files
+from .files import check_tensors, header_of, read_headers, read_json, weight_files
 from .folders import content, real_place, written_at_once
 
 METADATA = "qdiff_config"  # key of config.json in a safetensors file's metadata
@@ -99,8 +98,7 @@ def stored_settings(path: str | Path) -> dict[str, Any] | None:
     if settings is None and beside.is_file():
         settings = read_json(beside)
     quantization = settings.get("quantization_config") if isinstance(settings, dict) else None
-    is_ours = isinstance(quantization, dict) and quantization.get("quant_method") == QDiffMethod.QDIFF.value
-    return settings if is_ours else None
+    return settings if is_ours(quantization) else None
 
 
 def write_stored_model(
@@ -135,17 +133,12 @@ def write_stored_model(
 
 def _metadata(path: Path) -> dict[str, Any] | None:
     """config.json out of a safetensors file's metadata, ``None`` if it has none or the file is of another kind."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 0 < length <= MAX_HEADER:
-            return None
-        if length > size:
-            raise CheckpointError(f"{path} is cut off in its header, or no safetensors file")
-        try:
-            text = json.loads(file.read(length)).get("__metadata__", {}).get(METADATA)
-            settings = None if text is None else json.loads(text)
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path} has a malformed safetensors header: {error}") from error
+    header = header_of(path)
+    if header is None:
+        return None
+    try:
+        text = header.get("__metadata__", {}).get(METADATA)
+        settings = None if text is None else json.loads(text)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a malformed safetensors header: {error}") from error
     return settings if isinstance(settings, dict) else None

@@ -125,9 +125,7 @@ def _kind(part: Part, names: dict[str, str], stored: Mapping[str, TensorInfo]) -
     if "wzeros" in names or code_dtype == torch.int32:
         return "awq"
     if code_dtype not in (torch.int8, torch.uint8):
-        raise CheckpointError(
-            f"tensor {names['qweight']} is {_show(stored[names['qweight']])}; codes are int8 or, of AWQ layers, int32"
-        )
+        raise CheckpointError(f"tensor {names['qweight']} is {stored[names['qweight']]}; codes are int8 or, of AWQ layers, int32")
     scales = stored[names["wscales"]] if "wscales" in names else None
     if scales is None:
         raise CheckpointError(f"the checkpoint lacks tensor {part.prefix}.wscales; it is incomplete")
@@ -136,7 +134,7 @@ def _kind(part: Part, names: dict[str, str], stored: Mapping[str, TensorInfo]) -
     if scales.dtype in SIXTEEN_BITS:
         return "int4"
     raise CheckpointError(
-        f"tensor {names['wscales']} is {_show(scales)}, a precision this version does not know; it knows INT4 (bfloat16 or float16 "
+        f"tensor {names['wscales']} is {scales}, a precision this version does not know; it knows INT4 (bfloat16 or float16 "
         "scales) and NVFP4 (float8_e4m3fn scales)"
     )
 
@@ -150,16 +148,16 @@ def _check_shapes(header: Header) -> None:
     if (padded_rows, padded_columns) != (expected_rows, expected_columns):
         expected = f"{expected_rows} x {expected_columns}"
         raise CheckpointError(
-            f"tensor {header.names['qweight']} is {_show(header.infos['qweight'])}, which holds {padded_rows} x {padded_columns} "
+            f"tensor {header.names['qweight']} is {header.infos['qweight']}, which holds {padded_rows} x {padded_columns} "
             f"weights; the model needs {expected}"
         )
     expected_shapes = _shapes(header, padded_rows, padded_columns)
     for name, info in header.infos.items():
         if name in expected_shapes and info.shape not in expected_shapes[name]:
             wanted = list(expected_shapes[name][0])
-            raise CheckpointError(f"tensor {header.names[name]} is {_show(info)}, expected shape {wanted}")
+            raise CheckpointError(f"tensor {header.names[name]} is {info}, expected shape {wanted}")
         if name not in ("qweight", "wscales", "wtscale") and info.dtype not in (*SIXTEEN_BITS, torch.float32):
-            raise CheckpointError(f"tensor {header.names[name]} is {_show(info)}, expected 16-bit floating point")
+            raise CheckpointError(f"tensor {header.names[name]} is {info}, expected 16-bit floating point")
 
 
 def _shapes(header: Header, rows: int, columns: int) -> dict[str, list[tuple[int, ...]]]:
@@ -186,7 +184,7 @@ def spec_of(headers: list[Header]) -> LayerSpec:
     first = headers[0]
     scale_dtype = first.infos["wscales"].dtype
     if scale_dtype not in SCALE_DTYPES.values():
-        raise CheckpointError(f"tensor {first.names['wscales']} is {_show(first.infos['wscales'])}, which is no dtype of scales")
+        raise CheckpointError(f"tensor {first.names['wscales']} is {first.infos['wscales']}, which is no dtype of scales")
     row_scales = any(name in first.infos for name in ("wcscales", "wtscale"))
     if first.kind == "nvfp4" and len(headers) > 1:  # see logical.concatenate_columns
         scale_dtype, row_scales = torch.float32, False
@@ -275,7 +273,3 @@ def without_one(bias: Tensor | None, splits: int) -> Tensor:
     exact = exact.flatten()
     narrow = exact.to(bias.dtype)
     return narrow if torch.equal(narrow.float(), exact) else exact
-
-
-def _show(info: TensorInfo) -> str:
-    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..checkpoint.files import check_tensors, read_json, weight_files
 from ..checkpoint.folders import CONFIG, check_output, written_at_once
-from ..config import QDiffConfig, QDiffMethod
+from ..config import QDiffConfig, is_ours
 from ..errors import CheckpointError, ConfigError
-from ..formats import IntegerFormat, LayerSpec, MinifloatFormat, TensorInfo
+from ..formats import IntegerFormat, LayerSpec, MinifloatFormat, TensorInfo, dtype_name
 from ..formats.layer_table import StoredLayer
 from .logical import INT4_GROUP, NVFP4_GROUP, LogicalLayer
 from .nunchaku_folder import LITE, PRECISIONS, WEIGHTS, Advance, counted
@@ -106,7 +106,7 @@ def split_row_scales(row_scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
         channel, tensor = (row_scales / unit).to(dtype), torch.tensor([unit], dtype=dtype)
         if torch.equal(channel.float() * tensor.float(), row_scales.float()):
             return channel, tensor
-    raise ValueError(f"its tensor_scale cannot be written in {str(dtype).removeprefix('torch.')} exactly")
+    raise ValueError(f"its tensor_scale cannot be written in {dtype_name(dtype)} exactly")
 
 
 def exactly(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
@@ -117,9 +117,7 @@ def exactly(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """
     out = tensor.to(dtype)
     if not torch.equal(out.to(tensor.dtype), tensor):
-        raise ValueError(
-            f"its {what} ({str(tensor.dtype).removeprefix('torch.')}) would be rounded in {str(dtype).removeprefix('torch.')}"
-        )
+        raise ValueError(f"its {what} ({dtype_name(tensor.dtype)}) would be rounded in {dtype_name(dtype)}")
     return out
 
 
@@ -209,7 +207,7 @@ def export_nunchaku(
 def _read(source: Path) -> tuple[dict[str, Any], QDiffConfig]:
     raw = read_json(source / CONFIG) if (source / CONFIG).is_file() else None
     stored = raw.get("quantization_config") if isinstance(raw, dict) else None
-    if not isinstance(stored, dict) or stored.get("quant_method") != QDiffMethod.QDIFF.value:
+    if not isinstance(stored, dict) or not is_ours(stored):
         raise ConfigError(f"{source} is not the folder of a model that qdiff quantized")
     assert isinstance(raw, dict)
     return raw, QDiffConfig.from_dict(stored)
@@ -316,7 +314,7 @@ def _tensors(
 def _lite_config(config: QDiffConfig, plan: Export) -> dict[str, Any]:
     w4a4 = [name for name, kind in plan.kinds.items() if kind != "awq"]
     awq = [name for name, kind in plan.kinds.items() if kind == "awq"]
-    out: dict[str, Any] = {"quant_method": LITE, "compute_dtype": str(plan.dtype).removeprefix("torch.")}
+    out: dict[str, Any] = {"quant_method": LITE, "compute_dtype": dtype_name(plan.dtype)}
     if w4a4:
         precision = plan.kinds[w4a4[0]]
         out["svdq_w4a4"] = {"precision": precision, "group_size": PRECISIONS[precision], "rank": plan.rank, "targets": w4a4}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..measuring.tables import markdown_table
+
 Row = dict[str, Any]
 DASH = "–"
 
@@ -82,11 +84,9 @@ def markdown(results: dict[str, Any]) -> str:
     """The table, with what it was measured on."""
     rows, run = results["rows"], results["run"]
     columns = columns_of(rows)
-    lines = ["| row | " + " | ".join(f"{c.heading} {c.note}".strip() for c in columns) + " | |", "|---" * (len(columns) + 2) + "|"]
-    for row in rows:
-        cells = [row["name"], *(column.show(row) for column in columns), notes(row)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, "", about(run), ""])
+    headings = ["row", *(f"{column.heading} {column.note}".strip() for column in columns), ""]
+    cells = [[row["name"], *(column.show(row) for column in columns), notes(row)] for row in rows]
+    return "\n".join([markdown_table(headings, cells), "", about(run), ""])
 
 
 def about(run: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import GroupSize, TensorInfo, WeightFormat, group_columns, scale_shape
+from .base import GroupSize, TensorInfo, WeightFormat, dtype_name, group_columns, scale_shape
 from .codebook import CodebookFormat, codebook_table, load_shared_codebooks, table_shapes
 from .integer import IntegerFormat
 from .minifloat import MinifloatFormat
@@ -19,6 +19,7 @@ __all__ = [
     "TensorInfo",
     "WeightFormat",
     "codebook_table",
+    "dtype_name",
     "group_columns",
     "load_shared_codebooks",
     "matrix_shape",

@@ -20,6 +20,11 @@ SCALE_DTYPES = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> "bfloat16", as it stands in config.json."""
+    return str(dtype).removeprefix("torch.")
+
+
 class TensorInfo(NamedTuple):
     """Shape and dtype of one stored tensor."""
 
@@ -29,6 +34,9 @@ class TensorInfo(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)} {list(self.shape)}"
 
 
 @dataclass(frozen=True)

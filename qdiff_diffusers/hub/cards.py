@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..checkpoint.files import says_quantized
 from ..checkpoint.inspect import CheckpointInfo, inspect_components
 from ..checkpoint.provenance import INHERITED, LICENSE_KEYS, hub_card, is_hub_name, task_of
 from ..checkpoint.results import Results, read_results
@@ -94,9 +95,7 @@ def write_cards_on_upload(original: Any, self: Any, working_dir: Any, repo_id: s
 def _is_quantized(folder: Path) -> bool:
     """Whether a checkpoint of ours lies there; a description without weights (``config.push_to_hub``) is none."""
     configs = (*folder.glob("config.json"), *folder.glob("*/config.json"))
-    return any(
-        '"quant_method": "qdiff"' in path.read_text(encoding="utf-8") and any(path.parent.glob("*.safetensors")) for path in configs
-    )
+    return any(says_quantized(path) and any(path.parent.glob("*.safetensors")) for path in configs)
 
 
 def _metadata(

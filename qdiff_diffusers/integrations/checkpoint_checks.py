@@ -4,15 +4,13 @@ read, they know nothing of the scales of 8-bit weights, and they write pickles o
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..checkpoint.files import check_index, index_shards, read_header
-from ..config import QDiffMethod
+from ..checkpoint.files import check_index, index_shards, read_header, says_quantized
 from ..errors import CheckpointError, ConfigError
 from ..model.packing import packed_layers
 
@@ -22,7 +20,7 @@ SUFFIX = ".safetensors"
 def shard_files(original: Any, name: Any, index_filename: Any, *args: Any, **kwargs: Any) -> Any:
     """The function that reads an index; those of our checkpoints are checked first. Others are left alone."""
     path = Path(index_filename)
-    if path.is_file() and _is_ours(path.parent / "config.json"):
+    if path.is_file() and says_quantized(path.parent / "config.json"):
         # Of a local folder all shards must be there; from the Hub they are fetched after this.
         (check_index if Path(name).is_dir() else index_shards)(path)
     return original(name, index_filename, *args, **kwargs)
@@ -30,7 +28,7 @@ def shard_files(original: Any, name: Any, index_filename: Any, *args: Any, **kwa
 
 def state_dict(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
     """The function that reads a file; the header of our safetensors files is checked first. Others are left alone."""
-    if not (isinstance(file, str | Path) and str(file).endswith(SUFFIX) and _is_ours(Path(file).parent / "config.json")):
+    if not (isinstance(file, str | Path) and str(file).endswith(SUFFIX) and says_quantized(Path(file).parent / "config.json")):
         return original(file, *args, **kwargs)
     read_header(file)
     try:
@@ -75,10 +73,3 @@ def refuse_pickles(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
             "loaded. Leave it out; or call dequantize() first"
         )
     return original(self, *args, **kwargs)
-
-
-def _is_ours(config: Path) -> bool:
-    try:
-        return json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"] == QDiffMethod.QDIFF.value
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False

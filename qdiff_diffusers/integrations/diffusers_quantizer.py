@@ -16,7 +16,7 @@ from ..checkpoint.provenance import new_provenance, origin_of, origin_of_model
 from ..checkpoint.source_weights import EightBit, SourceWeights, defer_source_tensors, read_source_files
 from ..config import FORMAT_VERSION, QDiffConfig
 from ..errors import CheckpointError, ConfigError
-from ..formats import TensorInfo
+from ..formats import TensorInfo, dtype_name
 from ..layers import set_tensor
 from ..model.packing import (
     check_compute_dtype,
@@ -84,7 +84,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         stored = self.quantization_config.compute_dtype
         self.compute_dtype = torch_dtype or (getattr(torch, stored) if stored else torch.float32)
         check_compute_dtype(self.compute_dtype)
-        self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
+        self.quantization_config.compute_dtype = dtype_name(self.compute_dtype)
         return self.compute_dtype
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:

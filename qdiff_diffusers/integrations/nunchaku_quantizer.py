@@ -20,6 +20,7 @@ from ..convert.nunchaku import Part, find_header, spec_of
 from ..convert.nunchaku_folder import check_lite, is_lite, lite_targets, quantization_config
 from ..convert.stream import Source
 from ..errors import CheckpointError, ConfigError
+from ..formats import dtype_name
 from ..model.packing import prepare_packed_layers
 from .diffusers_quantizer import QDiffQuantizer
 from .passed_config import obey_or_refuse
@@ -65,7 +66,7 @@ class NunchakuQuantizer(QDiffQuantizer):
         self.lite = quantization_config.stored
         self.targets_of_lite = lite_targets(self.lite)
         compute = self.lite.get("compute_dtype")
-        dtype = str(compute).removeprefix("torch.") if compute else "bfloat16"
+        dtype = dtype_name(compute) if compute else "bfloat16"
         super().__init__(SVDQuantConfig(compute_dtype=dtype), pre_quantized=True)  # type: ignore[call-arg]
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:

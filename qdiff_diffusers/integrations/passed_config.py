@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from ..checkpoint.prequantized import describe_quantization, refuse_quantization, settings_of
-from ..config import QDiffConfig, QDiffMethod
+from ..checkpoint.prequantized import describe_quantization, refuse_quantization
+from ..config import QDiffConfig, is_ours
 
 
 def obey_or_refuse(merge: Any, cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
@@ -18,7 +18,7 @@ def obey_or_refuse(merge: Any, cls: Any, quantization_config: Any, quantization_
     passed = quantization_config_from_args
     if not isinstance(passed, QDiffConfig):
         return merge(cls, quantization_config, passed, **kwargs)
-    if settings_of(quantization_config).get("quant_method") != QDiffMethod.QDIFF.value:
+    if not is_ours(quantization_config):
         refuse_quantization(quantization_config, "the model", None)
     merged = merge(cls, quantization_config, None, **kwargs)
     if _settings(merged) != _settings(passed):

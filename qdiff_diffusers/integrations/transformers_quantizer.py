@@ -17,6 +17,7 @@ from ..checkpoint.provenance import new_provenance, origin_of
 from ..checkpoint.source_weights import SourceWeights, read_source_files, read_source_tensors
 from ..config import QDiffConfig
 from ..errors import CheckpointError, QDiffError
+from ..formats import dtype_name
 from ..layers import PackedLayer, dense_layer
 from ..layers.offloading import without_group_offloading
 from ..model.packing import (
@@ -79,7 +80,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.compute_dtype = dtype or torch.float32
         check_compute_dtype(self.compute_dtype)
-        self.quantization_config.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
+        self.quantization_config.compute_dtype = dtype_name(self.compute_dtype)
         return self.compute_dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:

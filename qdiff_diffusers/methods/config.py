@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -19,6 +19,7 @@ import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
+from ..formats import dtype_name
 from ..formats.layer_table import StoredLayer, read_layers, write_layers
 from ..formats.spec import STATIC
 from .base import METHODS, method_of
@@ -39,6 +40,12 @@ class QDiffMethod(str, Enum):
 
     QDIFF = "qdiff"
     NUNCHAKU = "qdiff_nunchaku"  # never stored: a nunchaku_lite folder that is being loaded into our layers
+
+
+def is_ours(quantization: Any) -> bool:
+    """Whether a ``quantization_config``, the object or what config.json holds of it, is one of qdiff's."""
+    kind = quantization.get("quant_method") if isinstance(quantization, Mapping) else getattr(quantization, "quant_method", None)
+    return bool(getattr(kind, "value", kind) == QDiffMethod.QDIFF.value)
 
 
 _reading: ContextVar[bool] = ContextVar("reading a stored config", default=False)
@@ -115,7 +122,7 @@ class QDiffConfig(QuantizationConfigMixin):
             raise ConfigError(f"{type(self).__name__} is for method {self.method_name!r}, got {self.method!r}")
         self.method = self.method_name
         if isinstance(self.compute_dtype, torch.dtype):
-            self.compute_dtype = str(self.compute_dtype).removeprefix("torch.")
+            self.compute_dtype = dtype_name(self.compute_dtype)
         if self.activations == "none":
             self.activations = None
         if isinstance(self.modules_to_not_convert, str):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import COMPUTE_DTYPES, QDiffConfig
 from ..errors import CheckpointError, ConfigError, QDiffError
+from ..formats import dtype_name
 from ..formats.layer_table import StoredLayer
 from ..layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, unsupported_reason
 from ..layers.offloading import CASTING, check_forward, diffusers_hook, fetch, without_group_offloading
@@ -48,7 +49,7 @@ def check_compute_dtype(dtype: torch.dtype) -> None:
     Raises:
         ConfigError: names it.
     """
-    if str(dtype).removeprefix("torch.") not in COMPUTE_DTYPES:
+    if dtype_name(dtype) not in COMPUTE_DTYPES:
         raise ConfigError(
             f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype}: what is not quantized is computed in it. Weights that "
             "are stored in float8 need no such dtype, they are read as they are"
@@ -156,7 +157,7 @@ def describe_layers(config: QDiffConfig, layers: dict[str, PackedLayer]) -> None
     """Bring ``config`` up to date with layers that were cast, or that took up adapters, since they were quantized."""
     for name, layer in layers.items():
         config.layers[name] = config.layers[name]._replace(spec=layer.spec)
-        dtype = str(layer.compute_dtype).removeprefix("torch.")
+        dtype = dtype_name(layer.compute_dtype)
         if dtype in COMPUTE_DTYPES:  # not the float8 in which layerwise casting parks a layer between uses
             config.compute_dtype = dtype
 
