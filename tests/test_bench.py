@@ -201,8 +201,8 @@ def run_facts():
 def nothing_takes_long(monkeypatch):
     """No compiling and no waiting to see who else uses the machine."""
     monkeypatch.setattr("qdiff_diffusers.bench.results.busy_cores", lambda: 0.0)
-    for place in ("contenders", "models"):
-        monkeypatch.setattr(f"qdiff_diffusers.bench.{place}.compiled", lambda module: module)
+    for place in ("measuring.contenders", "bench.models"):
+        monkeypatch.setattr(f"qdiff_diffusers.{place}.compiled", lambda module: module)
     with qdiff_kernels.use("torch"):
         yield
 

@@ -18,7 +18,7 @@ from ..formats.layer_table import StoredLayer
 
 MAX_HEADER = 100 << 20
 MAX_BYTES = 1 << 62
-NO_HEADER = "is no safetensors file, or is cut off in its header"
+NO_HEADER = "is not a safetensors file, or is cut off in its header"
 # Names that diffusers and transformers give their files: diffusion_pytorch_model.fp16-00001-of-00002.safetensors and the like.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
@@ -75,11 +75,11 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     return {name: info for name, (info, _, _) in entries.items()}
 
 
-def header_of(path: Path) -> Any:
+def header_of(path: Path) -> dict[str, Any] | None:
     """The JSON of a safetensors file's header, not checked any further; ``None`` if the file is of another kind.
 
     Raises:
-        CheckpointError: the file ends inside of its header, or that is no JSON.
+        CheckpointError: the file ends inside of its header, or that is no JSON object.
     """
     with path.open("rb") as file:
         length = _header_bytes(file)
@@ -88,9 +88,12 @@ def header_of(path: Path) -> Any:
         if length > path.stat().st_size:
             raise CheckpointError(f"{path} {NO_HEADER}")
         try:
-            return json.loads(file.read(length))
+            header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} has a malformed safetensors header: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a malformed safetensors header: {type(header).__name__} in the place of an object")
+    return header
 
 
 def _header_bytes(file: IO[bytes]) -> int:
