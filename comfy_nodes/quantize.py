@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qdiff_diffusers import QDiffConfig
 from qdiff_diffusers.checkpoint.provenance import new_provenance
+from qdiff_diffusers.checkpoint.quantization import Quantization
 from qdiff_diffusers.checkpoint.stored_model import write_stored_model
 from qdiff_diffusers.errors import ConfigError
 from qdiff_diffusers.formats import dtype_name
@@ -55,7 +56,7 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     """
     if packed_weights(patcher):
         raise ConfigError("this MODEL is quantized already; connect the one it was made from")
-    config = config.fresh()
+    record = Quantization(config)
     comfy.model_management.unload_all_models()  # takes patches out of the weights, if they were baked in
     _check_sources(patcher.model.diffusion_model)
     weights = _weights(patcher)
@@ -64,25 +65,25 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     names = (
         to_diffusers(family.rules(shapes), shapes) if family else {k: [Slice(k, 0, s[0] if s else 1)] for k, s in shapes.items()}
     )
-    targets = _choose(patcher.model.diffusion_model, names, config, _kept_in_float32(family))
+    targets = _choose(patcher.model.diffusion_model, names, record, _kept_in_float32(family))
     if not targets:
         raise ConfigError("nothing to quantize: the settings leave every layer as it is")
-    _check(targets, shapes, config, names, type(patcher.model).__name__)
+    _check(targets, shapes, record, names, type(patcher.model).__name__)
     dtype = _computing_dtype(patcher.model)
-    total = sum(_module_name(part) not in config.skipped for slices in targets.values() for part in slices)
+    total = sum(_module_name(part) not in record.skipped for slices in targets.values() for part in slices)
     pieces: dict[str, list[Piece]] = {}
-    progress(config.layers, total)
+    progress(record.layers, total)
     for native, slices in targets.items():
         weight = _patched(patcher, native, weights[native], dtype)
         pieces[native] = []
         for part in slices:
-            pieces[native].append(_piece(weight[part.start : part.stop], part, config, dtype))
-            progress(config.layers, total)
+            pieces[native].append(_piece(weight[part.start : part.stop], part, record, dtype))
+            progress(record.layers, total)
     tensors = {key: pieces[key] if key in pieces else _patched(patcher, key, value, dtype) for key, value in weights.items()}
     state = {key: assemble(value, dtype) if isinstance(value, list) else value for key, value in tensors.items()}
-    config.compute_dtype = dtype_name(dtype)
-    config.provenance = new_provenance(family.classes[0] if family else type(patcher.model).__name__)
-    return _rebuild(patcher, state, config, family, names)
+    record.compute_dtype = dtype_name(dtype)
+    record.provenance = new_provenance(family.classes[0] if family else type(patcher.model).__name__)
+    return _rebuild(patcher, state, record, family, names)
 
 
 def _module_name(part: Slice) -> str:
@@ -161,8 +162,8 @@ def _input_factors(patcher: Any, key: str) -> Tensor | None:
     return getattr(patcher.model.diffusion_model.get_submodule(name), PRE_SCALE, None) if leaf == "weight" else None
 
 
-def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig, keep: list[str]) -> dict[str, list[Slice]]:
-    """Weights to pack, with the layers of diffusers' that they consist of; what is skipped is noted in ``config``."""
+def _choose(model: nn.Module, names: dict[str, list[Slice]], record: Quantization, keep: list[str]) -> dict[str, list[Slice]]:
+    """Weights to pack, with the layers of diffusers' that they consist of; what is skipped is noted in ``record``."""
     out = {}
     for module_name, module in _layers(model):
         key = f"{module_name}.weight"
@@ -170,9 +171,9 @@ def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig
             continue
         chosen = False
         for part in names[key]:
-            reason = _reason_to_skip(_module_name(part), module, config, keep)
+            reason = _reason_to_skip(_module_name(part), module, record.config, keep)
             if reason:
-                config.skipped[_module_name(part)] = reason
+                record.skipped[_module_name(part)] = reason
             chosen = chosen or reason is None
         if chosen:
             out[key] = names[key]
@@ -180,14 +181,14 @@ def _choose(model: nn.Module, names: dict[str, list[Slice]], config: QDiffConfig
 
 
 def _check(
-    targets: dict[str, list[Slice]], shapes: dict[str, Any], config: QDiffConfig, names: dict[str, list[Slice]], where: str
+    targets: dict[str, list[Slice]], shapes: dict[str, Any], record: Quantization, names: dict[str, list[Slice]], where: str
 ) -> None:
     """Refuse what cannot be done before the first layer, and tell of patterns that match nothing."""
     parts = {_module_name(part): (part.stop - part.start, *shapes[key][1:]) for key in targets for part in targets[key]}
-    configs = {name: config.config_for(name) for name in parts if name not in config.skipped}
+    configs = {name: record.config_for(name) for name in parts if name not in record.skipped}
     check_layers({name: chosen for name, chosen in configs.items() if chosen is not None}, parts)
     modules = [_module_name(part) for parts_of_one in names.values() for part in parts_of_one]
-    check_patterns(config, modules, modules, where)
+    check_patterns(record.config, modules, modules, where)
 
 
 def _reason_to_skip(name: str, module: nn.Module, config: QDiffConfig, keep: list[str]) -> str | None:
@@ -211,20 +212,20 @@ def _kept_in_float32(family: Family | None) -> list[str]:
     return list(getattr(cls, "_keep_in_fp32_modules", None) or [])
 
 
-def _piece(rows: Tensor, part: Slice, config: QDiffConfig, dtype: torch.dtype) -> Piece:
+def _piece(rows: Tensor, part: Slice, record: Quantization, dtype: torch.dtype) -> Piece:
     """Some rows of a weight as a piece of the packed one; quantized in diffusers' order of rows."""
     name, shape = _module_name(part), tuple(rows.shape)
-    layer_config = config.config_for(name)
-    if name in config.skipped or layer_config is None:
+    layer_config = record.config_for(name)
+    if name in record.skipped or layer_config is None:
         return Piece(None, name, shape, {"weight": rows.to(dtype).cpu()}, part.swapped)
     original = swap_halves(rows) if part.swapped else rows.clone()
     stored, tensors = quantize_named(name, original.to(comfy.model_management.get_torch_device()), layer_config)
-    config.layers[name] = stored
+    record.layers[name] = stored
     values = stored_tensors(stored.spec, shape, lambda leaf: tensors[leaf].cpu())
     return Piece(stored.spec, name, shape, swap_rows(stored.spec, shape, values) if part.swapped else values, part.swapped)
 
 
-def _rebuild(patcher: Any, tensors: dict[str, Tensor], config: QDiffConfig, family: Family | None, names: dict[str, Any]) -> Any:
+def _rebuild(patcher: Any, tensors: dict[str, Tensor], record: Quantization, family: Family | None, names: dict[str, Any]) -> Any:
     """The same model around other tensors: ComfyUI's config of it, its sampling and its options are kept."""
     model_config = object.__new__(type(patcher.model.model_config))  # copy.copy stumbles over its __getattr__
     model_config.__dict__.update(patcher.model.model_config.__dict__)
@@ -241,7 +242,7 @@ def _rebuild(patcher: Any, tensors: dict[str, Tensor], config: QDiffConfig, fami
     shapes = {part.key: (part.stop - part.start, *tensors[key].shape[1:]) for key, parts in names.items() for part in parts}
     settings = diffusers_settings(family, shapes, model_config) if family else None
     settings = settings or {NATIVE: type(patcher.model).__name__}
-    new.set_attachments(ATTACHMENT, {"settings": settings, "quantization": config, "path": ""})
+    new.set_attachments(ATTACHMENT, {"settings": settings, "quantization": record, "path": ""})
     return new
 
 

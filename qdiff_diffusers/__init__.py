@@ -5,6 +5,7 @@ from __future__ import annotations
 from .api import quantize
 from .calibration import Calibration, Tuning
 from .checkpoint.inspect import CheckpointInfo, LayerInfo, inspect_checkpoint
+from .checkpoint.quantization import Quantization
 from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from .errors import CalibrationError, CheckpointError, ConfigError, OutputError, QDiffError
 from .integrations.registration import register
@@ -27,6 +28,7 @@ __all__ = [
     "OutputError",
     "QDiffConfig",
     "QDiffError",
+    "Quantization",
     "RTNConfig",
     "SVDQuantConfig",
     "Tuning",

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from .methods import METHODS as _METHODS
 from .methods.aq import AQConfig
-from .methods.config import ACTIVATION_SCALES, COMPUTE_DTYPES, FORMAT_VERSION, QDiffConfig, QDiffMethod, is_ours
+from .methods.config import ACTIVATION_SCALES, COMPUTE_DTYPES, FORMAT_VERSION, QDiffConfig, QDiffMethod, is_ours, is_stored
 from .methods.fp import SEARCHES, FPConfig
 from .methods.rtn import RTNConfig
 from .methods.svdquant import RANK_SHARES, SVDQuantConfig
@@ -30,6 +30,7 @@ __all__ = [
     "SVDQuantConfig",
     "VQConfig",
     "is_ours",
+    "is_stored",
 ]
 
 SCALE_SEARCHES = tuple(SEARCHES)

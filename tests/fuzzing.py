@@ -22,7 +22,7 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from qdiff_diffusers import QDiffConfig, QDiffError, SVDQuantConfig, VQConfig, inspect_checkpoint
+from qdiff_diffusers import QDiffError, Quantization, SVDQuantConfig, VQConfig, inspect_checkpoint
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 ENCODER_INDEX = "model.safetensors.index.json"
@@ -238,7 +238,7 @@ def load_transformers(folder: Path) -> Any:
 
 
 def load_single_file(folder: Path) -> Any:
-    config = QDiffConfig.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
+    config = Quantization.from_dict(json.loads((folder / "config.json").read_text())["quantization_config"])
     (file,) = folder.glob("*.safetensors")
     return FluxTransformer2DModel.from_single_file(str(file), config=str(folder), quantization_config=config)
 

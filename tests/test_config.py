@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -18,6 +19,7 @@ from qdiff_diffusers import (
     FPConfig,
     QDiffConfig,
     QDiffError,
+    Quantization,
     RTNConfig,
     SVDQuantConfig,
     VQConfig,
@@ -38,17 +40,15 @@ CONFIGS = {
 }
 
 
-def described_model() -> QDiffConfig:
-    """A config as it is after quantizing a model."""
-    config = RTNConfig(bits=4, compute_dtype="bfloat16")
-    config.layers = {
+def described_model() -> Quantization:
+    """A record as it is after quantizing a model."""
+    layers = {
         "a": StoredLayer(LayerSpec(IntegerFormat(4)), (64, 32), 0.005),
         "b": StoredLayer(LayerSpec(IntegerFormat(4)), (8, 64), 0.25),
         "c": StoredLayer(LayerSpec(MinifloatFormat(("e2m1",)), rank=4, rotation=16, activations="int8"), (64, 32, 3, 3), None),
     }
-    config.skipped = {"d": "outside the repeated blocks"}
-    config.provenance = {"model_class": "DiTTransformer2DModel"}
-    return config
+    config = RTNConfig(bits=4, compute_dtype="bfloat16")
+    return Quantization(config, layers, {"d": "outside the repeated blocks"}, {"model_class": "DiTTransformer2DModel"})
 
 
 @pytest.mark.parametrize("method", CLASSES)
@@ -142,13 +142,58 @@ def test_any_valid_config_survives_json(method, rotation, activations, patterns,
 
 
 def test_the_description_of_a_quantized_model_survives_json():
-    config = described_model()
-    restored = QDiffConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert restored == config
-    assert restored.layers == config.layers
-    assert restored.skipped == config.skipped
-    assert restored.provenance == config.provenance
-    assert restored.to_dict() == config.to_dict()
+    record = described_model()
+    restored = Quantization.from_dict(json.loads(json.dumps(record.to_dict())))
+    assert restored == record
+    assert restored.config == record.config
+    assert restored.layers == record.layers
+    assert restored.skipped == record.skipped
+    assert restored.provenance == record.provenance
+    assert restored.to_dict() == record.to_dict()
+
+
+def test_a_description_reads_as_the_config_that_was_asked_for():
+    record = described_model()
+    assert (record.bits, record.method_name, record.settings()) == (4, "rtn", record.config.settings())
+    assert QDiffConfig.from_dict(record.to_dict()) == record.config
+    with pytest.raises(AttributeError, match="colour"):
+        _ = record.colour
+
+
+def test_a_description_can_be_copied_and_pickled():
+    record = described_model()
+    assert copy.deepcopy(record) == copy.copy(record) == pickle.loads(pickle.dumps(record)) == record
+
+
+def test_a_copy_of_a_description_is_its_own():
+    record = described_model()
+    for copied in (copy.copy(record), copy.deepcopy(record), Quantization.of(record)):
+        copied.layers.pop("a")
+        copied.skipped.clear()
+        copied.compute_dtype = "float16"
+    assert record == described_model()
+
+
+@pytest.mark.parametrize("made", [CONFIGS[name] for name in CONFIGS], ids=list(CONFIGS))
+def test_a_config_does_not_change_once_it_is_made(made):
+    config = made()
+    for changed in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        with pytest.raises(ConfigError, match=r"dataclasses.replace\(config, bits=\.\.\.\)"):
+            changed.bits = 8
+    assert config == made()
+    assert dataclasses.replace(config, seed=5).seed == 5
+
+
+def test_how_a_model_was_quantized_cannot_be_chosen_afterwards():
+    with pytest.raises(ConfigError, match="how the model was quantized; bits"):
+        described_model().bits = 2
+
+
+def test_a_list_of_patterns_is_the_configs_own():
+    patterns = ["norm"]
+    config = RTNConfig(modules_to_not_convert=patterns)
+    patterns.append("attn")
+    assert config.modules_to_not_convert == ["norm"]
 
 
 def test_equal_specs_are_stored_once():
@@ -161,13 +206,13 @@ def test_only_settings_that_differ_from_the_defaults_are_stored():
     assert RTNConfig(bits=4).to_dict() == {"quant_method": "qdiff", "format_version": FORMAT_VERSION, "method": "rtn", "bits": 4}
 
 
-def test_a_fresh_config_keeps_the_settings_and_nothing_of_the_model():
-    config = described_model()
-    fresh = config.fresh()
-    assert fresh == config
-    assert not fresh.layers
-    assert not fresh.skipped
-    assert not fresh.provenance
+def test_the_settings_of_one_model_leave_nothing_of_it_in_the_next():
+    record = described_model()
+    asked_again = record.requested()
+    assert asked_again.config == record.config
+    assert not asked_again.layers
+    assert not asked_again.skipped
+    assert not asked_again.provenance
 
 
 def test_dtypes_may_be_given_as_torch_dtypes():
@@ -255,9 +300,9 @@ def with_layer(entry) -> dict:
 )
 def test_a_malformed_description_is_refused_by_name(data, named):
     with pytest.raises(QDiffError, match=named):
-        QDiffConfig.from_dict(data)
+        Quantization.from_dict(data)
 
 
 def test_huge_sizes_are_read_without_allocating():
-    config = QDiffConfig.from_dict(with_layer([0, [1 << 40, 1 << 40], 0.1]))
+    config = Quantization.from_dict(with_layer([0, [1 << 40, 1 << 40], 0.1]))
     assert config.layers["a"].spec.nbytes((1 << 40, 1 << 40)) > 1 << 78

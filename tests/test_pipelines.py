@@ -24,7 +24,6 @@ from qdiff_diffusers import (
     AQConfig,
     CheckpointError,
     FPConfig,
-    QDiffConfig,
     RTNConfig,
     SVDQuantConfig,
     VQConfig,
@@ -362,7 +361,10 @@ def test_registering_again_changes_nothing():
     before = dict(auto.AUTO_QUANTIZER_MAPPING)
     qdiff_diffusers.register()
     assert before == auto.AUTO_QUANTIZER_MAPPING
-    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["qdiff"] is QDiffConfig
+    known = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["qdiff"]
+    assert known(method="rtn", bits=4) == RTNConfig(bits=4)
+    assert isinstance(RTNConfig(bits=4), known)
+    assert not isinstance({"quant_method": "qdiff"}, known)
 
 
 def test_an_unquantized_pipeline_is_left_alone(dit_pipeline, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers import AQConfig, FPConfig, Quantization, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.layers import PackedLayer
 
 CONFIGS = {
@@ -382,8 +383,7 @@ def error_of_one_layer(dense_folder):
     """``error_of_one_layer(folder, method)``: of ``UNIT_LAYER``, which alone is quantized. As it was, once per method."""
 
     def measure(folder: Path, method: str) -> float:
-        config = CONFIGS[method]()
-        config.modules_to_not_convert = ["attn1", "norm1", "blocks.1", "ff.net.0"]
+        config = replace(CONFIGS[method](), modules_to_not_convert=["attn1", "norm1", "blocks.1", "ff.net.0"])
         model = load(folder, "dit", quantization_config=config)
         return model.config.quantization_config.layers[UNIT_LAYER].error
 
@@ -408,7 +408,37 @@ def test_configs_print_themselves(dense_folder):
     model = load(dense_folder("dit"), "dit", quantization_config=RTNConfig(bits=4))
     assert "rtn" in repr(model.config.quantization_config)
     assert "int4 asymmetric g64, 4.50 bits" in repr(model) or "int4 asymmetric g64" in repr(model)
-    assert isinstance(model.config.quantization_config, QDiffConfig)
+    assert isinstance(model.config.quantization_config, Quantization)
+    assert model.config.quantization_config.config == RTNConfig(bits=4, compute_dtype="float32")
+
+
+def test_one_config_quantizes_several_models_and_stays_as_it_was(dense_folder):
+    config = RTNConfig(bits=4)
+    first = load(dense_folder("dit"), "dit", quantization_config=config, dtype=torch.bfloat16)
+    second = load(dense_folder("pixart"), "pixart", quantization_config=config, dtype=torch.float32)
+    assert config == RTNConfig(bits=4)
+    records = [model.config.quantization_config for model in (first, second)]
+    assert [record.compute_dtype for record in records] == ["bfloat16", "float32"]
+    assert set(records[0].layers) != set(records[1].layers)
+    third = load(dense_folder("pixart"), "pixart", quantization_config=records[0])  # what was asked for, once more
+    assert set(third.config.quantization_config.layers) == set(records[1].layers)
+
+
+def test_the_record_of_a_model_says_how_it_is_now(dense_folder):
+    """Also of a copy, which has layers of its own, and without saving."""
+    model = load(dense_folder("dit"), "dit", quantization_config=SVDQuantConfig(bits=4, rank=4, rounds=1), dtype=torch.float32)
+    name = next(name for name, layer in model.config.quantization_config.layers.items() if layer.spec.rank)
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    layer = copied.get_submodule(name)
+    layer.append_branch(torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2))
+    nn.Module.to(copied, torch.bfloat16)
+    ranks = [m.config.quantization_config.layers[name].spec.rank for m in (model, copied, pickled)]
+    assert ranks == [4, 6, 4]
+    dtypes = [m.config.quantization_config.to_dict()["compute_dtype"] for m in (model, copied, pickled)]
+    assert dtypes == ["float32", "bfloat16", "float32"]
+    described = copy.deepcopy(copied.config.quantization_config)
+    del copied
+    assert described.layers[name].spec.rank == 6
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -14,6 +14,7 @@ from torch import nn
 from ..checkpoint.components import DENOISERS, pipeline_components
 from ..checkpoint.folders import reserved
 from ..checkpoint.prequantized import check_dense, check_source, refuse_quantized_model
+from ..checkpoint.quantization import Quantization
 from ..checkpoint.writing import write_text
 from ..config import QDiffConfig
 from ..errors import ConfigError, QDiffError
@@ -28,7 +29,7 @@ CALIBRATION_LOG = "calibration.json"
 
 def quantize_source(
     source: Any,
-    config: QDiffConfig,
+    config: QDiffConfig | Quantization,
     output_dir: str | Path | None = None,
     *,
     calibration: Any = None,
@@ -40,6 +41,8 @@ def quantize_source(
     revision: str | None = None,
 ) -> Any:
     """All of :func:`qdiff_diffusers.quantize`, whose arguments these are, but the upload."""
+    if isinstance(config, Quantization):  # of another model
+        config = config.requested().config
     _check_kinds(source, config, dtype)
     if calibration is None:
         config.check_uncalibrated()
@@ -176,9 +179,7 @@ def _load(
         check_dense(local, name, loading)
     if config is None:
         return DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **loading)
-    # Each component records its own layers, so each gets its own config.
-    mapping = {name: type(config).from_dict(config.to_dict()) for name in components}
-    quantization = PipelineQuantizationConfig(quant_mapping=mapping)
+    quantization = PipelineQuantizationConfig(quant_mapping=dict.fromkeys(components, config))
     with one_config_for_all():
         return DiffusionPipeline.from_pretrained(str(source), quantization_config=quantization, dtype=dtype, **loading)
 

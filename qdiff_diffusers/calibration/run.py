@@ -86,7 +86,7 @@ def calibrate(
         for name, model in models.items():
             statistics = shared / name / "statistics" if shared else None
             logs[name] = [{"stage": "recording", SAVED: round(saved / len(models), 3)}] if saved else []
-            logs[name] += _calibrate(model, config.fresh(), calibration, calls.get(name), folder / name, statistics)
+            logs[name] += _calibrate(model, config, calibration, calls.get(name), folder / name, statistics)
         return logs
 
 
@@ -163,11 +163,11 @@ def _calibrate(
     whole = calls is not None and tuning.wanted and tuning.objective == "model"
     wants_dense = whole and tuning.assignments in ("candidates", "rounding")
     dense = {name: layer.target(_weight(model, name)) for name, layer in layers.items()} if wants_dense else {}
-    config.layers = {name: layer.stored for name, layer in layers.items()}
+    quantizer.quantization_config.layers.update({name: layer.stored for name, layer in layers.items()})
     pack_finished(model, _on_device(model, layers), quantizer.compute_dtype)
     if whole and calls is not None:
         log += tune_model(model, calls, calibration, dense, folder)
-    config.provenance["calibration"] = {k: v for k, v in calibration.settings().items() if v is not None}
+    quantizer.quantization_config.provenance["calibration"] = {k: v for k, v in calibration.settings().items() if v is not None}
     quantizer.take(model)
     return log
 

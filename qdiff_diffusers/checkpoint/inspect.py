@@ -13,10 +13,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 
-from ..config import QDiffConfig, QDiffMethod, is_ours
+from ..config import QDiffMethod, is_ours
 from ..errors import CheckpointError
 from ..formats import codebook_table
 from .files import check_tensors, read_header, read_headers, weight_files
+from .quantization import Quantization
 
 
 class LayerInfo(NamedTuple):
@@ -38,7 +39,7 @@ class LayerInfo(NamedTuple):
 class CheckpointInfo(NamedTuple):
     """A quantized checkpoint, seen from outside."""
 
-    config: QDiffConfig
+    config: Quantization
     layers: list[LayerInfo]
     folder: Path
     total_bytes: int
@@ -90,7 +91,7 @@ def zero_shares(info: CheckpointInfo) -> Iterator[tuple[str, float]]:
 
 
 def _describe(folder: Path) -> CheckpointInfo:
-    config = QDiffConfig.from_dict(_quantization_config(folder) or {})
+    config = Quantization.from_dict(_quantization_config(folder) or {})
     files = weight_files(folder)
     check_tensors(config.layers, read_headers(files))
     layers = [

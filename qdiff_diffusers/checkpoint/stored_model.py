@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import QDiffConfig, QDiffMethod, is_ours
+from ..config import QDiffMethod, is_ours
 from ..errors import CheckpointError
 from ..formats import TensorInfo
 from .files import check_tensors, header_of, read_headers, read_json, weight_files
 from .folders import content, real_place, written_at_once
+from .quantization import Quantization
 
 METADATA = "qdiff_config"  # key of config.json in a safetensors file's metadata
 FILE = "diffusion_pytorch_model.safetensors"
@@ -32,7 +33,7 @@ class StoredModel(NamedTuple):
 
     path: Path
     settings: dict[str, Any]
-    quantization: QDiffConfig
+    quantization: Quantization
     files: list[Path]
     tensors: dict[str, TensorInfo]
 
@@ -67,11 +68,12 @@ def read_stored_model(path: str | Path) -> StoredModel:
             f"{path} is no qdiff checkpoint: there is no config with quant_method {QDiffMethod.QDIFF.value!r}, neither in the file "
             "nor in a config.json beside it"
         )
-    config = QDiffConfig.from_dict(settings["quantization_config"])
+    config = Quantization.from_dict(settings["quantization_config"])
     files = [path] if path.is_file() else weight_files(path)
     tensors = read_headers(files)
-    config.layers = {_name_in_files(name, tensors): layer for name, layer in config.layers.items()}
-    check_tensors(config.layers, tensors)
+    layers = {_name_in_files(name, tensors): layer for name, layer in config.layers.items()}
+    config = Quantization(config.config, layers, config.skipped, config.provenance)
+    check_tensors(layers, tensors)
     return StoredModel(path, settings, config, files, tensors)
 
 
@@ -102,7 +104,7 @@ def stored_settings(path: str | Path) -> dict[str, Any] | None:
 
 
 def write_stored_model(
-    folder: str | Path, settings: Mapping[str, Any], quantization: QDiffConfig, tensors: Iterable[tuple[str, Tensor]]
+    folder: str | Path, settings: Mapping[str, Any], quantization: Quantization, tensors: Iterable[tuple[str, Tensor]]
 ) -> Path:
     """Write a model folder that ``from_pretrained`` reads, whose only weight file is self-contained.
 

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from ..checkpoint.provenance import new_provenance
+from ..checkpoint.quantization import Quantization
 from ..config import QDiffConfig
 from ..errors import CheckpointError
 from ..formats import TensorInfo
@@ -142,9 +143,8 @@ def diffusers_class(name: str) -> str:
     return name.removeprefix("Nunchaku").removesuffix("V2").replace("Transformer2dModel", "Transformer2DModel")
 
 
-def describe(config: QDiffConfig, model: nn.Module, layers: dict[str, StoredLayer], origin: str) -> None:
-    """Fill a config with the layers that were imported and the reasons for the others."""
-    config.layers = dict(layers)
+def described(config: QDiffConfig, model: nn.Module, layers: dict[str, StoredLayer], origin: str) -> Quantization:
+    """The record of a model whose ``layers`` were imported, by settings that come near to how they were quantized."""
     weighted = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
-    config.skipped = {name: "not quantized in the source" for name in weighted if name not in layers}
-    config.provenance = new_provenance(type(model).__name__) | {"converted_from": origin}
+    skipped = {name: "not quantized in the source" for name in weighted if name not in layers}
+    return Quantization(config, layers, skipped, new_provenance(type(model).__name__) | {"converted_from": origin})

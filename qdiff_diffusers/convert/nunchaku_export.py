@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..checkpoint.files import check_tensors, read_json, weight_files
 from ..checkpoint.folders import CONFIG, check_output, written_at_once
-from ..config import QDiffConfig, is_ours
+from ..checkpoint.quantization import Quantization
+from ..config import is_ours
 from ..errors import CheckpointError, ConfigError
 from ..formats import IntegerFormat, LayerSpec, MinifloatFormat, TensorInfo, dtype_name
 from ..formats.layer_table import StoredLayer
@@ -204,13 +205,13 @@ def export_nunchaku(
     return output_dir
 
 
-def _read(source: Path) -> tuple[dict[str, Any], QDiffConfig]:
+def _read(source: Path) -> tuple[dict[str, Any], Quantization]:
     raw = read_json(source / CONFIG) if (source / CONFIG).is_file() else None
     stored = raw.get("quantization_config") if isinstance(raw, dict) else None
     if not isinstance(stored, dict) or not is_ours(stored):
         raise ConfigError(f"{source} is not the folder of a model that qdiff quantized")
     assert isinstance(raw, dict)
-    return raw, QDiffConfig.from_dict(stored)
+    return raw, Quantization.from_dict(stored)
 
 
 def _plan(layers: dict[str, StoredLayer], opened: Source, dtype: str | None) -> Export:
@@ -311,7 +312,7 @@ def _tensors(
             yield key, opened.get(key)
 
 
-def _lite_config(config: QDiffConfig, plan: Export) -> dict[str, Any]:
+def _lite_config(config: Quantization, plan: Export) -> dict[str, Any]:
     w4a4 = [name for name, kind in plan.kinds.items() if kind != "awq"]
     awq = [name for name, kind in plan.kinds.items() if kind == "awq"]
     out: dict[str, Any] = {"quant_method": LITE, "compute_dtype": dtype_name(plan.dtype)}

@@ -16,7 +16,7 @@ from ..checkpoint.files import read_json, weight_files
 from ..checkpoint.folders import CONFIG, INDEX, check_output, written_at_once
 from ..config import FORMAT_VERSION, QDiffConfig, SVDQuantConfig
 from ..errors import CheckpointError, ConfigError
-from .importing import Import, Reader, describe, diffusers_class, prepare, skeleton
+from .importing import Import, Reader, described, diffusers_class, prepare, skeleton
 from .layouts import plan_lite, plan_original
 from .stream import Source, stored_bytes, write_file
 
@@ -76,8 +76,7 @@ def convert_nunchaku(
     component = _component(source)
     checkpoint = open_checkpoint(component or source, config)
     model, imported, opened = plan_checkpoint(checkpoint)
-    quantization = quantization_config(imported)
-    describe(quantization, model, imported.layers, f"Nunchaku, {source.name}")
+    quantization = described(nearest_config(imported), model, imported.layers, f"Nunchaku, {source.name}")
     with written_at_once(output_dir, overwrite, source, config, nbytes=stored_bytes(imported.infos)) as folder:
         target = folder
         if component is not None:
@@ -216,7 +215,7 @@ def check_lite(config: dict[str, Any], imported: Import) -> None:
                 )
 
 
-def quantization_config(imported: Import) -> QDiffConfig:
+def nearest_config(imported: Import) -> QDiffConfig:
     """The settings that describe a checkpoint best."""
     kinds = [header.kind for header in imported.headers.values()]
     kind = "nvfp4" if "nvfp4" in kinds else "int4"

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError
 from ..formats import LayerSpec, TensorInfo, WeightFormat
 from ..formats.layer_table import StoredLayer
 from ..layers import unsupported_reason
-from .importing import describe, skeleton
+from .importing import described, skeleton
 from .nunchaku_folder import WEIGHTS, Advance, counted, read_config
 from .stream import stored_bytes, write_file
 
@@ -65,8 +65,7 @@ def convert_single_file(
     model_config = read_config(Path(config))
     model = skeleton(model_config)
     contents = plan(model, model_config, opened)
-    quantization = settings(contents.layers)
-    describe(quantization, model, contents.layers, source.name)
+    quantization = described(settings(contents.layers), model, contents.layers, source.name)
     with written_at_once(output_dir, overwrite, source, config, nbytes=stored_bytes(contents.infos)) as folder:
         kept = {key: value for key, value in model_config.items() if key != "quantization_config"}
         (folder / CONFIG).write_text(json.dumps(kept | {"quantization_config": quantization.to_dict()}, indent=2) + "\n")

@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..checkpoint.files import says_quantized
 from ..checkpoint.inspect import CheckpointInfo, inspect_components
 from ..checkpoint.provenance import INHERITED, LICENSE_KEYS, hub_card, is_hub_name, task_of
+from ..checkpoint.quantization import Quantization
 from ..checkpoint.results import Results, read_results
-from ..config import QDiffConfig
 from ..evaluation.published import Evaluated
 from ..methods import method_of
 from .contents import facts, kind_rows, legend, sample_files, samples, settings
@@ -102,7 +102,7 @@ def _metadata(
     folder: Path,
     repo_id: str,
     components: list[CheckpointInfo],
-    config: QDiffConfig,
+    config: Quantization,
     known: dict[str, str],
     results: Results | None,
 ) -> ModelCardData:
@@ -156,7 +156,7 @@ def _context(folder: Path, repo_id: str, components: list[CheckpointInfo], large
         "repo_id": repo_id,
         "what": "pipeline" if is_pipeline else "model",
         "base": base if is_hub_name(base) else None,
-        "method": method_of(config),
+        "method": method_of(config.config),
         "bits": 8 * sum(c.packed_bytes for c in components) / max(1, sum(c.packed_weights for c in components)),
         "library": _library(folder),
         "loader": "DiffusionPipeline" if is_pipeline else _class_name(folder),

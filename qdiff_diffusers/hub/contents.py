@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.inspect import CheckpointInfo, LayerInfo
+from ..checkpoint.quantization import Quantization
 from ..checkpoint.results import DENSE_SUFFIX, SAMPLES
-from ..config import QDiffConfig
 from ..formats import CodebookFormat, MinifloatFormat
 from ..methods import method_of
 
@@ -89,14 +89,14 @@ def _explain_codebooks(f: CodebookFormat) -> str:
     return f"{count} of 2^{f.codebook_bits} entries for vectors of {f.vector_size} weights, {origin}"
 
 
-def facts(config: QDiffConfig, components: list[CheckpointInfo]) -> list[tuple[str, str]]:
+def facts(config: Quantization, components: list[CheckpointInfo]) -> list[tuple[str, str]]:
     """The card's first table."""
     packed, weights = sum(c.packed_bytes for c in components), sum(c.packed_weights for c in components)
     total = sum(c.total_bytes for c in components)
     kinds = sorted({layer.spec.activations for c in components for layer in c.config.layers.values()})
     activations = ", ".join("16-bit" if kind == "none" else kind for kind in kinds)
     return [
-        ("method", method_of(config).title),
+        ("method", method_of(config.config).title),
         ("bits per weight as stored", f"{8 * packed / max(1, weights):.3f}"),
         ("packed weights", f"{weights / 1e6:.1f} M in {sum(len(c.layers) for c in components)} layers"),
         ("their size", f"{human_size(packed)} (16-bit: {human_size(2 * weights)})"),
@@ -106,7 +106,7 @@ def facts(config: QDiffConfig, components: list[CheckpointInfo]) -> list[tuple[s
     ]
 
 
-def settings(config: QDiffConfig) -> list[tuple[str, str]]:
+def settings(config: Quantization) -> list[tuple[str, str]]:
     """What differs from the method's defaults, and how it was made."""
     chosen = {key: value for key, value in config.settings().items() if key not in ("method", "compute_dtype", "overrides")}
     rows = [(key, f"`{value}`") for key, value in chosen.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -13,16 +12,16 @@ from torch import Tensor, nn
 
 from ..checkpoint.files import check_shapes, check_tensors, read_headers
 from ..checkpoint.provenance import new_provenance, origin_of, origin_of_model
+from ..checkpoint.quantization import Quantization
 from ..checkpoint.source_weights import EightBit, SourceWeights, defer_source_tensors, read_source_files
 from ..config import FORMAT_VERSION, QDiffConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import TensorInfo, dtype_name
-from ..layers import set_tensor
+from ..layers import PackedLayer, set_tensor
 from ..model.packing import (
     check_compute_dtype,
     check_loaded,
     dequantize_model,
-    describe_layers,
     packed_layers,
     prepare_packed_layers,
     quantize_layer,
@@ -43,19 +42,24 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
-    quantization_config: QDiffConfig
+    quantization_config: Quantization
     source: SourceWeights | None = None  # while a dense checkpoint is read
 
-    def __init__(self, quantization_config: QDiffConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: QDiffConfig | Quantization, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        config = self.quantization_config
-        self.quantization_config = copy.deepcopy(config) if self.pre_quantized else config.fresh()
+        record = Quantization.of(quantization_config)
+        self.quantization_config = record if self.pre_quantized else record.requested()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's record follows the copy's own layers."""
+        self.__dict__.update(state)
+        if "packed" in state:
+            self.quantization_config.follow(self.packed)
 
     @classmethod
     def of_model(cls, model: nn.Module, config: QDiffConfig) -> QDiffQuantizer:
         """A quantizer for a model that is already in memory, its layers chosen. :meth:`take` completes it."""
         quantizer = cls(config, pre_quantized=False)
-        quantizer.quantization_config = config
         quantizer.update_torch_dtype(next(p.dtype for p in model.parameters() if p.is_floating_point()))
         keep = [name for name in getattr(model, "_keep_in_fp32_modules", None) or () if name]
         quantizer.origin = origin_of_model(str(getattr(model.config, "_name_or_path", None) or ""))
@@ -67,8 +71,12 @@ class QDiffQuantizer(DiffusersQuantizer):
         model.is_quantized = True  # type: ignore[assignment]
         model.quantization_method = self.quantization_config.quant_method  # type: ignore[assignment]
         model.hf_quantizer = self  # type: ignore[assignment]
-        self.packed = packed_layers(model)
+        self._follow(packed_layers(model))
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
+
+    def _follow(self, packed: dict[str, PackedLayer]) -> None:
+        self.packed = packed
+        self.quantization_config.follow(packed)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -118,7 +126,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         layers = self.quantization_config.layers
         self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
         if not self.pre_quantized:
-            self.quantization_config = self.quantization_config.fresh()
+            self.quantization_config = self.quantization_config.requested()
             self.source = defer_source_tensors(state_dict)
             return
         if not layers:
@@ -162,11 +170,11 @@ class QDiffQuantizer(DiffusersQuantizer):
         self.progress = logging.tqdm(total=len(self.targets), desc=description, unit="layer", delay=2)
 
     def _select(self, model: nn.Module, keep: list[str]) -> None:
-        config = self.quantization_config
-        self.targets, config.skipped = select_layers(model, config, keep)
+        record = self.quantization_config
+        self.targets, record.skipped = select_layers(model, record.config, keep)
         if not self.targets:
             logger.warning("qdiff found no layer to quantize in %s", type(model).__name__)
-        config.provenance = new_provenance(type(model).__name__) | getattr(self, "origin", {})
+        record.provenance = new_provenance(type(model).__name__) | getattr(self, "origin", {})
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -211,7 +219,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         check_loaded(model)
         release_checkpoint(model)
-        self.packed = packed_layers(model)
+        self._follow(packed_layers(model))
         if not self.pre_quantized:
             self.progress.close()
             del self.progress  # a bar holds a terminal, which could not be copied or pickled with the model
@@ -233,7 +241,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         dequantize_model(model)
-        self.packed = {}
+        self._follow({})
         # The base class leaves quantization_config behind, and a model saved later would claim to be quantized.
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)
@@ -246,7 +254,6 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        describe_layers(self.quantization_config, self.packed)  # saving asks this first, then writes config.json
         return True
 
     @property

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import QDiffConfig
+from ..config import is_ours
 from .patches import MARKER, require
 
 # Held by the thread that changes settings of the process. Reentrant: a model may construct others.
@@ -58,7 +58,7 @@ _scopes = _Scopes()
 
 def from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``ModelMixin.from_pretrained``, which sets the default dtype and sets it back in the middle, unless something goes wrong."""
-    if isinstance(kwargs.get("quantization_config"), QDiffConfig):
+    if is_ours(kwargs.get("quantization_config")):
         require("diffusers")
     _scopes.dtypes.append([])
     try:
@@ -93,7 +93,7 @@ def _release() -> None:
 
 def from_pretrained_encoder(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     """``PreTrainedModel.from_pretrained`` of transformers."""
-    if isinstance(kwargs.get("quantization_config"), QDiffConfig):
+    if is_ours(kwargs.get("quantization_config")):
         require("transformers")
     return original(cls, *args, **kwargs)
 

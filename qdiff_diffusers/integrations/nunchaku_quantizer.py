@@ -13,11 +13,12 @@ import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from ..checkpoint.quantization import Quantization
 from ..config import QDiffConfig, QDiffMethod, SVDQuantConfig
-from ..convert.importing import Import, Reader, describe, prepare
+from ..convert.importing import Import, Reader, described, prepare
 from ..convert.layouts import plan_lite
 from ..convert.nunchaku import Part, find_header, spec_of
-from ..convert.nunchaku_folder import check_lite, is_lite, lite_targets, quantization_config
+from ..convert.nunchaku_folder import check_lite, is_lite, lite_targets, nearest_config
 from ..convert.stream import Source
 from ..errors import CheckpointError, ConfigError
 from ..formats import dtype_name
@@ -42,14 +43,14 @@ class NunchakuImport(QuantizationConfigMixin):
 
 def merge_configs(merge: Any, cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
     """``merge_quantization_configs`` of diffusers' auto quantizer, obeying a config of ours."""
-    if isinstance(quantization_config_from_args, QDiffConfig) and is_lite(quantization_config):
+    if isinstance(quantization_config_from_args, QDiffConfig | Quantization) and is_lite(quantization_config):
         _check_passed(quantization_config_from_args)
         stored = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
         return NunchakuImport(stored)
     return obey_or_refuse(merge, cls, quantization_config, quantization_config_from_args, **kwargs)
 
 
-def _check_passed(config: QDiffConfig) -> None:
+def _check_passed(config: QDiffConfig | Quantization) -> None:
     """The weights are quantized already: settings could only be ignored."""
     if config.settings() != {"method": SVDQuantConfig.method_name}:
         settings = ", ".join(f"{key}={value!r}" for key, value in config.settings().items())
@@ -92,10 +93,8 @@ class NunchakuQuantizer(QDiffQuantizer):
         plan = plan_lite(model, self.targets_of_lite, self.source.infos)
         self.imported: Import = prepare(model, plan, self.source)
         check_lite(self.lite, self.imported)
-        compute_dtype = self.quantization_config.compute_dtype
-        self.quantization_config = quantization_config(self.imported)
-        self.quantization_config.compute_dtype = compute_dtype
-        describe(self.quantization_config, model, self.imported.layers, "Nunchaku")
+        config = nearest_config(self.imported).computing_in(self.quantization_config.compute_dtype)
+        self.quantization_config = described(config, model, self.imported.layers, "Nunchaku")
         prepare_packed_layers(model, self.imported.layers, self.compute_dtype)
         model.register_to_config(quantization_config=self.quantization_config)
 

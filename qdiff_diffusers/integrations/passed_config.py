@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from ..checkpoint.prequantized import describe_quantization, refuse_quantization
+from ..checkpoint.quantization import Quantization
 from ..config import QDiffConfig, is_ours
 
 
@@ -16,7 +17,7 @@ def obey_or_refuse(merge: Any, cls: Any, quantization_config: Any, quantization_
     the libraries would load as it is.
     """
     passed = quantization_config_from_args
-    if not isinstance(passed, QDiffConfig):
+    if not isinstance(passed, QDiffConfig | Quantization):
         return merge(cls, quantization_config, passed, **kwargs)
     if not is_ours(quantization_config):
         refuse_quantization(quantization_config, "the model", None)
@@ -31,5 +32,5 @@ def obey_or_refuse(merge: Any, cls: Any, quantization_config: Any, quantization_
     return merged
 
 
-def _settings(config: QDiffConfig) -> dict[str, Any]:
+def _settings(config: QDiffConfig | Quantization) -> dict[str, Any]:
     return {key: value for key, value in config.settings().items() if key != "compute_dtype"}

@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint.files import read_header
+from ..checkpoint.quantization import Quantization
 from ..checkpoint.source_weights import COMFY_METADATA, defer_source_tensors
 from ..checkpoint.stored_model import stored_settings
-from ..config import QDiffConfig
+from ..config import is_ours
 from ..errors import CheckpointError
 from .checkpoint_checks import state_dict
 
@@ -47,13 +48,13 @@ def from_single_file(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     if settings := _own_settings(args, kwargs):
         return _load_self_contained(cls, settings, args, kwargs)
     config = kwargs.get("quantization_config")
-    token = _quantizing.set(isinstance(config, QDiffConfig))
+    token = _quantizing.set(is_ours(config))
     if _quantizing.get() and args and isinstance(args[0], dict):
         args = (copy.copy(args[0]), *args[1:])  # what has been read of it is dropped, and it may be the caller's own
     try:
         return original(cls, *args, **kwargs)
     except (LookupError, AttributeError, TypeError, OSError) as error:
-        if not (isinstance(config, QDiffConfig) and config.layers):
+        if not (isinstance(config, Quantization) and config.layers):
             raise
         if isinstance(error, OSError):
             _read_local(args[0] if args else "")
@@ -90,7 +91,7 @@ def _own_settings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, An
 
 
 def _load_self_contained(cls: Any, settings: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    config = QDiffConfig.from_dict(settings["quantization_config"])
+    config = Quantization.from_dict(settings["quantization_config"])
     plain = {key: value for key, value in settings.items() if key != "quantization_config"}
     with tempfile.TemporaryDirectory() as folder:  # diffusers takes the settings of the class from a folder only
         Path(folder, "config.json").write_text(json.dumps(plain))

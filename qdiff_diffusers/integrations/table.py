@@ -21,7 +21,7 @@ REGISTRATION = (
     Entry(
         "diffusers.quantizers.auto",
         "AUTO_QUANTIZATION_CONFIG_MAPPING",
-        f"{PACKAGE}.config:QDiffConfig",
+        f"{PACKAGE}.integrations.registered_config:RegisteredConfig",
         key="qdiff",
         feature="loading quantized checkpoints with diffusers",
         essential=True,
@@ -49,7 +49,7 @@ TRANSFORMERS = (
     Entry(
         "transformers.quantizers",
         "auto.AUTO_QUANTIZATION_CONFIG_MAPPING",
-        f"{PACKAGE}.config:QDiffConfig",
+        f"{PACKAGE}.integrations.registered_config:RegisteredConfig",
         key="qdiff",
         feature="loading quantized text encoders",
         essential=True,

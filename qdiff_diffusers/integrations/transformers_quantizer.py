@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable
 from typing import Any, cast
@@ -14,6 +13,7 @@ from transformers.quantizers import HfQuantizer
 
 from ..checkpoint.files import check_tensors, read_headers
 from ..checkpoint.provenance import new_provenance, origin_of
+from ..checkpoint.quantization import Quantization
 from ..checkpoint.source_weights import SourceWeights, read_source_files, read_source_tensors
 from ..config import QDiffConfig
 from ..errors import CheckpointError, QDiffError
@@ -24,7 +24,6 @@ from ..model.packing import (
     check_compute_dtype,
     check_loaded,
     dequantize_model,
-    describe_layers,
     packed_layers,
     prepare_packed_layers,
     quantize_layer,
@@ -64,14 +63,20 @@ class QDiffTransformersQuantizer(HfQuantizer):
     """Quantizes on load or fills packed layers, like :class:`QDiffQuantizer`."""
 
     requires_calibration = False
-    quantization_config: QDiffConfig
+    quantization_config: Quantization
     source: SourceWeights | None = None  # while a dense checkpoint is read
     failure: QDiffError | None = None
 
-    def __init__(self, quantization_config: QDiffConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: QDiffConfig | Quantization, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        config = self.quantization_config
-        self.quantization_config = copy.deepcopy(config) if self.pre_quantized else config.fresh()
+        record = Quantization.of(quantization_config)
+        self.quantization_config = record if self.pre_quantized else record.requested()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's record follows the copy's own layers."""
+        self.__dict__.update(state)
+        if "packed" in state:
+            self.quantization_config.follow(self.packed)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -97,7 +102,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
             self.source = read_source_files(files)
             self.source.check_floating(model)
         keep = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) or []
-        targets, self.quantization_config.skipped = select_layers(model, self.quantization_config, list(keep))
+        targets, self.quantization_config.skipped = select_layers(model, self.quantization_config.config, list(keep))
         self.quantization_config.provenance = new_provenance(type(model).__name__) | (origin_of(files[0]) if files else {})
         # Of layers that share a weight the file holds one.
         self.targets = {leader(model, name): config for name, config in targets.items()}
@@ -143,6 +148,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
         release_checkpoint(model)
         tied = {name for names in self.tied.values() for name in names}
         self.packed = {name: layer for name, layer in packed_layers(model).items() if name not in tied}
+        self.quantization_config.follow(self.packed)
         if missing := self._missing(model):
             raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:5])}; it is incomplete")
         return model
@@ -184,10 +190,10 @@ class QDiffTransformersQuantizer(HfQuantizer):
             for name, names in self.tied.items():
                 tie_dense(model, name, names)
         self.packed, self.tied = {}, {}
+        self.quantization_config.follow({})
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        describe_layers(self.quantization_config, self.packed)  # saving asks this first, then writes config.json
         return True
 
     @property

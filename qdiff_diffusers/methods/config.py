@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal
@@ -20,7 +18,6 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
 from ..formats import dtype_name
-from ..formats.layer_table import StoredLayer, read_layers, write_layers
 from ..formats.spec import STATIC
 from .base import METHODS, method_of
 from .fields import Between, check_fields
@@ -32,6 +29,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 SEEDS = Between(-(1 << 62), 1 << 62)  # generators take 64 bits, and layers add to it
 ORDINARY_LAYER = (3072, 3072)  # a weight matrix on which a config is tried when it is made
 LONGEST_GROUP = 1 << 16  # columns; hardly a layer has longer rows
+COMPLETE = "_complete_"  # marks a config that is made and checked
 GroupSize = Annotated[int, Between(1, LONGEST_GROUP)] | Literal["row", "tensor"]
 
 
@@ -48,24 +46,13 @@ def is_ours(quantization: Any) -> bool:
     return bool(getattr(kind, "value", kind) == QDiffMethod.QDIFF.value)
 
 
-_reading: ContextVar[bool] = ContextVar("reading a stored config", default=False)
-
-
-@contextmanager
-def _reading_stored() -> Iterator[None]:
-    """In this context settings are those of a model that was quantized once. They tell how, and are not needed to read it: what an
-    earlier release accepted must not keep its models from loading."""
-    token = _reading.set(True)
-    try:
-        yield
-    finally:
-        _reading.reset(token)
-
-
 @dataclass(repr=False)
 class QDiffConfig(QuantizationConfigMixin):
-    """Settings that all methods share. Use :class:`AQConfig`, :class:`VQConfig`, :class:`FPConfig`,
-    :class:`SVDQuantConfig` or :class:`RTNConfig`; ``QDiffConfig(method="aq", ...)`` makes one by name.
+    """What a user asks for: settings that all methods share.
+
+    Use :class:`AQConfig`, :class:`VQConfig`, :class:`FPConfig`, :class:`SVDQuantConfig` or :class:`RTNConfig`;
+    ``QDiffConfig(method="aq", ...)`` makes one by name. A config is checked when it is made and does not change afterwards
+    (``dataclasses.replace(config, bits=2)`` makes another). What becomes of a model is its :class:`~qdiff_diffusers.Quantization`.
 
     Args:
         bits: nominal bits per weight; each method says which it offers.
@@ -115,9 +102,18 @@ class QDiffConfig(QuantizationConfigMixin):
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        self.layers: dict[str, StoredLayer] = {}
-        self.skipped: dict[str, str] = {}
-        self.provenance: dict[str, Any] = {}
+        self._complete(asked_for=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if COMPLETE in self.__dict__:
+            kind = type(self).__name__
+            raise ConfigError(f"a {kind} does not change once it is made; dataclasses.replace(config, {name}=...) makes another")
+        super().__setattr__(name, value)
+
+    def _complete(self, asked_for: bool) -> None:
+        """Bring settings into one spelling, and check them. What was ``asked_for`` is checked whole. Those of a model that was
+        quantized once only tell how, and are not needed to read it: what an earlier release accepted must not keep it from loading.
+        """
         if self.method not in (None, self.method_name):
             raise ConfigError(f"{type(self).__name__} is for method {self.method_name!r}, got {self.method!r}")
         self.method = self.method_name
@@ -127,13 +123,17 @@ class QDiffConfig(QuantizationConfigMixin):
             self.activations = None
         if isinstance(self.modules_to_not_convert, str):
             self.modules_to_not_convert = [self.modules_to_not_convert]
+        elif isinstance(self.modules_to_not_convert, list | tuple):
+            self.modules_to_not_convert = list(self.modules_to_not_convert)  # the caller's own may change
         self._check_choices()
-        if not _reading.get():
+        if asked_for:
             check_fields(self)
         self._check()
-        if not _reading.get():
+        self._check_overrides(asked_for)
+        if asked_for:
             self._check_patterns()
             self._check_method()
+        self.__dict__[COMPLETE] = True
 
     def _check_choices(self) -> None:
         name = type(self).__name__
@@ -161,7 +161,6 @@ class QDiffConfig(QuantizationConfigMixin):
         if not isinstance(self.seed, int):
             raise ConfigError(f"{name}: seed must be an integer, got {self.seed!r}")
         self._check_inputs(name)
-        self._check_overrides(name)
 
     def _check_method(self) -> None:
         """What only the method can say: whether the settings go together, and a layer of ordinary shape can be quantized so."""
@@ -238,13 +237,14 @@ class QDiffConfig(QuantizationConfigMixin):
             if "" in (patterns or ()):
                 raise ConfigError(f"{type(self).__name__}: {field} has an empty pattern '', which is part of every layer's name")
 
-    def _check_overrides(self, name: str) -> None:
+    def _check_overrides(self, asked_for: bool) -> None:
+        name = type(self).__name__
         patterns = self.modules_to_not_convert or []
         if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
             raise ConfigError(f"{name}: modules_to_not_convert must be a list of parts of module names, got {patterns!r}")
         if not isinstance(self.overrides or {}, dict) or not all(isinstance(p, str) for p in self.overrides or ()):
             raise ConfigError(f"{name}: overrides must map a part of a module's name to a config, got {self.overrides!r}")
-        self.overrides = {k: _as_config(k, v) for k, v in (self.overrides or {}).items()} or None
+        self.overrides = {k: _as_config(k, v, asked_for) for k, v in (self.overrides or {}).items()} or None
 
     def config_for(self, module_name: str) -> QDiffConfig | None:
         """The config that applies to a module: itself, an override, or ``None`` if the module stays in 16 bits."""
@@ -289,19 +289,15 @@ class QDiffConfig(QuantizationConfigMixin):
             out["overrides"] = {k: v and v.settings() for k, v in self.overrides.items()}
         return out
 
-    def fresh(self) -> QDiffConfig:
-        """The settings alone in a config of their own, so that quantizing one model leaves no trace in the next."""
-        return QDiffConfig(**self.settings())
+    def computing_in(self, dtype: str | None) -> QDiffConfig:
+        """The same settings with another ``compute_dtype``, which loading decides."""
+        changed = copy.copy(self)
+        changed.__dict__["compute_dtype"] = dtype
+        return changed
 
     def to_dict(self) -> dict[str, Any]:
-        """The stored ``quantization_config``; see docs/format.md."""
-        out = {"quant_method": self.quant_method.value, "format_version": FORMAT_VERSION} | self.settings()
-        out |= write_layers(self.layers)
-        if self.skipped:
-            out["skipped"] = dict(self.skipped)
-        if self.provenance:
-            out["provenance"] = dict(self.provenance)
-        return out
+        """As config.json has it before any layer is packed; see docs/format.md."""
+        return {"quant_method": self.quant_method.value, "format_version": FORMAT_VERSION} | self.settings()
 
     to_diff_dict = to_dict  # the base class prints itself with it but does not define it
 
@@ -310,40 +306,50 @@ class QDiffConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Inverse of :meth:`to_dict`. A user's own settings, without a version and layers, make a config too.
+        """Inverse of :meth:`to_dict`. A user's own settings, without a version, make a config too; of a quantized model's
+        ``quantization_config`` this is the part that was asked for, :class:`~qdiff_diffusers.Quantization` reads the whole.
 
         Raises:
-            CheckpointError: the version, the method or a layer's spec is unknown or malformed.
-            ConfigError: a setting is.
+            CheckpointError: the version or the method of a stored config is unknown, or it has unknown keys.
+            ConfigError: a setting is malformed.
         """
         data = dict(config_dict) | kwargs
-        if not data.keys() & {"format_version", *STORED}:
-            return _from_settings(data, return_unused_kwargs)
-        version = data.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"this checkpoint has qdiff format version {version!r}, this package reads version {FORMAT_VERSION}; "
-                "install the qdiff-diffusers release that wrote it, or a newer one"
-            )
-        data.pop("quant_method", None)
-        stored = {key: data.pop(key, None) for key in STORED}
-        method = data.get("method")
-        if not isinstance(method, str) or method not in METHODS:
-            raise CheckpointError(f"unknown method {method!r} in quantization_config; known: {', '.join(METHODS)}")
-        known = {f.name for f in fields(METHODS[method].config)}
-        if unknown := sorted(set(data) - known):
-            raise CheckpointError(f"quantization_config has unknown keys {', '.join(unknown)}")
-        with _reading_stored() if any(stored.values()) else nullcontext():
-            config = METHODS[method].config(**data)
-        config.layers = read_layers(stored["specs"], stored["layers"])
-        for key in ("skipped", "provenance"):
-            if not isinstance(stored[key] or {}, dict):
-                raise CheckpointError(f"quantization_config.{key} must be an object, got {stored[key]!r}")
-            setattr(config, key, dict(stored[key] or {}))
+        config = _from_stored(data) if is_stored(data) else _from_settings(data)
         return (config, {}) if return_unused_kwargs else config
 
 
-def _from_settings(data: dict[str, Any], return_unused_kwargs: bool) -> Any:
+def is_stored(data: Mapping[str, Any]) -> bool:
+    """Whether a dictionary is what config.json has of a quantized model, and no user's own settings."""
+    return bool(data.keys() & {"format_version", *STORED})
+
+
+def _from_stored(data: dict[str, Any]) -> QDiffConfig:
+    version = data.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"this checkpoint has qdiff format version {version!r}, this package reads version {FORMAT_VERSION}; "
+            "install the qdiff-diffusers release that wrote it, or a newer one"
+        )
+    data.pop("quant_method", None)
+    stored = {key: data.pop(key, None) for key in STORED}
+    method = data.get("method")
+    if not isinstance(method, str) or method not in METHODS:
+        raise CheckpointError(f"unknown method {method!r} in quantization_config; known: {', '.join(METHODS)}")
+    kind = METHODS[method].config
+    if unknown := sorted(set(data) - {f.name for f in fields(kind)}):
+        raise CheckpointError(f"quantization_config has unknown keys {', '.join(unknown)}")
+    return _of_quantized(kind, data) if any(stored.values()) else kind(**data)
+
+
+def _of_quantized(kind: type[QDiffConfig], data: dict[str, Any]) -> QDiffConfig:
+    """The config by which a model was quantized once."""
+    config = object.__new__(kind)
+    config.__dict__.update({f.name: data.get(f.name, f.default) for f in fields(kind)})
+    config._complete(asked_for=False)
+    return config
+
+
+def _from_settings(data: dict[str, Any]) -> QDiffConfig:
     settings = {key: value for key, value in data.items() if key != "quant_method"}
     method = settings.get("method")
     if not isinstance(method, str) or method not in METHODS:
@@ -351,22 +357,29 @@ def _from_settings(data: dict[str, Any], return_unused_kwargs: bool) -> Any:
     kind = METHODS[method].config
     if unknown := sorted(set(settings) - {f.name for f in fields(kind)}):
         raise ConfigError(f"{kind.__name__} has no setting {', '.join(unknown)}")
-    config = kind(**settings)
-    return (config, {}) if return_unused_kwargs else config
+    return kind(**settings)
 
 
-def _as_config(pattern: str, value: Any) -> QDiffConfig | None:
+def _as_config(pattern: str, value: Any, asked_for: bool) -> QDiffConfig | None:
     if isinstance(value, dict):
         try:
-            value = QDiffConfig(**value)
+            value = QDiffConfig(**value) if asked_for else _of_quantized_layer(value)
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"overrides[{pattern!r}]: {error}") from error
     if value is not None and not isinstance(value, QDiffConfig):
         raise ConfigError(f"overrides[{pattern!r}] must be a qdiff config or None, got {value!r}")
-    own = ("overrides",) if _reading.get() else ("overrides", "modules_to_not_convert", "outer_bits")
+    own = ("overrides", "modules_to_not_convert", "outer_bits") if asked_for else ("overrides",)
     if value is not None and (idle := [name for name in own if getattr(value, name)]):
         raise ConfigError(f"overrides[{pattern!r}] has {' and '.join(idle)} of its own, which would never apply")
     return value
+
+
+def _of_quantized_layer(data: dict[str, Any]) -> QDiffConfig:
+    """One of the overrides by which a model was quantized once."""
+    kind = type(QDiffConfig.__new__(QDiffConfig, **data))  # raises where there is no such method
+    if unknown := sorted(set(data) - {f.name for f in fields(kind)}):
+        raise ConfigError(f"{kind.__name__} has no setting {', '.join(unknown)}")
+    return _of_quantized(kind, data)
 
 
 def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:

@@ -153,15 +153,6 @@ def is_or_was_packed(model: nn.Module) -> bool:
     return getattr(model, "dequantized_by_qdiff", False) or bool(packed_layers(model))
 
 
-def describe_layers(config: QDiffConfig, layers: dict[str, PackedLayer]) -> None:
-    """Bring ``config`` up to date with layers that were cast, or that took up adapters, since they were quantized."""
-    for name, layer in layers.items():
-        config.layers[name] = config.layers[name]._replace(spec=layer.spec)
-        dtype = dtype_name(layer.compute_dtype)
-        if dtype in COMPUTE_DTYPES:  # not the float8 in which layerwise casting parks a layer between uses
-            config.compute_dtype = dtype
-
-
 def without_adapters(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the model itself, under the names they had before PEFT wrapped some layers."""
     if not any(".base_layer." in name for name in state_dict):

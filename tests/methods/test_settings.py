@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qdiff_diffusers import AQConfig, ConfigError, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
+from qdiff_diffusers import AQConfig, ConfigError, FPConfig, QDiffConfig, Quantization, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.config import METHODS
 from qdiff_diffusers.methods import quantize_weight
 from qdiff_diffusers.model.selection import check_layers, select_layers
@@ -311,7 +311,7 @@ def test_a_layer_that_grows_is_told(caplog):
 )
 def test_models_that_earlier_releases_made_with_such_settings_still_load(settings_):
     stored = {"quant_method": "qdiff", "format_version": 1, "provenance": {"package": "qdiff-diffusers 0.1.0"}} | settings_
-    config = QDiffConfig.from_dict(stored)
+    config = Quantization.from_dict(stored)
     assert config.to_dict() == stored
     with pytest.raises(ConfigError):
         QDiffConfig(**settings_)
