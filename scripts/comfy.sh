@@ -80,8 +80,10 @@ run() { # VERSION
     local tests="${QDIFF_COMFY_TESTS:-tests/comfyui}"
     # The frontend changes with every version: it is driven in the newest only.
     [ "$1" = "$NEWEST" ] && browser || tests="$tests --ignore tests/comfyui/test_browser.py"
+    # Two processes at a time, and each file in one of them: its tests share a server or a browser.
     # shellcheck disable=SC2086
-    QDIFF_COMFYUI="$PWD/$folder/ComfyUI-$1" OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider $tests --junitxml "$folder/$1.xml"
+    QDIFF_COMFYUI="$PWD/$folder/ComfyUI-$1" OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile \
+        $tests --junitxml "$folder/$1.xml"
 }
 
 only_install=

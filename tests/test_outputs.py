@@ -154,7 +154,7 @@ WRITERS = [quantize_it, quantize_in_memory, convert_it, store_it]
 # The names of their loading or reading.
 WORK = [
     "qdiff_diffusers.calibration.quantize._load",
-    "qdiff_diffusers.api.calibrate",
+    "qdiff_diffusers.calibration.quantize.calibrate",
     "qdiff_diffusers.convert.single_file.plan",
     "qdiff_diffusers.checkpoint.stored_model.save_file",
 ]

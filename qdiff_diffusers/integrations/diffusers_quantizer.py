@@ -17,7 +17,7 @@ from ..checkpoint.source_weights import EightBit, SourceWeights, defer_source_te
 from ..config import FORMAT_VERSION, QDiffConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import TensorInfo, dtype_name
-from ..layers import PackedLayer, set_tensor
+from ..layers import set_tensor
 from ..model.packing import (
     check_compute_dtype,
     check_loaded,
@@ -29,11 +29,12 @@ from ..model.packing import (
     without_adapters,
 )
 from ..model.selection import select_layers
+from .record_keeping import KeepsRecord
 
 logger = logging.get_logger(__name__)
 
 
-class QDiffQuantizer(DiffusersQuantizer):
+class QDiffQuantizer(KeepsRecord, DiffusersQuantizer):  # type: ignore[misc]
     """Quantizes layer by layer while diffusers reads a checkpoint, or fills packed layers from a quantized one.
 
     On the fly a layer stays an ``nn.Linear`` on the meta device until its weight arrives, is quantized and dropped. For a
@@ -42,19 +43,11 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
-    quantization_config: Quantization
     source: SourceWeights | None = None  # while a dense checkpoint is read
 
     def __init__(self, quantization_config: QDiffConfig | Quantization, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        record = Quantization.of(quantization_config)
-        self.quantization_config = record if self.pre_quantized else record.requested()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's record follows the copy's own layers."""
-        self.__dict__.update(state)
-        if "packed" in state:
-            self.quantization_config.follow(self.packed)
+        self.begin_record(quantization_config)
 
     @classmethod
     def of_model(cls, model: nn.Module, config: QDiffConfig) -> QDiffQuantizer:
@@ -71,12 +64,8 @@ class QDiffQuantizer(DiffusersQuantizer):
         model.is_quantized = True  # type: ignore[assignment]
         model.quantization_method = self.quantization_config.quant_method  # type: ignore[assignment]
         model.hf_quantizer = self  # type: ignore[assignment]
-        self._follow(packed_layers(model))
+        self.follow(packed_layers(model))
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
-
-    def _follow(self, packed: dict[str, PackedLayer]) -> None:
-        self.packed = packed
-        self.quantization_config.follow(packed)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -219,7 +208,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         check_loaded(model)
         release_checkpoint(model)
-        self._follow(packed_layers(model))
+        self.follow(packed_layers(model))
         if not self.pre_quantized:
             self.progress.close()
             del self.progress  # a bar holds a terminal, which could not be copied or pickled with the model
@@ -241,7 +230,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         dequantize_model(model)
-        self._follow({})
+        self.follow({})
         # The base class leaves quantization_config behind, and a model saved later would claim to be quantized.
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)
@@ -254,12 +243,4 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True

@@ -31,6 +31,7 @@ from ..model.packing import (
 )
 from ..model.selection import select_layers
 from ..model.tied_weights import leader, tie, tie_dense, untie
+from .record_keeping import KeepsRecord
 
 
 class QuantizeOp(ConversionOps):
@@ -59,24 +60,16 @@ class QuantizeOp(ConversionOps):
         return {}
 
 
-class QDiffTransformersQuantizer(HfQuantizer):
+class QDiffTransformersQuantizer(KeepsRecord, HfQuantizer):  # type: ignore[misc]
     """Quantizes on load or fills packed layers, like :class:`QDiffQuantizer`."""
 
     requires_calibration = False
-    quantization_config: Quantization
     source: SourceWeights | None = None  # while a dense checkpoint is read
     failure: QDiffError | None = None
 
     def __init__(self, quantization_config: QDiffConfig | Quantization, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        record = Quantization.of(quantization_config)
-        self.quantization_config = record if self.pre_quantized else record.requested()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's record follows the copy's own layers."""
-        self.__dict__.update(state)
-        if "packed" in state:
-            self.quantization_config.follow(self.packed)
+        self.begin_record(quantization_config)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -147,8 +140,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
         check_loaded(model)
         release_checkpoint(model)
         tied = {name for names in self.tied.values() for name in names}
-        self.packed = {name: layer for name, layer in packed_layers(model).items() if name not in tied}
-        self.quantization_config.follow(self.packed)
+        self.follow({name: layer for name, layer in packed_layers(model).items() if name not in tied})
         if missing := self._missing(model):
             raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:5])}; it is incomplete")
         return model
@@ -189,17 +181,9 @@ class QDiffTransformersQuantizer(HfQuantizer):
             dequantize_model(model)
             for name, names in self.tied.items():
                 tie_dense(model, name, names)
-        self.packed, self.tied = {}, {}
-        self.quantization_config.follow({})
+        self.tied = {}
+        self.follow({})
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True

@@ -323,12 +323,14 @@ print(json.dumps([facts(dit()), input_facts(bare, {{"": bare}}, Calibration()), 
 
 @pytest.mark.serial
 def test_digests_are_the_same_in_every_process():
+    command = [sys.executable, "-c", WORKER.format(tests=str(Path(__file__).parents[1]))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": seed}, **pipes) for seed in ("1", "2")]
     found = []
-    for seed in ("1", "2"):
-        command = [sys.executable, "-c", WORKER.format(tests=str(Path(__file__).parents[1]))]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed}, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+    for process in started:
+        told, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        found.append(json.loads(told.splitlines()[-1]))
     assert found[0] == found[1]
     assert found[0][0] == json.loads(json.dumps(facts(dit())))
 

@@ -11,8 +11,8 @@ import torch
 from evaluate_tiny import SMALL, evaluated, subject_of
 from safetensors.torch import load_file
 
-from qdiff_diffusers import ConfigError, RTNConfig, api
-from qdiff_diffusers.evaluation import evaluate
+from qdiff_diffusers import ConfigError, RTNConfig, quantize
+from qdiff_diffusers.evaluation import build, evaluate
 from qdiff_diffusers.evaluation.evaluate import Settings, run_eval
 from qdiff_diffusers.evaluation.rows import calibration_of, parse_rows
 from qdiff_diffusers.evaluation.store import RowStore
@@ -106,20 +106,20 @@ class TestWholeRuns:
         assert "bfloat16 beyond the compared images" in (tmp_path / "mixed" / "table.md").read_text()
 
     def test_a_row_that_fails_stops_nobody_and_is_tried_again(self, of_noise, tmp_path, monkeypatch):
-        quantize = api.quantize
+        quantize = build.quantize_source
 
         def broken(source, config, *args, **kwargs):
             if config.bits == 2:
                 raise MemoryError("no room for 2 bits")
             return quantize(source, config, *args, **kwargs)
 
-        monkeypatch.setattr(api, "quantize", broken)
+        monkeypatch.setattr(build, "quantize_source", broken)
         results = evaluated(of_noise, ["rtn:bits=2", "rtn:bits=4"], tmp_path)
         assert results["rows"][1]["failed"] == "MemoryError: no room for 2 bits"
         assert "failed" not in results["rows"][2] and results["rows"][2]["scores"]["psnr"]
         for name in ("report.html", "table.md"):
             assert "failed: MemoryError: no room for 2 bits" in (tmp_path / name).read_text()
-        monkeypatch.setattr(api, "quantize", quantize)
+        monkeypatch.setattr(build, "quantize_source", quantize)
         assert all("failed" not in row for row in evaluated(of_noise, ["rtn:bits=2", "rtn:bits=4"], tmp_path)["rows"])
 
     def test_two_processes_give_the_scores_of_one(self, of_noise, tmp_path):
@@ -130,7 +130,7 @@ class TestWholeRuns:
         assert [row["scores"] for row in one["rows"]] == [row["scores"] for row in two["rows"]]
 
     def test_quantized_folders_are_rows(self, by_class, tmp_path):
-        api.quantize(by_class, RTNConfig(bits=4), tmp_path / "whole", dtype=torch.float32)
+        quantize(by_class, RTNConfig(bits=4), tmp_path / "whole", dtype=torch.float32)
         shutil.copytree(tmp_path / "whole" / "transformer", tmp_path / "bare")
         rows = [str(tmp_path / "whole"), {"folder": str(tmp_path / "bare"), "name": "bare"}]
         _, whole, bare = evaluated(by_class, rows, tmp_path / "out", classes=[0, 3])["rows"]
