@@ -1,0 +1,212 @@
+"""Which kernels and vendor products a call launches on a GPU that is not there.
+
+Tensors have shapes, dtypes and a CUDA device, but no memory: the ops' own host code runs as it would, Triton's launches are
+recorded instead of made, and so is every torch operation on such a tensor. What the host asks of a tensor's contents is answered as
+if it held zeros, and counted, because on a GPU it would wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from compile_kernels import Launch, Specialisation, recorded, specialise
+from qdiff_kernels.gpu import activations, blocks, configs, conv2d, decode, dequantize, linear, ops, weights
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.errors import OutOfResources
+
+from .devices import Device
+
+HOST_MODULES = (activations, blocks, configs, conv2d, decode, dequantize, linear, ops, weights)
+PRODUCTS = {"mm", "addmm", "_scaled_mm", "_int_mm", "convolution", "bmm"}
+FREE = {"empty", "empty_strided", "empty_like", "detach", "lift_fresh"}
+
+
+class Kernel(NamedTuple):
+    """A launch of ours.
+
+    Attributes:
+        bytes: of all tensors among its arguments, each counted once.
+        sizes: its integer arguments and compile-time arguments by name, tuples' fields by ``argument.field``.
+    """
+
+    name: str
+    specialisation: Specialisation
+    grid: tuple[int, ...]
+    bytes: int
+    sizes: dict[str, Any]
+
+
+class Vendor(NamedTuple):
+    """A torch operation on the device: a product of ``[tokens, columns]`` and ``[columns, rows]``, or one that moves bytes."""
+
+    name: str
+    bytes: int
+    product: tuple[int, int, int] | None  # tokens, rows, columns
+    dtype: torch.dtype | None  # of the factors
+
+
+Step = Kernel | Vendor
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs operations on fake tensors and writes down those that launch something; leaves all other tensors to torch."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()
+        self.steps, self.fake = steps, FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        device = kwargs.get("device")
+        elsewhere = device is not None and torch.device(device).type == "cuda"
+        if not elsewhere and not any(isinstance(leaf, FakeTensor) for leaf in leaves):
+            return func(*args, **kwargs)
+        with self.fake:
+            result = func(*args, **kwargs)
+        self._see(func, [leaf for leaf in leaves if isinstance(leaf, Tensor)], result)
+        return result
+
+    def _see(self, func: Any, inputs: list[Tensor], result: Any) -> None:
+        name = func._schema.name.split("::")[-1]
+        aliases = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if name in FREE or aliases or not outputs or func.namespace == "prim":
+            return
+        size = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        if name not in PRODUCTS:
+            self.steps.append(Vendor(name, size, None, None))
+            return
+        y = outputs[0]
+        factor = inputs[-1] if name == "addmm" else inputs[1]
+        rows = y.shape[1]
+        columns = factor.numel() // rows
+        self.steps.append(Vendor(name, size, (y.numel() // rows, rows, columns), factor.dtype))
+
+
+READS: dict[Any, Callable[[Tensor], Any]] = {
+    Tensor.__float__: lambda _: 0.0,
+    Tensor.__int__: lambda _: 0,
+    Tensor.__index__: lambda _: 0,
+    Tensor.__bool__: lambda _: False,
+    Tensor.item: lambda tensor: 0.0 if tensor.is_floating_point() else 0,
+    torch.equal: lambda *_: True,
+}
+
+
+class _Reader(TorchFunctionMode):
+    """Answers what the host asks of the contents of fake tensors."""
+
+    waits = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS and isinstance(args[0], FakeTensor):
+            self.waits += 1
+            return READS[func](*args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def device_present(device: Device) -> Iterator[None]:
+    """torch answers as with this GPU; what the kernels' host code remembers of devices is forgotten before and after."""
+
+    class Properties:
+        name, multi_processor_count = device.name, device.multiprocessors
+        major, minor = device.capability
+        shared_memory_per_block_optin = device.shared
+
+    properties = Properties()
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (torch.cuda, "get_device_capability", lambda *_: device.capability),
+            (torch.cuda, "get_device_properties", lambda *_: properties),
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")),
+            (torch, "get_device_module", lambda *_: torch.cuda),
+        ):
+            stack.enter_context(patch.object(owner, name, value))
+        _forget()
+        try:
+            yield
+        finally:
+            _forget()
+
+
+def _forget() -> None:
+    for module in HOST_MODULES:
+        for value in list(vars(module).values()):
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+    configs._fitting.clear()
+
+
+class Recording(NamedTuple):
+    """What one call does to the device, in order."""
+
+    steps: list[Step]
+    waits: int  # times the host would have waited for the device
+
+
+def record(
+    device: Device,
+    prepare: Callable[[Callable[..., Tensor]], Callable[[], Any]],
+    too_large: Callable[[Specialisation], str | None] = lambda _: None,
+) -> Recording:
+    """Record a call, not the first, after which caches hold what they can.
+
+    Args:
+        prepare: gets a function that makes tensors on the device, ``(shape, dtype) -> Tensor``, and returns what to call.
+        too_large: says of a kernel why the device refuses to launch it, as Triton then says to the launcher.
+    """
+    steps: list[Step] = []
+
+    def see(launch: Launch) -> None:
+        wanted = specialise(launch)
+        if reason := too_large(wanted):
+            raise OutOfResources(0, 0, reason)
+        steps.append(_kernel(launch, wanted))
+
+    recorder = _Recorder(steps)
+
+    def make(shape: Collection[int], dtype: torch.dtype) -> Tensor:
+        with recorder.fake:
+            return torch.empty(tuple(shape), dtype=dtype, device="cuda:0")
+
+    reader = _Reader()
+    with device_present(device), torch.no_grad(), recorded(see), recorder, reader:
+        call = prepare(make)
+        call()
+        steps.clear()
+        reader.waits = 0
+        call()
+    return Recording(steps, reader.waits)
+
+
+def _kernel(launch: Launch, wanted: Specialisation) -> Kernel:
+    tensors: dict[int, int] = {}
+    sizes: dict[str, Any] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors[id(value)] = value.numel() * value.element_size()
+        elif isinstance(value, tuple):
+            names = getattr(value, "_fields", range(len(value)))
+            for field, item in zip(names, value, strict=True):
+                visit(f"{name}.{field}", item)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            sizes[name] = value
+
+    for name, value in launch.arguments.items():
+        visit(name, value)
+    sizes |= {name: value for name, value in launch.options.items() if isinstance(value, int)}
+    return Kernel(wanted.name.strip("_").removesuffix("_kernel"), wanted, launch.grid, sum(tensors.values()), sizes)
