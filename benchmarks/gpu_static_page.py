@@ -99,12 +99,8 @@ def page() -> str:
 def introduction(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
     runs = [(what, run) for what, run in (("before", before), ("after", now)) if run]
     made = [f"{what}: commit {run['commit']}, {run['date']}, Triton {run['versions']['triton']}" for what, run in runs]
-    devices = [
-        vars(device)
-        | {"version": device.version, "gbs": device.bandwidth / 1e9, "ghz": device.clock / 1e9}
-        | device.rates._asdict()
-        for device in DEVICES.values()
-    ]
+    scaled = [{"version": d.version, "gbs": d.bandwidth / 1e9, "ghz": d.clock / 1e9} for d in DEVICES.values()]
+    devices = [vars(d) | more | d.rates._asdict() for d, more in zip(DEVICES.values(), scaled, strict=True)]
     return f"""# Static roofline of the GPU kernels
 
 **Every time and ratio here is a prediction of a model; no GPU has run these kernels.** Registers, shared memory and instructions
@@ -195,9 +191,8 @@ def missed(shown: dict[str, Any]) -> str:
         lines.append({"unit": unit, "goals": goals, "of": len(own), "missed": len(over), "worst": worst})
     columns = (("unit", "", ""), ("goals", "goal", ""), ("of", "kernels", ""), ("missed", "miss it", ""), ("worst", "worst", "g"))
     each = (("key", "kernel", ""), ("unit", "", ""), ("value", "is", "g"), ("goal", "goal", "g"))
-    over = [
-        f._asdict() | {"key": f.key.replace(" | ", ", "), "unit": budgets.UNITS[f.metric]} for f in findings if f.value > f.goal
-    ]
+    over = [f for f in findings if f.value > f.goal]
+    rows = [f._asdict() | {"key": f.key.replace(" | ", ", "), "unit": budgets.UNITS[f.metric]} for f in over]
     return f"""## Goals
 
 `kernels/tests/roofline/budgets.json` holds the ceilings that CI compares a part of these with: the goal, or where it is missed the

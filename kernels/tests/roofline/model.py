@@ -3,7 +3,8 @@
 A CTA's iteration takes as long as the slowest of: the matrix unit; issuing, one instruction of a warp per scheduler and cycle; slow
 conversions, 16 lanes a cycle; loads and stores, 128 bytes a cycle; bytes from L2; look-ups in codebooks. CTAs that share a
 multiprocessor share all of these. Where products run beside the warps (wgmma, tcgen05), Triton's loops wait for one before they
-decode for the next, so a CTA by itself takes the sum of both. A launch is whole waves of CTAs, or the time its bytes take from memory.
+decode for the next, so a CTA by itself takes the sum of both. A launch is whole waves of CTAs, or the time its bytes take from
+memory.
 """
 
 from __future__ import annotations

@@ -23,40 +23,8 @@ MATRIX = {
 CONVERSIONS = {"I2F", "F2I", "I2FP", "F2F", "F2FP", "F2IP", "I2I", "I2IP", "FRND", "MUFU"}
 SLOW_CONVERSIONS = {"I2F", "F2I", "F2F", "FRND", "MUFU"}  # 16 lanes per cycle; the others go with ordinary arithmetic
 BARRIERS = {"BAR", "DEPBAR", "LDGDEPBAR", "SYNCS", "WARPSYNC", "WARPGROUP", "MEMBAR", "FENCE", "ARRIVES", "ERRBAR", "UTCBAR"}
-CONTROL = {
-    "BRA",
-    "EXIT",
-    "NOP",
-    "CALL",
-    "RET",
-    "YIELD",
-    "BSYNC",
-    "BSSY",
-    "BRX",
-    "JMP",
-    "WARPGROUPSET",
-    "NANOSLEEP",
-    "ELECT",
-    "ACQBULK",
-}
-ADDRESSES = {
-    "LEA",
-    "S2R",
-    "S2UR",
-    "R2UR",
-    "CS2R",
-    "MOV",
-    "IADD",
-    "IADD3",
-    "VIADD",
-    "IABS",
-    "IMNMX",
-    "LDC",
-    "LDCU",
-    "VOTE",
-    "R2P",
-    "P2R",
-}
+CONTROL = set("BRA EXIT NOP CALL RET YIELD BSYNC BSSY BRX JMP WARPGROUPSET NANOSLEEP ELECT ACQBULK".split())  # noqa: SIM905
+ADDRESSES = set("LEA S2R S2UR R2UR CS2R MOV IADD IADD3 VIADD IABS IMNMX LDC LDCU VOTE R2P P2R".split())  # noqa: SIM905
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
 LABEL = re.compile(r"\s*(\.L\S+):")
 
