@@ -94,7 +94,7 @@ class Cycles(NamedTuple):
     matrix: float
     issue: float
     conversions: float
-    memory: float  # loads and stores of all kinds
+    loads: float  # and stores, of all kinds
     l2: float
     lookups: float
 
