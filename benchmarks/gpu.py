@@ -54,7 +54,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a stage: ``run(seconds)`` returns what to write down; ``"unfinished": True`` in it means to go on next time."""
+    """A part of a stage: ``run(seconds)`` returns what to write down; with ``"unfinished"`` or ``"failure"`` in it, to try again."""
 
     name: str
     run: Callable[[float], dict[str, Any]]
@@ -75,7 +75,7 @@ class State:
 
     def done(self, stage: str, part: str) -> bool:
         found = self.parts[stage].get(part)
-        return found is not None and not found.get("unfinished")
+        return found is not None and not found.get("unfinished") and "failure" not in found
 
     def add(self, stage: str, part: str, found: dict[str, Any]) -> None:
         """Write a part down, at once."""
@@ -89,7 +89,7 @@ class State:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--device", help="another one than the current GPU, cuda:1 say")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a few small parts of every stage, to try the command")
     parser.add_argument("--only", default=",".join(STAGES), help=f"stages, of {', '.join(STAGES)}")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
@@ -103,8 +103,8 @@ def main() -> None:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     if not arguments.minutes > 0:
         parser.error(f"minutes must be a positive number, got {arguments.minutes:g}")
-    device = arguments.device or "cuda"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
         print("gpu.py needs a GPU, and torch sees none here; --device cpu --tiny tries the command without one", file=sys.stderr)
         raise SystemExit(2)
     options = Options(device, arguments.tiny, arguments.output.resolve())
@@ -138,7 +138,10 @@ def run_stages(parts: dict[str, list[Part]], options: Options, state: State, dea
                 continue
             print(f"{stage}: {part.name}", flush=True)
             start = time.monotonic()
-            found = part.run(seconds)
+            try:
+                found = part.run(seconds)
+            except Exception as error:  # the parts behind it may still run
+                found = {"failure": f"{type(error).__name__}: {error}"}
             state.add(stage, part.name, found | {"seconds": round(time.monotonic() - start, 1)})
 
 

@@ -79,6 +79,19 @@ def test_a_second_run_does_what_the_first_left(gpu, options):
     assert all(state.done("layers", name) for name in "abc")
 
 
+def test_a_part_that_fails_is_named_and_tried_again_and_the_others_run(gpu, options):
+    def broken(seconds):
+        raise MemoryError("no room")
+
+    ran = []
+    parts = {"quantize": [gpu.Part("a", broken), gpu.Part("b", lambda s: ran.append("b") or {})]}
+    state = gpu.State(options.output / "gpu.json", MACHINE)
+    gpu.run_stages(parts, options, state, time.monotonic() + 600)
+    assert ran == ["b"]
+    assert "MemoryError: no room" in gpu.page(parts, state, options)
+    assert not gpu.State(options.output / "gpu.json", MACHINE).done("quantize", "a")
+
+
 def test_another_machine_or_commit_starts_anew_and_says_why(gpu, options):
     state = gpu.State(options.output / "gpu.json", MACHINE)
     state.add("layers", "a", {"seconds": 1.0})
