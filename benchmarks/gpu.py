@@ -54,7 +54,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a stage: ``run(seconds)`` returns what to write down; with ``"unfinished"`` or ``"failure"`` in it, to try again."""
+    """A part of a stage: ``run(seconds)`` returns what to write down, with ``"unfinished"`` or ``"failure"`` to try again."""
 
     name: str
     run: Callable[[float], dict[str, Any]]
