@@ -132,7 +132,7 @@ def random_product(layer: Default, activations: str, shape: tuple[int, int], dev
 def exactly_as_configured() -> Iterator[None]:
     """In this context a configuration that the device has no room for is an error, not a reason to take a smaller one."""
 
-    def launch_once(key: Any, config: LinearConfig, launch: Callable[[LinearConfig], Any]) -> Any:
+    def launch_once(key: Any, config: LinearConfig, launch: Callable[[LinearConfig], Any], *_: Any, **__: Any) -> Any:
         return launch(config)
 
     with patch.object(configs, "fit", launch_once):

@@ -70,7 +70,8 @@ def tile_of(kernel: Kernel) -> Tile:
         splits = kernel.grid[1] if len(kernel.grid) > 1 else 1
         return Tile(rows, tokens, columns, max(1.0, math.ceil(_width(sizes) / columns) / splits))
     if "BM" in sizes and "BK" in sizes:
-        tiles = math.ceil(sizes["tokens"] / sizes["BM"]) * math.ceil(_width(sizes) / sizes["BK"])
+        width = _width(sizes)
+        tiles = math.ceil(sizes["tokens"] / sizes["BM"]) * math.ceil(width / sizes["BK"])
         return Tile(0, sizes["BM"], sizes["BK"], max(1.0, tiles / ctas))
     if "BN" in sizes and "BK" in sizes:
         return Tile(sizes["BN"], 0, sizes["BK"], 1.0)
@@ -78,7 +79,10 @@ def tile_of(kernel: Kernel) -> Tile:
 
 
 def _width(sizes: dict[str, int]) -> int:
-    return next(value for name, value in sizes.items() if name == "columns" or (name.endswith(".columns") and "TILE" not in name))
+    found = [value for name, value in sizes.items() if name == "columns" or (name.endswith(".columns") and "TILE" not in name)]
+    if not found or "tokens" not in sizes:
+        raise LookupError(f"roofline/model.py does not know the extent of a kernel whose sizes are {', '.join(sizes)}")
+    return found[0]
 
 
 def ctas_per_multiprocessor(machine: Machine, device: Device) -> int:

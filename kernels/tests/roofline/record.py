@@ -7,6 +7,7 @@ if it held zeros, and counted, because on a GPU it would wait for the device.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 from compile_kernels import Launch, Specialisation, recorded, specialise
-from qdiff_kernels.gpu import activations, blocks, configs, conv2d, decode, dequantize, linear, ops, weights
+from qdiff_kernels.gpu import configs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -24,7 +25,7 @@ from triton.runtime.errors import OutOfResources
 
 from .devices import Device
 
-HOST_MODULES = (activations, blocks, configs, conv2d, decode, dequantize, linear, ops, weights)
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 PRODUCTS = {"mm", "addmm", "_scaled_mm", "_int_mm", "convolution", "bmm"}
 FREE = {"empty", "empty_strided", "empty_like", "detach", "lift_fresh"}
 
@@ -59,9 +60,9 @@ Step = Kernel | Vendor
 class _Recorder(TorchDispatchMode):
     """Runs operations on fake tensors and writes down those that launch something; leaves all other tensors to torch."""
 
-    def __init__(self, steps: list[Step]) -> None:
+    def __init__(self, steps: list[Step], device: Device) -> None:
         super().__init__()
-        self.steps, self.fake = steps, FakeTensorMode(allow_non_fake_inputs=True)
+        self.steps, self.device = steps, device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,7 +71,9 @@ class _Recorder(TorchDispatchMode):
         elsewhere = device is not None and torch.device(device).type == "cuda"
         if not elsewhere and not any(isinstance(leaf, FakeTensor) for leaf in leaves):
             return func(*args, **kwargs)
-        with self.fake:
+        if func is torch.ops.aten._scaled_mm.default and args[2].numel() > 1 and not self.device.row_scales:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED: a scale per row on this device")
+        with FAKE:
             result = func(*args, **kwargs)
         self._see(func, [leaf for leaf in leaves if isinstance(leaf, Tensor)], result)
         return result
@@ -108,6 +111,8 @@ class _Reader(TorchFunctionMode):
     waits = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.data_ptr and isinstance(args[0], FakeTensor):
+            return id(args[0]) << 4
         if func in READS and isinstance(args[0], FakeTensor):
             self.waits += 1
             return READS[func](*args)
@@ -143,10 +148,11 @@ def device_present(device: Device) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for module in HOST_MODULES:
-        for value in list(vars(module).values()):
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "qdiff_kernels":
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
     configs._fitting.clear()
 
 
@@ -176,10 +182,10 @@ def record(
             raise OutOfResources(0, 0, reason)
         steps.append(_kernel(launch, wanted))
 
-    recorder = _Recorder(steps)
+    recorder = _Recorder(steps, device)
 
     def make(shape: Collection[int], dtype: torch.dtype) -> Tensor:
-        with recorder.fake:
+        with FAKE:
             return torch.empty(tuple(shape), dtype=dtype, device="cuda:0")
 
     reader = _Reader()

@@ -82,8 +82,11 @@ def _row(device: Device, case: Case, recording: Recording | str, library: Librar
         except Failure as failure:
             return row | {"failure": f"{step.name}: {failure}"}, kernels
         key = digest(step.specialisation, device.target)[:12]
-        kernels[key] = kernel_facts(step, machine, device)
-        steps.append((predict_kernel(step, machine, device), key))
+        try:
+            kernels[key] = kernel_facts(step, machine, device)
+            steps.append((predict_kernel(step, machine, device), key))
+        except LookupError as error:  # a new kernel that the model has yet to learn
+            return row | {"failure": f"{step.name}: {error}"}, {}
     seconds, dense = sum(found.seconds for found, _ in steps), predict_vendor(case.dense, device).seconds
     row |= {"us": _short(seconds * 1e6), "dense_us": _short(dense * 1e6), "ratio": _short(dense / seconds)}
     row |= {"of_ideal": _short(case.ideal(device) / seconds), "limit": max(steps, key=lambda s: s[0].seconds)[0].limit}
