@@ -78,6 +78,22 @@ def test_what_a_tensor_holds_is_read_as_zeros_and_counted():
     assert record.record(H200, prepare).waits == 3
 
 
+def test_tensors_of_the_host_can_be_moved_to_the_device_and_written_into_its_tensors():
+    def prepare(make):
+        wide, narrow = make((4, 8), torch.float32), make((4, 2), torch.float32)
+
+        def call():
+            signs = torch.ones(8).to("cuda:0", torch.bfloat16)
+            wide[:, 6:] = narrow
+            wide[0] = 1.0
+            return wide * signs
+
+        return call
+
+    found = [step.name for step in record.record(H200, prepare).steps]
+    assert found == ["_to_copy", "copy_", "fill_", "mul"]
+
+
 def kernel(**sizes: int) -> record.Kernel:
     chosen = case("fp 4", "none", 256)
     found = record.record(H200, chosen.prepare).steps[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.errors import OutOfResources
 
 from .devices import Device
@@ -73,6 +73,7 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is torch.ops.aten._scaled_mm.default and args[2].numel() > 1 and not self.device.row_scales:
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED: a scale per row on this device")
+        args, kwargs = tree_map_only(Tensor, _without_contents, (args, kwargs))
         with FAKE:
             result = func(*args, **kwargs)
         self._see(func, [leaf for leaf in leaves if isinstance(leaf, Tensor)], result)
@@ -95,6 +96,51 @@ class _Recorder(TorchDispatchMode):
         self.steps.append(Vendor(name, size, (y.numel() // rows, rows, columns), factor.dtype))
 
 
+def _without_contents(tensor: Tensor) -> Tensor:
+    """A tensor of the host on its way to the device; a fake one would take the contents along, to a device that is not there."""
+    return tensor if isinstance(tensor, FakeTensor) else FAKE.from_tensor(tensor)
+
+
+def _part(tensor: Tensor, index: Any) -> Tensor:
+    """``tensor[index]`` for an index of integers, slices and ``None``."""
+    index, dim = index if isinstance(index, tuple) else (index,), 0
+    for item in index:
+        if item is None:
+            tensor = torch.ops.aten.unsqueeze(tensor, dim)
+        elif isinstance(item, slice):
+            tensor = torch.ops.aten.slice(tensor, dim, item.start, item.stop, item.step or 1)
+        elif isinstance(item, int):
+            tensor, dim = torch.ops.aten.select(tensor, dim, item), dim - 1
+        else:
+            raise LookupError(f"roofline/record.py does not follow the index {index!r}")
+        dim += 1
+    return tensor
+
+
+def _copy(target: Tensor, value: Any) -> Tensor:
+    """``target.copy_(value)``, past autograd, which would make the target's device current."""
+    if not isinstance(value, Tensor):
+        return torch.ops.aten.fill_(target, value)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.aten.copy_(target, value)
+
+
+class _Event:
+    """A CUDA event of work that has been done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Takes what torch's takes."""
+
+    def record(self, *_: Any) -> None:
+        """Nothing runs."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
 READS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.__float__: lambda _: 0.0,
     Tensor.__int__: lambda _: 0,
@@ -111,12 +157,24 @@ class _Reader(TorchFunctionMode):
     waits = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.data_ptr and isinstance(args[0], FakeTensor):
-            return id(args[0]) << 4
-        if func in READS and isinstance(args[0], FakeTensor):
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}  # which takes a driver
+        if func is Tensor.pin_memory:
+            return args[0]
+        if not (args and isinstance(args[0], FakeTensor)):
+            return func(*args, **kwargs)
+        if func in READS:
             self.waits += 1
             return READS[func](*args)
-        return func(*args, **(kwargs or {}))
+        if func is Tensor.data_ptr:
+            return id(args[0]) << 4
+        name = getattr(func, "__name__", "")  # those below look for a driver
+        if name == "__getitem__":
+            return _part(args[0], args[1])
+        if name == "__setitem__":
+            return _copy(_part(args[0], args[1]), args[2])
+        if name == "copy_":
+            return _copy(args[0], args[1])
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -136,6 +194,8 @@ def device_present(device: Device) -> Iterator[None]:
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "Event", _Event),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")),
             (torch, "get_device_module", lambda *_: torch.cuda),
         ):
