@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -14,13 +13,12 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(os.environ.get("QDIFF_RESULTS", Path(__file__).parent / "results"))
+RESULTS = Path(__file__).parent / "results"
 
 
 def facts() -> dict[str, Any]:
     """Machine, versions, date and commit of a run."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here).stdout
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
     return {
         "date": date.today().isoformat(),
         "commit": commit.strip() or "unknown",

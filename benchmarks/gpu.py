@@ -34,7 +34,7 @@ from qdiff_diffusers.bench import report, results
 
 ROOT = Path(__file__).parents[1]
 CHUNK = 40  # tests in a part
-TESTS = ("test_gpu.py", "test_dequantize.py", "test_conv2d.py", "test_activations.py", "test_hadamard.py")
+TESTS = ROOT / "kernels" / "tests" / "test_gpu.py"  # on a GPU they run compiled, against float64
 MODELS = ("dit-xl-2", "flux-slice-4096", "flux-slice-512", "sdxl-slice-4096", "sdxl-slice-512")
 LAYERS = ("3072x3072", "3072x12288", "12288x3072", "1152x1152", "1152x4608", "conv640@32", "conv1280@16")
 QUANTIZED = ((3072, 3072), (12288, 3072))  # [out, in]
@@ -146,11 +146,9 @@ def run_stages(parts: dict[str, list[Part]], options: Options, state: State, dea
 
 
 def correctness(options: Options) -> Iterator[Part]:
-    """The kernels' tests in chunks; on a GPU they run compiled."""
-    tests = [str(ROOT / "kernels" / "tests" / name) for name in TESTS]
-    if options.tiny:
-        tests = [f"{tests[0]}::test_columns_split_over_programs_add_up_to_the_same"]
-    listed = child([sys.executable, "-m", "pytest", "--collect-only", *tests], options, 120)
+    """The kernels' tests in chunks."""
+    tests = f"{TESTS}::test_columns_split_over_programs_add_up_to_the_same" if options.tiny else str(TESTS)
+    listed = child([sys.executable, "-m", "pytest", "--collect-only", tests], options, 120)
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     if not names:
         raise SystemExit(f"pytest finds no tests of the kernels: {listed.stdout[-500:]}{listed.stderr[-500:]}")
