@@ -112,6 +112,12 @@ def test_more_instructions_take_longer_and_memory_is_the_floor():
     assert heavy.seconds == pytest.approx((48 << 30) / (0.9 * 4.8e12), rel=0.01)
 
 
+def test_an_operand_that_was_decoded_before_is_loaded_as_the_bytes_it_has_become():
+    dense = [step for step in record.record(H200, case("aq 2", "int8", 4096).prepare).steps if step.name == "linear"]
+    coded = [step for step in record.record(H200, case("aq 2", "int8", 256).prepare).steps if step.name == "linear"]
+    assert (model._weight_bits(dense[0]), model._weight_bits(coded[0])) == (8.0, 2.0)
+
+
 def test_the_vendors_product_is_at_its_share_of_the_peak_and_never_below_its_bytes():
     dense = case("fp 4", "none", 4096, (12288, 3072)).dense
     assert dense.product == (4096, 12288, 3072)

@@ -13,7 +13,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from qdiff_kernels.gpu.weights import CODEBOOK
+from qdiff_kernels.gpu.weights import CODEBOOK, DENSE
 
 from .compiled import Machine
 from .devices import L2_BYTES, L2_RANDOM_BYTES, LATENCY, LAUNCH, REACHED, READ, SECTOR, Device
@@ -122,7 +122,7 @@ def cycles(counts: Counts, kernel: Kernel, machine: Machine, device: Device, til
     waves += sum(n * (NARROW_WAVES if int(bits) < 32 else _waves(bits)) for bits, n in counts.loads.items())
     moved = 0.0
     if products and tile.rows and "tokens" in kernel.sizes:
-        weights = tile.rows * tile.columns * kernel.sizes.get("LAYOUT.bits", 16) / 8 / _vector(kernel)
+        weights = tile.rows * tile.columns * _weight_bits(kernel) / 8
         moved = (weights + tile.tokens * tile.columns * _input_bytes(kernel)) / L2_BYTES
     lookups = _lookups(counts, kernel, machine, tile)
     return Cycles(matrix, counts.all * warps / SCHEDULERS, conversions, waves * warps, moved, lookups)
@@ -132,9 +132,12 @@ def _waves(bits: str) -> int:
     return max(1, int(bits) // 32)
 
 
-def _vector(kernel: Kernel) -> float:
-    """Weights that the bits of one code of the layout stand for."""
-    return kernel.sizes.get("LAYOUT.vector", 1) / kernel.sizes.get("LAYOUT.books", 1)
+def _weight_bits(kernel: Kernel) -> float:
+    """Bits per weight that a kernel loads: of its codes, or of an operand that has been decoded before."""
+    sizes = kernel.sizes
+    if sizes.get("LAYOUT.kind") == DENSE:
+        return 8.0
+    return sizes.get("LAYOUT.bits", 16) * sizes.get("LAYOUT.books", 1) / sizes.get("LAYOUT.vector", 1)
 
 
 def _input_bytes(kernel: Kernel) -> int:
