@@ -8,6 +8,7 @@ Launches are recorded instead of run; every distinct one is compiled for each ta
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import oracle
 import torch
@@ -34,6 +35,7 @@ TARGETS = {
     "cuda:89": GPUTarget("cuda", 89, 32),
     "cuda:90": GPUTarget("cuda", 90, 32),
     "cuda:100": GPUTarget("cuda", 100, 32),
+    "cuda:120": GPUTarget("cuda", 120, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
 POINTERS = {
@@ -44,18 +46,45 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
-Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
+
+
+class Launch(NamedTuple):
+    """One kernel launch: the function, its arguments by name, compiler options (``num_warps``, ...) and the grid."""
+
+    function: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+
+
+class Specialisation(NamedTuple):
+    """What Triton compiles for a launch: types and alignment of its arguments, and the values that are known then."""
+
+    module: str
+    name: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def function(self) -> JITFunction:
+        found: JITFunction = getattr(importlib.import_module(self.module), self.name)
+        return found
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Collect kernel launches instead of running them."""
+def recorded(see: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Collect kernel launches instead of running them; ``see`` is called with each and may raise what the device would."""
     launches: list[Launch] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in self.arg_names}
         bound = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launches.append((self, bound, options))
+        launch = Launch(self, bound, options, tuple(grid(bound) if callable(grid) else grid))
+        if see is not None:
+            see(launch)
+        launches.append(launch)
 
     original = JITFunction.run
     JITFunction.run = record  # type: ignore[method-assign]
@@ -65,27 +94,57 @@ def recorded() -> Iterator[list[Launch]]:
         JITFunction.run = original  # type: ignore[method-assign]
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compile one recorded launch as the run time would: with the same specialisation on 1 and on multiples of 16."""
-    function, arguments, options = launch
+def specialise(launch: Launch) -> Specialisation:
+    """As the run time would: with the same specialisation on 1 and on multiples of 16."""
+    function, arguments, options, _ = launch
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
 
-    def describe(value: Any, path: tuple[int, ...], constant: bool = False) -> Any:
-        if isinstance(value, tuple) and not constant:
-            return type(value)(*(describe(item, (*path, i)) for i, item in enumerate(value)))
-        if constant or value is None or (isinstance(value, int) and value == 1):
+    def describe(value: Any, path: tuple[int, ...], kind: Kind) -> Any:
+        if isinstance(value, tuple) and not kind.constant:
+            items = [describe(item, (*path, i), kind) for i, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if kind.constant or value is None or (kind.specialised and isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if kind.specialised and _divisible(value):
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
             return POINTERS[value.dtype]
-        return "fp32" if isinstance(value, float) else "i32"
+        return "fp32" if isinstance(value, float) else "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
 
-    signature = {p.name: describe(arguments[p.name], (i,), p.is_constexpr) for i, p in enumerate(function.params)}
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=options)
+    signature = {
+        p.name: describe(arguments[p.name], (i,), Kind(p.is_constexpr, not p.do_not_specialize))
+        for i, p in enumerate(function.params)
+    }
+    return Specialisation(function.fn.__module__, function.fn.__name__, signature, constants, attributes, options)
+
+
+class Kind(NamedTuple):
+    """How Triton takes one parameter of a kernel."""
+
+    constant: bool
+    specialised: bool
+
+
+def _divisible(value: Any) -> bool:
+    """Whether 16 divides an integer, or a tensor's address if its storage starts where allocators let it start."""
+    if isinstance(value, torch.Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
+
+
+def compile_specialisation(wanted: Specialisation, target: GPUTarget) -> Any:
+    """Compile for a GPU that need not be there."""
+    source = ASTSource(
+        fn=wanted.function, signature=wanted.signature, constexprs=dict(wanted.constants), attrs=dict(wanted.attributes)
+    )
+    return triton.compile(source, target=target, options=dict(wanted.options))
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compile one recorded launch."""
+    return compile_specialisation(specialise(launch), target)
 
 
 def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
@@ -155,6 +214,7 @@ UNITS = {
     "cuda:89": Units(bf16=True, fp8=True, block_scaled=False),
     "cuda:90": Units(bf16=True, fp8=True, block_scaled=False),
     "cuda:100": Units(bf16=True, fp8=True, block_scaled=True),
+    "cuda:120": Units(bf16=True, fp8=True, block_scaled=True),
     "hip:gfx942": Units(bf16=True, fp8=False, block_scaled=False),
 }
 

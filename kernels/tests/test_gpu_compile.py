@@ -48,3 +48,13 @@ def test_kernels_take_groups_of_arguments():
 
     kernels = (linear._linear_kernel, conv2d._conv2d_kernel, dequantize._dequantize_kernel, activations._prepare_kernel)
     assert all(len(kernel.arg_names) <= 11 for kernel in kernels)
+
+
+@pytest.mark.serial
+def test_a_representative_part_of_the_kernels_is_within_its_budgets():
+    """Spills, issue, decoding and loads, of each way in which a layer runs; see kernels/tests/roofline/budgets.py."""
+    root = Path(__file__).parents[2]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "benchmarks/gpu_static.py", "--check"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

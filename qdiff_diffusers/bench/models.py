@@ -7,6 +7,8 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +71,8 @@ def _flux_inputs(device: torch.device, dtype: torch.dtype, image: int, side: int
     }
 
 
-def _sdxl() -> Any:
+def _sdxl(deepest: int = 10) -> Any:
+    """``deepest``: transformer blocks of the innermost level; fewer make a slice."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -77,7 +80,7 @@ def _sdxl() -> Any:
         block_out_channels=(320, 640, 1280),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 2, 10],
+        transformer_layers_per_block=[1, 2, deepest],
         attention_head_dim=[5, 10, 20],
         cross_attention_dim=2048,
         addition_embed_type="text_time",
@@ -87,10 +90,10 @@ def _sdxl() -> Any:
     )
 
 
-def _sdxl_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _sdxl_inputs(device: torch.device, dtype: torch.dtype, height: int = 64, width: int = 64) -> dict[str, Any]:
     ids = torch.tensor([[512, 512, 0, 0, 512, 512]], device=device, dtype=dtype)
     return {
-        "sample": torch.randn(1, 4, 64, 64).to(device, dtype),
+        "sample": torch.randn(1, 4, height, width).to(device, dtype),
         "timestep": torch.tensor([500], device=device),
         "encoder_hidden_states": torch.randn(1, 77, 2048).to(device, dtype),
         "added_cond_kwargs": {"text_embeds": torch.randn(1, 1280).to(device, dtype), "time_ids": ids},
@@ -111,6 +114,18 @@ MODELS: dict[str, Model] = {
     ),
     "sdxl-unet": Model(_sdxl, _sdxl_inputs, "SDXL's UNet, latents of 64 x 64, batch 1"),
 }
+# Slices with 512 and 4096 tokens: of the image beside 512 of text, and at a UNet's first level with attention.
+for _tokens, _height, _width in ((512, 16, 32), (4096, 64, 64)):
+    MODELS[f"flux-slice-{_tokens}"] = Model(
+        lambda: _flux(2, 2),
+        partial(_flux_inputs, image=_tokens, side=_width),
+        f"FLUX-dev's width, 2 double and 2 single blocks, {_tokens} image and {FLUX_TEXT} text tokens",
+    )
+    MODELS[f"sdxl-slice-{_tokens}"] = Model(
+        lambda: _sdxl(deepest=2),
+        partial(_sdxl_inputs, height=2 * _height, width=2 * _width),
+        f"SDXL's UNet with 2 blocks in its innermost level, {_tokens} tokens in its first with attention",
+    )
 
 
 def find_model(name: str) -> Model:
@@ -124,6 +139,18 @@ def find_model(name: str) -> Model:
     return MODELS[name]
 
 
+def model_contenders(
+    device: torch.device, packer: ours.Packer, only: Sequence[str] | None, compiled_too: bool = False
+) -> list[Contender]:
+    """Everyone, or those that ``only`` selects; each of ours followed by its twin under ``torch.compile`` if that is wanted."""
+    out = []
+    for contender in contenders_for(device, packer, only):
+        out.append(contender)
+        if compiled_too and contender.family == OURS:
+            out.append(replace(contender, name=f"{contender.name}-compile", compiled=True))
+    return out
+
+
 @torch.no_grad()
 def run_models(
     results: Results,
@@ -133,17 +160,19 @@ def run_models(
     dtype: torch.dtype,
     budget: float,
     only: Sequence[str] | None = None,
+    compiled_too: bool = False,
     advance: Advance = lambda what: None,
 ) -> None:
     """Measure what ``results`` does not hold yet. Only the dense model and one contender are in memory at a time.
 
     Args:
         budget: seconds of timing for each contender.
+        compiled_too: each of ours under ``torch.compile``, too.
         advance: called for each model and contender, with its name.
     """
     for name in names:
         model = find_model(name)
-        contenders = contenders_for(device, ours.Packer(whole_model=True), only)
+        contenders = model_contenders(device, ours.Packer(whole_model=True), only, compiled_too)
         wanted = [c for c in contenders if results.missing(_key(name, c))]
         for contender in contenders:
             if contender not in wanted:

@@ -70,8 +70,9 @@ def layers(
 
 @bench.command()
 def models(
-    model: Annotated[list[str] | None, typer.Option(help="dit-xl-2, flux-slice, flux or sdxl-unet.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="dit-xl-2, flux-slice, flux, sdxl-unet, ...")] = None,
     only: Only = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Each of ours under torch.compile, too.")] = False,
     output: Output = Path("bench"),
     device: Device = None,
     dtype: Dtype = "bfloat16",
@@ -80,8 +81,7 @@ def models(
     resume: Resume = False,
 ) -> None:
     """Time one step of whole models with random weights at their real shapes."""
-    from ..bench.layers import contenders_for
-    from ..bench.models import find_model, run_models
+    from ..bench.models import find_model, model_contenders, run_models
     from ..bench.ours import Packer
     from ..bench.report import models_markdown
 
@@ -90,7 +90,7 @@ def models(
     for name in names:
         find_model(name)
     place, kind = _prepare(device, dtype, threads, budget)
-    total = len(contenders_for(place, Packer(), words)) * len(names)
+    total = len(model_contenders(place, Packer(), words, compiled)) * len(names)
     results = _results(output / f"models_{place.type}", place, kind, budget, resume)
     with held(output, name=results.path.name), _quiet(), progress_bars() as progress:
         task = progress.add_task("models", total=total)
@@ -101,6 +101,7 @@ def models(
             dtype=kind,
             budget=budget,
             only=words,
+            compiled_too=compiled,
             advance=lambda what: progress.update(task, advance=1, description=what),
         )
     _finish(results, models_markdown(results))

@@ -137,6 +137,10 @@ class Method(ABC, Generic[ConfigT]):
         """Rank of the branch beside a weight matrix, as far as it is known before the weights are."""
         return 0
 
+    def layouts(self, config: ConfigT, shape: tuple[int, int]) -> list[tuple[WeightFormat, int]]:
+        """What a weight matrix of ``shape [rows, columns]`` may end up as: formats, each with the rank of its branch."""
+        return [(found, self.rank(config, shape)) for found in self.formats(config, shape)]
+
     def operations(self, config: ConfigT, shape: tuple[int, int]) -> float:
         """Multiply-adds that choosing codes takes, roughly, for methods in which settings can make them absurdly many."""
         return 0.0

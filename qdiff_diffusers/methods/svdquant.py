@@ -282,6 +282,14 @@ def rank_within(shape: tuple[int, int] | torch.Size, budget: float) -> int:
     return min(*shape, int(budget / rank_bits(shape) + 1e-9))
 
 
+def affordable_ranks(
+    shape: tuple[int, int] | torch.Size, bits: int, overhead: float = OVERHEAD, min_rank: int = 1
+) -> dict[int, int]:
+    """Group sizes that :func:`plan` compares, each with the rank that ``overhead`` bits per weight leave beside its scales."""
+    ranks = {group: int((overhead - SCALE_BITS / group) / rank_bits(shape) + 1e-9) for group in TRADES[bits]}
+    return {group: min(rank, *shape) for group, rank in ranks.items() if rank >= min_rank} or {max(TRADES[bits]): min_rank}
+
+
 def plan(weight: Tensor, bits: int, *, overhead: float = OVERHEAD, min_rank: int = 1, seed: int = 0) -> Plan:
     """Divide ``overhead`` bits per weight between scales and branch so that the predicted error is lowest.
 
@@ -295,9 +303,7 @@ def plan(weight: Tensor, bits: int, *, overhead: float = OVERHEAD, min_rank: int
         min_rank: smallest rank, if ``overhead`` has room for it; 0 lets flat layers do without a branch.
         seed: of the randomised SVD.
     """
-    trades = TRADES[bits]
-    ranks = {group: int((overhead - SCALE_BITS / group) / rank_bits(weight.shape) + 1e-9) for group in trades}
-    ranks = {group: min(rank, *weight.shape) for group, rank in ranks.items() if rank >= min_rank} or {max(trades): min_rank}
+    trades, ranks = TRADES[bits], affordable_ranks(weight.shape, bits, overhead, min_rank)
     kept = 1 - torch.cat([torch.zeros(1, dtype=torch.float32), energies(weight, max(1, *ranks.values()), seed).cpu().cumsum(0)])
     best = min(ranks, key=lambda group: trades[group] * float(kept[ranks[group]]))
     return Plan(best, ranks[best])
@@ -355,6 +361,12 @@ refined in turn."""
         if rank > MAX_RANK:
             raise ValueError(f"branch_bits {config.branch_bits} means rank {rank} here, and {MAX_RANK} is the highest")
         return rank
+
+    def layouts(self, config: SVDQuantConfig, shape: tuple[int, int]) -> list[tuple[WeightFormat, int]]:
+        if not _is_planned(config):
+            return super().layouts(config, shape)
+        bits = int(config.bits or DEFAULT_BITS)
+        return [(residual_format(bits, None, group), rank) for group, rank in affordable_ranks(shape, bits).items()]
 
     def operations(self, config: SVDQuantConfig, shape: tuple[int, int]) -> float:
         inner = config.codebooks()
