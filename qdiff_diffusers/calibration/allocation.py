@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint.writing import write_text
 from ..config import QDiffConfig
 from ..methods import method_of, quantize_weight
-from ..model.bit_allocation import Choice, has_settings, spend, with_settings
+from ..model.bit_allocation import Choice, allocate_bits, has_settings, with_settings
 from . import parallel
 from .settings import Calibration
 from .store import Store
@@ -76,7 +76,7 @@ def _choose(model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, cal
             stored = found.spec.bits_per_weight(tuple(weight.shape))
             choices[name].append(Choice(stored, losses[name] * found.error, settings))
             budget += stored * sizes[name] if has_settings(config, settings) else 0
-    return spend(choices, sizes, budget)
+    return allocate_bits(choices, sizes, budget)
 
 
 def sensitivities(

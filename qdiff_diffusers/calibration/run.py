@@ -168,7 +168,7 @@ def _calibrate(
     if whole and calls is not None:
         log += tune_model(model, calls, calibration, dense, folder)
     quantizer.quantization_config.provenance["calibration"] = {k: v for k, v in calibration.settings().items() if v is not None}
-    quantizer.take(model)
+    quantizer.attach(model)
     return log
 
 

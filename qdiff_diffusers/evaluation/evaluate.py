@@ -26,13 +26,13 @@ from .outputs import write_outputs
 from .probes import Probes, layer_errors, record, step_errors
 from .rows import REFERENCE, EvalRow
 from .sampling import image_seeds, num_steps, sample
-from .scores import Judge
+from .scores import Scorer
 from .store import MODEL, PROBES, ROWS, RowStore, digest
 from .subject import Subject
 from .workers import Reporter, run_jobs
 
 VERSION = 1  # of what a row's folder holds; another number makes all rows anew
-SCORES_VERSION = 2  # of how images are judged; another number judges them again
+SCORES_VERSION = 2  # version of the scores' definition; a new number makes stored images be scored again
 PART = 500  # images after which a row's work is on disk
 PROBE_IMAGES = 8
 DEFAULT_STEPS = 50  # that the progress bar expects of a pipeline that chooses for itself
@@ -104,8 +104,8 @@ class Job:
 
     def score_key(self) -> str:
         """Changes with everything that the scores depend on besides the row's images."""
-        judged_by = [SCORES_VERSION, self.subject.classifier_fingerprint]
-        return digest([*judged_by, self.settings.images, self.settings.paired, self.reference().store.key])
+        scored_by = [SCORES_VERSION, self.subject.classifier_fingerprint]
+        return digest([*scored_by, self.settings.images, self.settings.paired, self.reference().store.key])
 
 
 def run_eval(
@@ -245,10 +245,10 @@ def _scores(job: Job) -> dict[str, Any]:
     settings, subject = job.settings, job.subject
     reference = job.reference().store.images(settings.images)
     labels: Any = subject.labels_of(settings.images) if subject.by_class else None
-    judge = Judge(reference, settings.paired, labels, subject.classifier)
+    scorer = Scorer(reference, settings.paired, labels, subject.classifier)
     if job.row.kind == "reference":
-        return judge.scores(reference, True)
-    return judge.scores(job.store.images(settings.images), False)
+        return scorer.scores(reference, True)
+    return scorer.scores(job.store.images(settings.images), False)
 
 
 def _is_done(job: Job) -> bool:

@@ -23,7 +23,7 @@ from ..errors import CheckpointError, ConfigError
 from ..formats import TensorInfo
 
 PACKAGE = Path(__file__).parents[1]
-# The models that come with the package. Both are judged by the classifier of the first.
+# The models that come with the package. The first one's classifier scores the images of both.
 BUNDLED = {"dit": PACKAGE / "demo_model", "unet": PACKAGE / "demo_unet"}
 CLASSIFIER = BUNDLED["dit"] / "classifier"
 BUNDLED_STEPS, BUNDLED_GUIDANCE = 20, 2.0

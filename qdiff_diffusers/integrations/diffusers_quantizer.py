@@ -58,7 +58,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     @classmethod
     def of_model(cls, model: nn.Module, config: QDiffConfig) -> QDiffQuantizer:
-        """A quantizer for a model that is already in memory, its layers chosen. :meth:`take` completes it."""
+        """A quantizer for a model that is already in memory, its layers chosen. :meth:`attach` completes it."""
         quantizer = cls(config, pre_quantized=False)
         quantizer.update_torch_dtype(next(p.dtype for p in model.parameters() if p.is_floating_point()))
         keep = [name for name in getattr(model, "_keep_in_fp32_modules", None) or () if name]
@@ -66,7 +66,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         quantizer._select(model, keep)
         return quantizer
 
-    def take(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module) -> None:
         """Make ``model``, whose layers have been packed, what loading a quantized checkpoint would have made it."""
         model.is_quantized = True  # type: ignore[assignment]
         model.quantization_method = self.quantization_config.quant_method  # type: ignore[assignment]

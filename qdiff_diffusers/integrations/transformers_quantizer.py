@@ -30,7 +30,7 @@ from ..model.packing import (
     release_checkpoint,
 )
 from ..model.selection import select_layers
-from ..model.tied_weights import leader, tie, tie_dense, untie
+from ..model.tied_weights import tie, tie_dense, untie, weight_holder
 
 
 class QuantizeOp(ConversionOps):
@@ -105,7 +105,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
         targets, self.quantization_config.skipped = select_layers(model, self.quantization_config.config, list(keep))
         self.quantization_config.provenance = new_provenance(type(model).__name__) | (origin_of(files[0]) if files else {})
         # Of layers that share a weight the file holds one.
-        self.targets = {leader(model, name): config for name, config in targets.items()}
+        self.targets = {weight_holder(model, name): config for name, config in targets.items()}
         for name in self.targets:
             self.quantization_config.skipped.pop(name, None)
         self._untie(model, self.targets)
@@ -171,18 +171,16 @@ class QDiffTransformersQuantizer(HfQuantizer):
 
     def make_dense(self, model: Any, names: list[str]) -> None:
         """Make some packed layers dense, together with those that share their weight; the others stay packed."""
-        sources = {name: source for source, followers in self.tied.items() for name in followers}
+        sources = {name: source for source, tied in self.tied.items() for name in tied}
         for name in dict.fromkeys(sources.get(name, name) for name in names):
-            followers = self.tied.pop(name, [])
-            layers = {
-                id(layer): layer for layer in map(model.get_submodule, (name, *followers))
-            }  # transformers may have merged them
+            tied = self.tied.pop(name, [])
+            layers = {id(layer): layer for layer in map(model.get_submodule, (name, *tied))}  # transformers may have merged them
             for layer in layers.values():
                 dense_layer(layer)
-            tie_dense(model, name, followers)
+            tie_dense(model, name, tied)
             del self.packed[name]
             self.quantization_config.layers.pop(name)
-            self.quantization_config.skipped |= dict.fromkeys((name, *followers), "made dense to add tokens")
+            self.quantization_config.skipped |= dict.fromkeys((name, *tied), "made dense to add tokens")
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         with without_group_offloading(model):
