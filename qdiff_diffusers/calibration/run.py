@@ -28,7 +28,7 @@ from .allocation import allocate
 from .blocks import apply, tune_blocks
 from .fingerprints import NoDigestError, digest, input_facts
 from .layerwise import SAVED, FinishedLayer, quantize_layers
-from .settings import Calibration
+from .settings import ASSIGNMENTS, Calibration
 from .store import Store
 from .trajectories import record
 from .tuning import tune_model
@@ -66,10 +66,11 @@ def calibrate(
         if any(c.activation_scales == "timestep" for c in config.with_overrides()):
             timestep_argument(model)  # raises where there is none
     how = calibration.tuning.assignments
-    if calibration.tuning.wanted and not any(c.moves_by(how) for c in config.with_overrides()):
+    allowed = [name for name in ASSIGNMENTS if any(c.moves_by(name) for c in config.with_overrides())]
+    if calibration.tuning.wanted and how not in allowed:
         raise ConfigError(
-            f'tuning: assignments="{how}" moves no codes of method {config.method_name}: "rounding" is for scalar formats (fp, '
-            'svdquant, rtn), "candidates" for a single codebook (vq), "pv" and "fixed" for all'
+            f'tuning: assignments="{how}" moves no codes of method {config.method_name} with these settings; '
+            f"choose one of {', '.join(allowed)}"
         )
     facts = _input_facts(pipe, models, calibration, workspace)
     with _workspace(facts, config, calibration, workspace if facts else None) as (folder, keep):
