@@ -1,4 +1,4 @@
-"""The transformers quantizer, for text encoders: what transformers' loader asks of a backend, while it reads a model."""
+"""The transformers quantizer, for text encoders: methods that transformers' loader calls on a backend while it reads a model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
         self.quantization_config = record if self.pre_quantized else record.requested()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's record follows the copy's own layers."""
+        """Restore a copy or pickle; its ``quantization_config`` describes the copy's own layers."""
         self.__dict__.update(state)
         if "packed" in state:
             self.quantization_config.follow(self.packed)
@@ -104,14 +104,14 @@ class QDiffTransformersQuantizer(HfQuantizer):
         keep = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) or []
         targets, self.quantization_config.skipped = select_layers(model, self.quantization_config.config, list(keep))
         self.quantization_config.provenance = new_provenance(type(model).__name__) | (origin_of(files[0]) if files else {})
-        # Of layers that share a weight the file holds one.
+        # The file holds a shared weight once.
         self.targets = {weight_holder(model, name): config for name, config in targets.items()}
         for name in self.targets:
             self.quantization_config.skipped.pop(name, None)
         self._untie(model, self.targets)
 
     def read_source(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """What transformers is to load instead of a dense checkpoint's ``tensors``; ``guards.decode_sources`` asks for it."""
+        """What transformers loads instead of a dense checkpoint's ``tensors``; called by ``checkpoint_checks.decode_sources``."""
         if self.pre_quantized:
             return tensors
         if self.source is None:  # from_pretrained(None, state_dict=...)
@@ -154,7 +154,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
         return model
 
     def _missing(self, model: Any) -> list[str]:
-        """What was not in the files. transformers only logs it, and fills it with random numbers."""
+        """Names of tensors that the files lack. transformers only logs them, and fills them with random numbers."""
         if not self.pre_quantized:
             return sorted(f"{name}.weight" for name in set(self.targets) - set(self.quantization_config.layers))
         ignored = model._keys_to_ignore_on_load_missing or []
@@ -163,7 +163,7 @@ class QDiffTransformersQuantizer(HfQuantizer):
         return sorted(name for name in unread if not any(re.search(pattern, name) for pattern in ignored))
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """What is saved: layers that share a packed weight once."""
+        """Tensors and metadata to save; a packed weight that layers share is saved once."""
         tied = {name for names in self.tied.values() for name in names}
         if not tied:
             return None, {}

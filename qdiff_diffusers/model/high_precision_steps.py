@@ -51,7 +51,7 @@ def high_precision_steps(pipe: Any, count: int, denoiser: nn.Module | None = Non
 
 
 class _Dispatch:
-    """Sends calls of ``model`` to ``other`` while switched on, by a plain flag: a caller is compiled once for each of its values."""
+    """Sends calls of ``model`` to ``other`` while switched on, by a plain flag, for whose two values a caller is compiled."""
 
     def __init__(self, model: nn.Module, other: nn.Module) -> None:
         self.model, self.on = model, False
