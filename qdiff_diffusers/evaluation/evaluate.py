@@ -209,9 +209,7 @@ def _ask_and_sample(job: Job, store: RowStore, facts: Costs, reporter: Reporter,
         if dtype == settings.dtype:
             seconds, count = seconds + time.perf_counter() - start, count + last - first
     if count:
-        facts["seconds_per_image"] = (
-            None if facts.get("drawn_dense") else round(seconds / count, 4)
-        )  # would not be the peer's own time
+        facts["seconds_per_image"] = None if facts.get("drawn_dense") else round(seconds / count, 4)  # not the peer's own time
 
 
 def _draw(job: Job, pipe: Any, first: int, last: int, on_step: Callable[[], None] | None = None) -> torch.Tensor:

@@ -112,8 +112,10 @@ def test_calibrating_beats_quantizing_by_itself_and_is_saved_and_reloaded_exactl
 def test_tuning_that_could_move_no_codes_is_refused_before_any_work(config, assignments):
     pipe = dit()
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("work has begun"))
-    with pytest.raises(ConfigError, match=f'assignments="{assignments}" moves no codes of method {config.method_name}'):
+    with pytest.raises(ConfigError, match=f'assignments="{assignments}" moves no codes of method {config.method_name}') as refused:
         quantize(pipe, config, calibration=Calibration(**FEW, tuning=Tuning(steps=2, assignments=assignments)))
+    offered = str(refused.value).partition("choose one of ")[2].split(", ")
+    assert offered == [name for name in ("pv", "candidates", "rounding", "fixed") if config.moves_by(name)]
     mixed = VQConfig(bits=2, overrides={"attn": FPConfig(bits=4)})
     quantize(dit(), mixed, calibration=Calibration(**FEW, hessian=False, tuning=Tuning(steps=1, assignments=assignments)))
 

@@ -1,6 +1,6 @@
 """Implementation "cpu" of the ops: compiled with numba where it is installed, else absent.
 
-Nothing here imports numba before the first call that uses it; float64 and whatever else the kernels do not take runs on torch.
+Nothing here imports numba before the first call that uses it; float64 and whatever else the kernels do not support runs on torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .operations import lookup_operations
 
 __all__ = ["lookup_operations"]
 
-ARGUMENTS = {"codebook": 4, "minifloat": 5, "integer": 5}  # of a packed weight
+ARGUMENTS = {"codebook": 4, "minifloat": 5, "integer": 5}  # number of arguments of a packed weight
 EXTRAS = len(Extras._fields)
 
 

@@ -23,16 +23,16 @@ from ._thresholds import few_tokens, integer_tokens
 from ._weights import KINDS as DTYPES
 from ._weights import NAMES, Weight, decode, run_bytes, run_sums, run_weight, scales_per_block
 
-CHUNK_BYTES = 8 << 20  # of decoded weight between the decoder and the product: small enough to stay in a shared cache
-CACHED_NUMBERS = 3 << 17  # of tokens that the packed product reads again for every four rows: 768 KB of second-level cache
-SUM_BYTES = 1 << 19  # of INT32 sums between the product and what scales them: small enough to stay in the second-level cache
-LEAST_ROWS = 512  # in a chunk: shorter products are slower
-LEAST_TOKENS = 128  # likewise
+CHUNK_BYTES = 8 << 20  # bytes of weight decoded before each product: few enough to stay in a shared cache
+CACHED_NUMBERS = 3 << 17  # numbers in the tokens, which the packed product reads for every four rows: 768 KB of second-level cache
+SUM_BYTES = 1 << 19  # bytes of INT32 sums before they are scaled: few enough to stay in the second-level cache
+LEAST_ROWS = 512  # rows in a chunk: shorter products are slower
+LEAST_TOKENS = 128  # tokens in a tile, for the same reason
 ROUNDED_BITS = 6  # widest weights that may be rounded to INT8 once more
 
 
 def linear(x: Tensor, weight: Weight, extras: Extras, strategy: str | None = None) -> Tensor:
-    """``x [..., columns]`` that :func:`supports` -> ``[..., rows]``. ``strategy``: a key of ``STRATEGIES``; or the fastest."""
+    """Product of supported inputs, ``x [..., columns]`` -> ``[..., rows]``, by a strategy (:func:`choose_strategy` by default)."""
     tokens = x.reshape(-1, weight.columns)
     y = torch.empty(tokens.shape[0], weight.codes.shape[0], dtype=x.dtype, device="cpu")
     STRATEGIES[strategy or choose_strategy(tokens, weight, extras)](tokens, weight, extras, y)
@@ -73,7 +73,7 @@ def supports(x: Tensor, extras: Extras) -> bool:
 
 
 def supports_transforms(extras: Extras) -> bool:
-    """Whether a kernel transforms the inputs so; else torch does, and multiplies by the decoded weight."""
+    """Whether a kernel transforms inputs as ``extras`` asks; else torch does, and multiplies by the decoded weight."""
     return extras.activations in LIMITS and extras.shift is None
 
 
@@ -172,7 +172,7 @@ def _multiply_floats(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> No
         torch.mm(operands.values, part.t(), out=out[:, first : first + len(part)])
     if operands.scales is not None:
         out.mul_(operands.scales[:, None])
-    if y.dtype.itemsize > out.dtype.itemsize:  # what is added is not rounded to the operands' dtype
+    if y.dtype.itemsize > out.dtype.itemsize:  # branch and bias are not rounded to the operands' dtype
         out = y.copy_(out)
     branch = _branch(x, extras)
     if branch is not None:
