@@ -19,7 +19,7 @@ from torch import nn
 from qdiff_diffusers import RTNConfig
 from qdiff_diffusers.formats import IntegerFormat, LayerSpec
 from qdiff_diffusers.model.selection import select_layers
-from qdiff_diffusers.model.tied_weights import followers, leader
+from qdiff_diffusers.model.tied_weights import tied_layers, weight_holder
 
 GROUP = 64
 
@@ -92,14 +92,14 @@ TABLES = ("embed_tokens", "shared", "token_embedding")
 
 def tables(model: nn.Module) -> set[str]:
     """The layers that hold a token table, one name for those that share it."""
-    return {leader(model, n) for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.split(".")[-1] in TABLES}
+    return {weight_holder(model, n) for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.split(".")[-1] in TABLES}
 
 
 def gigabytes(model: nn.Module, bits: int, table_bits: int | None) -> float:
     """Size of the file with the linear layers at ``bits`` and the tables at ``table_bits``; ``None`` leaves these in 16 bits."""
     found = tables(model)
     overrides = {name: RTNConfig(bits=table_bits, group_size=GROUP) for name in found} if table_bits else None
-    tied = {follower for name in found for follower in followers(model, name)}
+    tied = {layer for name in found for layer in tied_layers(model, name)}
     keep = [name.rpartition(".")[2] for name in tied]
     targets, _ = select_layers(model, RTNConfig(bits=bits, group_size=GROUP, overrides=overrides), [*keep, "lm_head"])
     total = 0

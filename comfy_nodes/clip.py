@@ -1,4 +1,4 @@
-"""Text encoders: quantized by transformers, run by ComfyUI."""
+"""Quantized text encoders as native CLIPs: stored under transformers' names, run by ComfyUI."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLIP_NAMES = "\n".join(f"text_model.{part} <- {part}" for part in ("embeddings",
 NAMES = (Family("CLIP", ("CLIPTextModel",), (), CLIP_NAMES),)
 SAME_NAMES = Family("text encoder", (), ())
 
-# ComfyUI does not bring these models' tokenizers along: the key it looks for beside the weights, and a tokenizer folder's file.
+# Models whose tokenizer ComfyUI does not contain: the key it looks for beside the weights, and the file in a tokenizer folder.
 TOKENIZERS = {
     "UMT5EncoderModel": ("spiece_model", "spiece.model"),
     "Gemma2Model": ("spiece_model", "tokenizer.model"),
@@ -56,7 +56,7 @@ def load_clip(paths: list[Path], clip_type: str) -> Any:
         tensors,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         clip_type=kind,
-        # Of what is not packed. By default ComfyUI takes float16, in which T5 overflows.
+        # dtype of what is not packed. By default ComfyUI takes float16, in which T5 overflows.
         model_options={"custom_operations": Operations, "dtype": next(_dtype(model) for model in stored if model)},
     )
     _check_names(clip.cond_stage_model, tensors)
@@ -65,10 +65,10 @@ def load_clip(paths: list[Path], clip_type: str) -> Any:
 
 
 def read_encoder(path: Path) -> StoredModel:
-    """What is stored of a quantized text encoder; no weight is read.
+    """The description of a stored quantized text encoder; no weight is read.
 
     Raises:
-        CheckpointError: it is damaged, incomplete or no text encoder.
+        CheckpointError: the model is damaged, incomplete or no text encoder.
     """
     stored = read_stored_model(path)
     if not is_text_encoder(stored):
@@ -79,7 +79,7 @@ def read_encoder(path: Path) -> StoredModel:
 
 
 def tokenizer_files(folder: Path, model_class: str) -> dict[str, torch.Tensor]:
-    """What ComfyUI wants to find beside the weights of some encoders, as it has it: bytes in a tensor.
+    """Tokenizer files that ComfyUI expects beside the weights of some encoders, as tensors of bytes.
 
     Raises:
         CheckpointError: the file is neither in the encoder's folder nor in the pipeline's ``tokenizer`` folders beside it.
@@ -98,7 +98,7 @@ def tokenizer_files(folder: Path, model_class: str) -> dict[str, torch.Tensor]:
 
 
 def _check_names(model: nn.Module, tensors: list[dict[str, Any]]) -> None:
-    """ComfyUI only logs missing tensors, and encodes with random numbers."""
+    """Refuse missing tensors, which ComfyUI only logs before it encodes with random numbers."""
     encoders = {name: m.transformer for name, m in model.named_modules() if isinstance(m, comfy.sd1_clip.SDClipModel)}
     for name, encoder in encoders.items():
         wanted = {key for key, _ in encoder.named_parameters()}

@@ -1,4 +1,4 @@
-"""Which checkpoints the nodes offer. Cheap and without the qdiff package: ComfyUI asks at start and at every refresh."""
+"""The checkpoints that the nodes offer. It is cheap and needs no qdiff package: ComfyUI asks at start and at every refresh."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DEMO = "demo model (bundled)"
 
 
 def add_folders() -> None:
-    """``models/qdiff``, and ``qdiff:`` in extra_model_paths.yaml."""
+    """Register ``models/qdiff``, and the paths under ``qdiff:`` in extra_model_paths.yaml."""
     folder_paths.add_model_folder_path(OURS, os.path.join(folder_paths.models_dir, OURS))
     paths, _ = folder_paths.folder_names_and_paths[OURS]
     folder_paths.folder_names_and_paths[OURS] = (paths, {".safetensors"})  # an empty set would mean every file
 
 
 def checkpoints(*kinds: str) -> dict[str, Path]:
-    """Quantized models by the name that a node shows: everything in ``models/qdiff``, and what is ours in the other folders."""
+    """Quantized models by the name that a node shows: everything in ``models/qdiff``, and qdiff's models in the other folders."""
     out: dict[str, Path] = {}
     for kind in kinds:
         for base in map(Path, folder_paths.get_folder_paths(kind)):
@@ -40,7 +40,7 @@ def pipelines() -> dict[str, Path]:
 
 
 def fingerprint(*paths: Path) -> str:
-    """Changes when one of the files does, so that ComfyUI loads a replaced checkpoint anew.
+    """A text that changes with the files, so that ComfyUI reloads a replaced checkpoint.
 
     A single file is described by the config.json beside it, if not by itself.
     """
@@ -55,7 +55,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from one that has taken its place, be it of the same size and with its time; ``None`` if there is none."""
+    """Facts that differ if another file takes this one's place, even with the same size and time; ``None`` if there is no file."""
     try:
         stat = path.stat()
     except OSError:
@@ -87,7 +87,7 @@ def _models(base: Path) -> list[Path]:
 
 @lru_cache(maxsize=4096)
 def _is_ours(path: Path, signature: tuple[int, ...] | None) -> bool:
-    """Whether a model says that it is quantized by us. ``signature`` is that of the file which says so."""
+    """Whether a model's description names qdiff. ``signature`` is that of the file with the description."""
     try:
         if path.is_dir():
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ ALIGNMENT = 256  # bytes, more than any dtype or kernel asks for
 
 
 class Stored(NamedTuple):
-    """A tensor's place in the buffer."""
+    """Position, shape and dtype of a tensor in the buffer."""
 
     name: str
     offset: int
@@ -33,7 +33,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a weight: its part's spec (``None``: dense), name, logical shape, and where its tensors lie."""
+    """Some rows of a weight: their spec (``None``: dense), name, logical shape, and the places of their tensors."""
 
     spec: LayerSpec | None
     name: str
@@ -67,7 +67,7 @@ class Params:
 
 
 class QDiffLayout(QuantizedLayout):
-    """Tells ComfyUI how to decode our weights. Encoding belongs to the methods, which need more than a tensor."""
+    """Tells ComfyUI how to decode qdiff's weights. It cannot encode, for which the methods need more than a tensor."""
 
     Params = Params
 
@@ -122,7 +122,7 @@ def make_weight(pieces: list[Piece], dtype: torch.dtype) -> QuantizedTensor:
 
 
 def is_packed(weight: Any) -> bool:
-    """Whether a weight is one of ours."""
+    """Whether a weight is packed by qdiff."""
     return isinstance(weight, QuantizedTensor) and weight._layout_cls == NAME
 
 
@@ -144,7 +144,7 @@ def packed_conv2d(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, windo
     def convolve(block: Block, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
         if block.spec is None:
             return F.conv2d(x, tensors["weight"].to(x.dtype), bias, *window)
-        if block.spec.kernel_vectors:  # columns in an order that no fused kernel knows
+        if block.spec.kernel_vectors:  # columns in an order that no fused kernel reads
             return F.conv2d(x, block.spec.dequantize(tensors, block.shape, x.dtype), bias, *window)
         return CONV2D_OPS[block.spec.format.kind](x, *op_arguments(block.spec, tensors, block.shape, bias), kernel, *window)
 
@@ -152,7 +152,7 @@ def packed_conv2d(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, windo
 
 
 def shift_offset(weight: QuantizedTensor) -> Tensor | None:
-    """What is to be added to the bias, ``[rows]``, where the decoded weight is used; ``None`` for nothing.
+    """Offset to add to the bias, ``[rows]``, where the decoded weight is used; ``None`` for no offset.
 
     The bias of a layer that shifts its inputs undoes the shift.
     """
@@ -185,7 +185,7 @@ def _dequantize(block: Block, data: Tensor, dtype: torch.dtype) -> Tensor:
 
 @register_layout_op(torch.ops.aten.linear.default, QDiffLayout)
 def _linear(qt: Any, args: Any, kwargs: Any) -> Any:
-    """``F.linear`` with one of our weights, wherever it is called."""
+    """``F.linear`` with a packed weight, wherever it is called."""
     x, weight = args[0], args[1]
     if kwargs or not is_packed(weight) or weight._params.transposed or isinstance(x, QuantizedTensor):
         return F.linear(*dequantize_args(args), **dequantize_args(kwargs))

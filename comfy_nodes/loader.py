@@ -30,11 +30,11 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, disable_dynam
 
     Args:
         path: model folder or self-contained file.
-        dtype: of everything that is not packed, and of computing; by default the one the checkpoint was made in.
-        disable_dynamic: as ComfyUI's own loaders have it.
+        dtype: dtype of everything that is not packed, and of computing; by default the checkpoint's.
+        disable_dynamic: switch dynamic VRAM off, as for ComfyUI's own loaders.
 
     Raises:
-        CheckpointError: not a qdiff checkpoint, damaged, or of a model that ComfyUI has no native class for.
+        CheckpointError: this is no qdiff checkpoint, is damaged, or is a model that ComfyUI has no native class for.
     """
     stored = read_stored_model(path)
     family = stored_family(stored)
@@ -67,7 +67,7 @@ def stored_family(stored: StoredModel) -> Family | None:
 
 
 def is_text_encoder(stored: StoredModel) -> bool:
-    """Whether transformers has saved it."""
+    """Whether a stored model is a text encoder, saved by transformers."""
     return "architectures" in stored.settings
 
 
@@ -114,7 +114,7 @@ def swap_rows(spec: Any, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) 
 
 
 def assemble(pieces: list[Piece], dtype: torch.dtype) -> Tensor:
-    """One tensor of ComfyUI's out of its pieces: packed if any of them is."""
+    """One of ComfyUI's tensors from its pieces: packed if any of them is."""
     if any(piece.spec for piece in pieces):
         return make_weight(pieces, dtype)
     # Copied out of the mapped file, where alignment is accidental: BLAS rounds differently by it, and a file cannot be replaced.
@@ -151,7 +151,7 @@ def native_model(tensors: dict[str, Tensor], dtype: torch.dtype, family: Family 
 
 
 def _check_names(model: Any, tensors: Mapping[str, Tensor], unused: tuple[str, ...]) -> None:
-    """ComfyUI only logs missing and unknown tensors, and runs with random numbers."""
+    """Refuse missing and unknown tensors, which ComfyUI only logs before it runs with random numbers."""
     wanted = set(model.diffusion_model.state_dict()) - set(unused)
     given = set(model.model_config.process_unet_state_dict(dict(tensors))) - set(unused)
     if lost := sorted(wanted - given):

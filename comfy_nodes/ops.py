@@ -15,16 +15,16 @@ from .patches import Patches
 
 
 class PackedWeight:
-    """Mixin of the layers. ``patches`` are the LoRAs and the like that a patcher has put on a packed weight."""
+    """Mixin for layers that may hold a packed weight; ``patches`` are the LoRAs and other patches on it."""
 
     patches: Patches | None = None
-    offset: Tensor | None = None  # what a weight's decoding leaves for the bias to undo, while a decoded one stands in its place
+    offset: Tensor | None = None  # offset of the bias while a decoded weight is in the packed one's place; see layout.shift_offset
     kernels: str | None = None  # forced implementation of the ops
 
     def _load_from_state_dict(
         self: Any, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
-        """Take tensors as they are: a packed weight cannot be copied into the dense one that stands there."""
+        """Assign tensors instead of copying them: a packed weight cannot be copied into the layer's dense one."""
         for name in ("weight", "bias"):
             if (value := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, nn.Parameter(value, requires_grad=False))
@@ -32,14 +32,14 @@ class PackedWeight:
                 missing.append(prefix + name)
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Replace parameters, as assigning to ``.data`` would lose a packed weight's storage."""
+        """Replace parameters; assigning to ``.data`` would lose a packed weight's storage."""
         for name, parameter in self._parameters.items():
             if parameter is not None and not parameter.is_meta:  # not loaded yet
                 self.register_parameter(name, nn.Parameter(fn(parameter), requires_grad=False))
         return self
 
     def compute(self: Any, x: Tensor, packed: Callable[..., Tensor], dense: Callable[..., Tensor]) -> Tensor:
-        """Fetch weight and bias to where ``x`` is, apply them and the patches."""
+        """Fetch weight and bias to the device of ``x``, and apply them and the patches."""
         comfy.ops.run_every_op()
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self,
@@ -68,13 +68,13 @@ class PackedWeight:
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
-        """What ComfyUI calculates with, for example when it merges models."""
+        """The weight that ComfyUI calculates with, for example when it merges models: the decoded one."""
         return weight.dequantize() if is_packed(weight) else weight
 
     def set_weight(
         self: Any, weight: Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False, **kwargs: Any
     ) -> Any:
-        """Take up a weight that ComfyUI has moved, cast or patched; in the place of a packed one only if it has another shape."""
+        """Store a weight that ComfyUI has moved, cast or patched; in place of a packed one only if its shape differs."""
         if return_weight:
             return weight
         if is_packed(self.weight):
@@ -83,12 +83,12 @@ class PackedWeight:
         return None
 
     def is_plain(self: Any) -> bool:
-        """Whether it is a layer of ComfyUI's like any other."""
+        """Whether this layer has neither a packed weight nor patches, so that ComfyUI's own code applies."""
         return not is_packed(self.weight) and self.patches is None and self.offset is None
 
 
 def _add(bias: Tensor | None, offset: Tensor | None, like: Tensor) -> Tensor | None:
-    """The sum of what there is of a bias and an offset, for inputs ``like`` these."""
+    """The sum of bias and offset, either of which may be missing, on the device and in the dtype of ``like``."""
     terms = [term.to(like.device, torch.float32) for term in (bias, offset) if term is not None]
     return sum(terms[1:], terms[0]).to(like.dtype) if terms else None
 
@@ -101,7 +101,7 @@ def force_kernels(model: nn.Module, name: str) -> None:
 
 
 class Operations(comfy.ops.manual_cast):
-    """ComfyUI's layers with linear layers and 2-D convolutions that can be packed."""
+    """ComfyUI's layers, with linear layers and 2-D convolutions that can hold packed weights."""
 
     class Linear(PackedWeight, comfy.ops.manual_cast.Linear):
         def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
@@ -127,7 +127,7 @@ class Operations(comfy.ops.manual_cast):
 
     class Embedding(comfy.ops.manual_cast.Embedding):
         def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-            """Decoded: ComfyUI looks rows up in a dense table only."""
+            """Decode a packed table: ComfyUI looks rows up in a dense one only."""
             key = f"{prefix}weight"
             if is_packed(state_dict.get(key)):
                 state_dict[key] = state_dict[key].dequantize()

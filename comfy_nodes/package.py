@@ -1,4 +1,4 @@
-"""Where the pack finds the qdiff package, and what it says when something is missing.
+"""Finds the qdiff package for the node pack, and explains what is missing.
 
 An installed ``qdiff-diffusers`` is used if there is one; a clone of the repository brings its own copy.
 """
@@ -24,7 +24,7 @@ BUNDLED = {
 
 
 class BundledFinder:
-    """Finds the packages of the clone; asked after everything that is installed."""
+    """Finds the packages of the clone, after everything that is installed."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -61,7 +61,7 @@ def problem() -> str | None:
 
 
 def _other_version(package: Any) -> str | None:
-    """Nodes and package are parts of one program: what is said if they are of different versions, ``None`` otherwise."""
+    """Error message if the nodes and the package are of different versions; ``None`` if they fit."""
     nodes = nodes_version(ROOT)
     if nodes is None or nodes == package.__version__:
         return None
@@ -86,7 +86,7 @@ def nodes_version(root: Path) -> str | None:
 
 
 def require() -> None:
-    """Called before anything that needs the package.
+    """Check that the nodes can work, before anything that needs the package.
 
     Raises:
         MissingPackage: says what to install.

@@ -1,7 +1,7 @@
-"""What is added to packed weights: LoRAs as an exact low-rank branch beside the layer, everything else on its dense weight.
+"""Patches on packed weights: LoRAs as an exact low-rank branch beside the layer, everything else on its dense weight.
 
-A packed weight cannot take up a patch and stay packed. ComfyUI's own way, decode, patch and quantize again, would be lossy or, for
-codebooks, take minutes; so patches stay beside the weight and act when the layer is called.
+A packed weight cannot absorb a patch and stay packed. ComfyUI decodes, patches and quantizes again, which would be lossy or, for
+codebooks, take minutes; so here patches stay beside the weight and act when the layer is called.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Branch(NamedTuple):
 
 
 class Patches:
-    """The patches on one packed weight, in ComfyUI's form. ``dense`` says that one of them is no plain low-rank product.
+    """The patches on one packed weight, in ComfyUI's form. ``dense`` is set if one of them is no plain low-rank product.
 
     As in ComfyUI, a LoRA that was made for another shape is left out, and the log says so.
     """
@@ -53,7 +53,7 @@ class Patches:
         return comfy.lora.calculate_weight(self.patches, dense, self.key)
 
     def add(self, x: Tensor, y: Tensor, layer: Callable[..., Tensor]) -> Tensor:
-        """``y``, the layer's output for ``x``, with what the branches add. ``layer(x, weight, bias, ...)`` is the dense layer."""
+        """``y``, the layer's output for ``x``, plus those of the branches. ``layer(x, weight, bias, ...)`` is the dense layer."""
         if not self.branches:
             return y
         if not self.ready or (self.ready[0].up.device, self.ready[0].up.dtype) != (x.device, x.dtype):
@@ -92,7 +92,7 @@ def _shape_of(part: tuple[int, int, int] | None, shape: tuple[int, ...]) -> tupl
 
 
 def _fits(key: str, patch: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a low-rank product has as many rows and columns as the weight; of anything else ComfyUI finds out itself."""
+    """Whether a low-rank product has as many rows and columns as the weight; ComfyUI checks all other patches itself."""
     if (factors := _low_rank(patch)) is None:
         return True
     up, down, _ = factors
@@ -120,7 +120,7 @@ _ADOPTED: dict[type, type] = {}
 
 
 def adopt(patcher: Any) -> Any:
-    """Make a model patcher keep its hands off packed weights. It stays of its own class, static or dynamic, which is extended."""
+    """Let a model patcher handle packed weights, by extending its class, static or dynamic."""
     kind = type(patcher)
     if issubclass(kind, PackedPatcher):
         return patcher
@@ -134,7 +134,7 @@ class PackedPatcher:
     """Mixin of ComfyUI's model patchers."""
 
     def clone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """ComfyUI makes a patcher of its own class where a node wants one without dynamic VRAM."""
+        """Clone, and adopt a patcher of ComfyUI's own class, which it makes for a node that wants no dynamic VRAM."""
         return adopt(super().clone(*args, **kwargs))
 
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ class PackedPatcher:
         return super().patch_weight_to_device(key, device_to, *args, **kwargs)
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """ComfyUI's save nodes would write packed bytes that nothing reads.
+        """Refuse ComfyUI's save nodes, which would write packed bytes that nothing reads.
 
         Raises:
             ConfigError: always.
@@ -186,7 +186,7 @@ class PackedPatcher:
     def patch_hook_weight_to_device(
         self: Any, hooks: Any, combined_patches: dict[str, Any], key: str, *args: Any, **kwargs: Any
     ) -> Any:
-        """Patches that come and go during sampling.
+        """Apply patches that come and go during sampling.
 
         Raises:
             ConfigError: one of them changes the shape of the weight.
@@ -214,11 +214,11 @@ class PackedPatcher:
 
     @property
     def withheld(self: Any) -> dict[str, Any]:
-        """The patches of packed weights while ComfyUI must not see them, by the weights' names."""
+        """The patches of packed weights that are hidden from ComfyUI for a while, by the weights' names."""
         return self.__dict__.get("_withheld", {})
 
     def _packed_weights(self: Any) -> dict[str, Any]:
-        """The packed weights by name, those too in whose place a decoded one stands."""
+        """The packed weights by name, including those that a decoded weight replaces for now."""
         weights = {f"{n}.weight": getattr(m, "weight", None) for n, m in self.model.named_modules()}
         weights |= {key: backup.weight for key, backup in self.backup.items() if is_packed(backup.weight)}
         return {key: weight for key, weight in weights.items() if is_packed(weight)}
@@ -228,7 +228,7 @@ class PackedPatcher:
         return tuple(comfy.lora.calculate_shape(self.patches[key], weight, key))
 
     def _attach(self: Any, patches: dict[str, Any], keys: Iterable[str] | None = None) -> None:
-        """Hang patches beside the packed weights, of these names or all but those that hooks have patched."""
+        """Put patches beside the packed weights of these names, by default of all that no hook has patched."""
         weights, hooked = self._packed_weights(), self.__dict__.get("hooked", ())
         for key in [key for key in weights if key not in hooked] if keys is None else keys:
             module, _ = comfy.utils.resolve_attr(self.model, key)
@@ -236,9 +236,9 @@ class PackedPatcher:
 
     @contextmanager
     def _without_packed_patches(self: Any) -> Iterator[dict[str, Any]]:
-        """ComfyUI must not see patches of packed weights while it loads, except for those that change a weight's shape.
+        """A context that hides the patches of packed weights from ComfyUI while it loads, except those that change a shape.
 
-        Models look at that, to know how many channels to give a layer. So such a weight is decoded, as long as it is patched.
+        Models read the shape to know how many channels to give a layer, so such a weight is decoded as long as it is patched.
         """
         weights = self._packed_weights()
         patched = [key for key in weights if key in self.patches]
@@ -258,12 +258,12 @@ class PackedPatcher:
             self.patches, self._withheld = everything, before
 
     def _put_back(self: Any, key: str) -> None:
-        """Undo what has been done to a tensor, if anything has."""
+        """Restore a tensor from ComfyUI's backup, if there is one."""
         if backup := self.backup.pop(key, None):
             comfy.utils.set_attr_param(self.model, key, backup.weight)
 
     def _reshape(self: Any, key: str) -> None:
-        """Patch a weight that ComfyUI has left on the CPU, to be patched whenever it is used."""
+        """Give its new shape to a weight that ComfyUI left on the CPU to be patched at each use."""
         module, _ = comfy.utils.resolve_attr(self.model, key)
         if is_packed(module.weight):
             module.weight_function = [f for f in module.weight_function if not isinstance(f, LowVramPatch)]
@@ -271,13 +271,13 @@ class PackedPatcher:
 
 
 class Backup(NamedTuple):
-    """What ComfyUI keeps of a weight to put it back."""
+    """ComfyUI's backup of a weight."""
 
     weight: Any
     inplace_update: bool
 
 
 def _check_padding(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> None:
-    """A weight can be padded with zeros, and nothing else."""
+    """Refuse a new shape that is not the old one padded with zeros."""
     if len(old) != len(new) or any(a > b for a, b in zip(old, new, strict=True)):
         raise ConfigError(f"a LoRA makes {key} {list(new)}, which is smaller than the model's {list(old)}; it is for another model")

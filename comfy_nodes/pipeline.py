@@ -48,8 +48,8 @@ def generate(pipe: Any, prompt: str, *, seed: int, steps: int, guidance: float, 
     Args:
         pipe: a text-to-image or class-conditional pipeline.
         prompt: the text, or classes separated by commas, which the images go through in turn.
-        seed: of the first image; each has its own, counted up.
-        on_step: called after every step with its number and what draws a rough preview; it may raise to interrupt.
+        seed: seed of the first image; each further image has the next number.
+        on_step: called after every step with its number and a function that draws a rough preview; it may raise to interrupt.
 
     Returns:
         ``[images, height, width, 3]`` in [0, 1].
@@ -102,7 +102,7 @@ def class_labels(pipe: Any, text: str) -> list[int]:
 
 
 def rough_preview(predicted: Tensor | None, latents: Tensor, size: int = 256) -> Image.Image:
-    """Up to three latent channels of the first image, as they are. Enough to see what emerges."""
+    """A rough preview: up to three latent channels of the first image, shown as colours."""
     x = (latents if predicted is None else predicted)[0].detach().float().cpu()
     x = x.reshape(-1, *x.shape[-2:])[:3] if x.ndim > 3 else x[:3]
     x = x if len(x) == 3 else x[:1].expand(3, -1, -1)

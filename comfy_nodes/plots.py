@@ -1,4 +1,4 @@
-"""Errors of layers as pictures: the finished plot of a model, and the small one that grows while it is quantized."""
+"""Plots of the layers' errors: a large one of a finished model, and a small one that grows during quantization."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ INK, PAPER, GRID = "#1f2328", "#ffffff", "#d0d7de"
 COLOURS = ("#3b82f6", "#d18616", "#16a34a", "#a855f7", "#dc2626", "#0891b2", "#8b949e", "#ca8a04", "#db2777", "#4b5563")
 LEFT, TOP, RIGHT, BOTTOM = 100, 64, 24, 72  # margins of the finished plot, pixels
 LEGEND, LINE = 340, 27  # width of its legend and height of the legend's lines, pixels
-SMALL = (512, 320)  # size of the growing one, pixels: a node shows it about half as large
-INTERVAL, SHARE = 0.5, 0.01  # least seconds between two of them, and the most of the whole time that they may take
+SMALL = (512, 320)  # size of the growing plot, pixels: a node shows it about half as large
+INTERVAL, SHARE = 0.5, 0.01  # least seconds between two growing plots, and the largest share of the whole time that they may take
 
 Place = Callable[[int, float], tuple[float, float]]
 
@@ -28,7 +28,7 @@ def error_plot(model: Any, width: int = 1200, height: int = 640) -> Image.Image:
     """Relative squared error of every layer, in decibels, in the order of the model; a colour for each kind.
 
     Raises:
-        ConfigError: the checkpoint does not say what the errors are.
+        ConfigError: the checkpoint does not store the errors.
     """
     found = [layer for layer in layers(model) if layer.error]
     if not found:
@@ -70,7 +70,7 @@ def progress_plot(done: Sequence[Layer], total: int) -> Image.Image:
 
 
 class GrowingPlot:
-    """Makes :func:`progress_plot` so seldom that it costs nothing beside the quantization (32 ms for 500 layers)."""
+    """Calls :func:`progress_plot` so seldom that it costs next to nothing beside the quantization (32 ms for 500 layers)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock, self.due = clock, -math.inf

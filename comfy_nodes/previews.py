@@ -19,9 +19,9 @@ def preview(draw: Callable[[], Image.Image | None]) -> tuple[str, Image.Image, i
 
 
 def previews_are_off() -> bool:
-    """Whether the user chose to see none: for this prompt in the frontend's settings, or for all when ComfyUI was started.
+    """Whether the user switched previews off, in the frontend's settings for this prompt, or for all when ComfyUI was started.
 
-    Without any choice ComfyUI shows none while it samples, as decoding them costs time there. Ours cost none.
+    Without a choice ComfyUI shows none while it samples, as decoding them takes time; qdiff's take none.
     """
     chosen = _chosen_for_this_prompt()
     if chosen not in (None, "default"):
@@ -30,7 +30,7 @@ def previews_are_off() -> bool:
 
 
 def _chosen_for_this_prompt() -> str | None:
-    """What the frontend sent with the prompt that is running; ``None`` outside of a server."""
+    """The preview setting that the frontend sent with the running prompt; ``None`` outside of a server."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     running = list(server.prompt_queue.currently_running.values()) if server else []
     return running[0][3].get("preview_method") if running else None

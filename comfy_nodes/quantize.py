@@ -1,4 +1,4 @@
-"""Quantizing a MODEL in the graph, and storing one: the way back from ComfyUI's names to diffusers'."""
+"""Quantizing and saving a MODEL of the graph, with ComfyUI's names translated back to diffusers'."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from .patches import adopt
 from .settings import diffusers_settings
 
 Progress = Callable[[Mapping[str, StoredLayer], int], None]
-# What ComfyUI's layers hold besides: the step of 8-bit inputs, which decoded weights do not need, and factors of the inputs.
+# Further tensors of ComfyUI's layers: the scale of 8-bit inputs, which decoded weights do not need, and factors of the inputs.
 INPUT_SCALE, PRE_SCALE = "input_scale", "pre_quant_scale"
-IN_BLOCKS = re.compile(r"\.\d+\.|\.net\.\d+$")  # what diffusers keeps in an nn.ModuleList, by its name
+IN_BLOCKS = re.compile(r"\.\d+\.|\.net\.\d+$")  # matches names of modules in an nn.ModuleList of diffusers
 
 
 def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambda done, total: None) -> Any:
-    """A quantized MODEL with the same behaviour otherwise. Layers are chosen, named and seeded as diffusers would.
+    """A quantized copy of a MODEL. Layers are chosen, named and seeded as for diffusers.
 
     Args:
         patcher: any MODEL. LoRAs and merges on it are baked in; what ComfyUI has loaded quantized is decoded first.
@@ -52,12 +52,12 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
             interrupt.
 
     Raises:
-        ConfigError: the model is quantized by us already, or in a way that ComfyUI cannot decode; or the settings leave no layer.
+        ConfigError: qdiff has quantized the model already, ComfyUI cannot decode it, or the settings leave no layer.
     """
     if packed_weights(patcher):
         raise ConfigError("this MODEL is quantized already; connect the one it was made from")
     record = Quantization(config)
-    comfy.model_management.unload_all_models()  # takes patches out of the weights, if they were baked in
+    comfy.model_management.unload_all_models()  # removes patches from the weights, if they were baked in
     _check_sources(patcher.model.diffusion_model)
     weights = _weights(patcher)
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
@@ -87,12 +87,12 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
 
 
 def _module_name(part: Slice) -> str:
-    """diffusers' name of the layer whose weight it is."""
+    """diffusers' name of the layer that this part of a weight belongs to."""
     return part.key.removesuffix(".weight")
 
 
 def _weights(patcher: Any) -> dict[str, Tensor]:
-    """The diffusion model's tensors, those of ComfyUI's own quantized formats as they are, without what belongs to these."""
+    """The diffusion model's tensors; weights in ComfyUI's own quantized formats as they are, without their scales."""
     model = patcher.model.diffusion_model
     stored = model.state_dict()
     tensors = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in stored}
@@ -106,13 +106,13 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, or what ComfyUI has in the place of one in a model with quantized layers."""
+    """Whether a module is a linear layer, or ComfyUI's replacement for one in a model with quantized layers."""
     stand_in = isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
     return isinstance(module, nn.Linear) or (stand_in and getattr(getattr(module, "weight", None), "ndim", 0) == 2)
 
 
 def _check_sources(model: nn.Module) -> None:
-    """Codes must not be taken for weights. ComfyUI's own formats are decoded; it says so, as that costs quality.
+    """Make sure that no layer holds codes of an unknown format. Warns of ComfyUI's own formats, whose decoding costs quality.
 
     Raises:
         ConfigError: names a layer of another format.
@@ -157,13 +157,13 @@ def _patched(patcher: Any, key: str, weight: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _input_factors(patcher: Any, key: str) -> Tensor | None:
-    """What a layer of ComfyUI's multiplies its inputs by before the weight with this name, ``[columns]``."""
+    """Factors by which ComfyUI multiplies the inputs of the weight with this name, ``[columns]``."""
     name, _, leaf = key.rpartition(".")
     return getattr(patcher.model.diffusion_model.get_submodule(name), PRE_SCALE, None) if leaf == "weight" else None
 
 
 def _choose(model: nn.Module, names: dict[str, list[Slice]], record: Quantization, keep: list[str]) -> dict[str, list[Slice]]:
-    """Weights to pack, with the layers of diffusers' that they consist of; what is skipped is noted in ``record``."""
+    """Weights to pack, each with the diffusers layers that it consists of; skipped layers are noted in ``record``."""
     out = {}
     for module_name, module in _layers(model):
         key = f"{module_name}.weight"
@@ -183,7 +183,7 @@ def _choose(model: nn.Module, names: dict[str, list[Slice]], record: Quantizatio
 def _check(
     targets: dict[str, list[Slice]], shapes: dict[str, Any], record: Quantization, names: dict[str, list[Slice]], where: str
 ) -> None:
-    """Refuse what cannot be done before the first layer, and tell of patterns that match nothing."""
+    """Before any layer is quantized, refuse settings that cannot be applied, and warn of patterns without effect."""
     parts = {_module_name(part): (part.stop - part.start, *shapes[key][1:]) for key in targets for part in targets[key]}
     configs = {name: record.config_for(name) for name in parts if name not in record.skipped}
     check_layers({name: chosen for name, chosen in configs.items() if chosen is not None}, parts)
@@ -192,7 +192,7 @@ def _check(
 
 
 def _reason_to_skip(name: str, module: nn.Module, config: QDiffConfig, keep: list[str]) -> str | None:
-    """As ``qdiff_diffusers.model.selection`` decides, from diffusers' names and ComfyUI's modules."""
+    """Why a layer is skipped, decided as in ``qdiff_diffusers.model.selection`` from diffusers' names and ComfyUI's modules."""
     chosen = config.config_for(name)
     if not (_is_linear(module) or isinstance(module, nn.Conv2d)) or not hasattr(module, "comfy_cast_weights"):
         return f"{type(module).__name__} is not a plain Linear or Conv2d"
@@ -235,7 +235,7 @@ def _rebuild(patcher: Any, tensors: dict[str, Tensor], record: Quantization, fam
         model_config.set_inference_dtype(_computing_dtype(patcher.model), None)
     parts = (model_config, tensors, patcher.model.model_sampling, patcher.load_device, patcher.offload_device)
     new = _patcher(*parts)
-    if new.is_dynamic():  # such a one shares its tensors; some nodes want it once more without dynamic VRAM
+    if new.is_dynamic():  # a clone shares its tensors; some nodes ask for the model again without dynamic VRAM
         new.cached_patcher_init = (_patcher, parts)
     new.model_options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
     new.object_patches = dict(patcher.object_patches)

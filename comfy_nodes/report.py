@@ -1,4 +1,4 @@
-"""What a quantized model consists of, as text and as pictures."""
+"""Reports on a quantized model, as text and as pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The name without the numbers of blocks."""
+        """Kind of the layer: its name without the numbers of blocks."""
         name = ".".join(part for part in self.name.split(".") if not part.isdigit())
         return name.replace("transformer_blocks", "blocks")
 

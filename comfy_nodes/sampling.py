@@ -21,7 +21,7 @@ def sample_latent(
     latent: dict[str, Any],
     on_step: Callable[[], None],
 ) -> Tensor:
-    """What KSampler computes, without its previews: ComfyUI would go on showing them in place of the node's result."""
+    """Sample as KSampler does, without its previews, which ComfyUI would go on showing in place of the node's result."""
     ratios = {key: value for key, value in latent.items() if key.startswith("downscale_ratio_")}
     start = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
     noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))

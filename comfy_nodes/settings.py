@@ -15,8 +15,8 @@ def diffusers_settings(family: Family, shapes: Shapes, model_config: Any) -> dic
     """``_class_name`` and the arguments of the class; ``None`` for a family whose arguments cannot be told from shapes yet.
 
     Args:
-        shapes: of the tensors under diffusers' names.
-        model_config: ComfyUI's.
+        shapes: shapes of the tensors under diffusers' names.
+        model_config: ComfyUI's config of the model.
     """
     find = FINDERS.get(family.name)
     return {"_class_name": family.classes[0]} | find(shapes, model_config) if find else None

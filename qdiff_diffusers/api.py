@@ -32,30 +32,30 @@ def quantize(
     """Quantize a model or a pipeline's denoisers and save them, so that ``from_pretrained(output_dir)`` needs no settings.
 
     Args:
-        source: a pipeline folder, a bare model folder, or the Hub name of a pipeline; it is quantized while it loads, unless there
-            is a calibration. Or a loaded pipeline or model, which is quantized in place.
+        source: a pipeline folder, a model folder, or the Hub name of a pipeline; it is quantized while it loads, unless there is a
+            calibration. Or a loaded pipeline or model, which is quantized in place.
         config: method and settings.
-        output_dir: where to write. It appears when everything is in it, not before. Optional for a loaded source.
-        calibration: prompts, class labels, a file of prompts, or a :class:`Calibration`: quantize for what the layers see on the
-            full-precision model's own trajectories. Interrupted, the same call resumes.
-        components: of a pipeline, those to quantize; its transformer or UNet, all of them if it has several, by default.
-        dtype: of everything that is not quantized.
+        output_dir: folder to write, which appears only once it is complete. Optional for a loaded source.
+        calibration: prompts, class labels, a file of prompts, or a :class:`Calibration`: quantize for the inputs that the layers
+            have on the full-precision model's own trajectories. The same call resumes an interrupted calibration.
+        components: names of the pipeline's components to quantize; by default all its transformers or UNets.
+        dtype: dtype of everything that is not quantized.
         overwrite: replace a model that is already in ``output_dir``.
         push_to_hub: also upload the result under this Hub name.
-        use_safetensors: of a stored ``source``: ``False`` reads its pickles (``.bin``), ``True`` only safetensors, ``None`` pickles
-            where it has nothing else.
-        variant: of a stored ``source``: which of its files to read, such as "fp16".
-        revision: of a ``source`` on the Hub: a branch, tag or commit.
+        use_safetensors: which files of a stored ``source`` to read: ``False`` its pickles (``.bin``), ``True`` only safetensors,
+            ``None`` pickles where there is nothing else.
+        variant: variant of a stored ``source``'s files to read, such as "fp16".
+        revision: branch, tag or commit of a ``source`` on the Hub.
 
     Returns:
         ``output_dir``, or without one the quantized ``source``.
 
     Raises:
-        ConfigError: no such component, ``source`` is no model or is quantized already, or ``output_dir`` holds something that must
-            not be replaced.
+        ConfigError: ``source`` is no model, is quantized already or lacks one of the ``components``, or ``output_dir`` holds
+            something that must not be replaced.
         CheckpointError: weights of ``source`` are damaged, or stored in a way that is not known here.
-        CalibrationError: calibration cannot go on; what it has finished waits beside ``output_dir``.
-        HubError: the upload failed; ``output_dir`` is complete all the same, and ``qdiff push`` sends it again.
+        CalibrationError: the calibration cannot go on; its finished work stays beside ``output_dir`` for another run.
+        HubError: the upload failed; ``output_dir`` is complete all the same, and ``qdiff push`` uploads it.
     """
     if push_to_hub:
         if output_dir is None:

@@ -1,6 +1,6 @@
 """Quantization configs: what a user asks for, and the ``quantization_config`` that config.json carries.
 
-One class per method, each in its method's file; here they stand together under the names that users import.
+Each method's file defines one class; this module holds them all under the names that users import.
 """
 
 from __future__ import annotations

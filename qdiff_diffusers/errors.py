@@ -6,7 +6,7 @@ MAX_MESSAGE = 1000
 
 
 class QDiffError(ValueError):
-    """Base class of qdiff's own errors. A message that quotes something endless is cut."""
+    """Base class of qdiff's own errors. An overlong message is cut."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ...")
@@ -25,8 +25,8 @@ class OutputError(QDiffError):
 
 
 class HubError(QDiffError):
-    """The Hub, or the way to it, refused: no access, too many requests, no space, no connection."""
+    """A request to the Hub failed: no access, too many requests, no space, no connection."""
 
 
 class CalibrationError(QDiffError):
-    """Calibration cannot go on. Whatever was finished stays in the workspace, and another run begins there."""
+    """A calibration cannot go on. Its finished work stays in the workspace, from which another run resumes."""

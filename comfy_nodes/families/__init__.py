@@ -27,8 +27,8 @@ class Family(NamedTuple):
     """A family of models.
 
     Attributes:
-        name: for people.
-        classes: of diffusers.
+        name: name of the family in messages.
+        classes: names of diffusers' model classes.
         native: names of ComfyUI's model classes (``comfy.model_base``), to notice a model taken for another one.
         table: see rules.py; or a function of the tensors' names that makes it.
         unused: ComfyUI's tensors that only training reads; diffusers does not have them.
@@ -45,7 +45,7 @@ class Family(NamedTuple):
         return parse(self.table if isinstance(self.table, str) else self.table(keys))
 
 
-# Which of these it is ComfyUI tells by the number of channels that go in, or by what else the model is conditioned on.
+# ComfyUI tells these apart by the number of input channels, or by what else the model is conditioned on.
 UNETS = (
     "BaseModel",
     "SDXL",

@@ -51,7 +51,7 @@ class Rule(NamedTuple):
 
 
 class MissingPart(ValueError):
-    """A fused tensor cannot be put together: one of its parts is not there."""
+    """A fused tensor cannot be assembled, because one of its parts is missing."""
 
 
 def parse(table: str) -> list[Rule]:

@@ -33,7 +33,7 @@ RESNET = """
 
 
 class Level(NamedTuple):
-    """One resolution on the way down or up: its resnets, whether each has an attention, whether a sampler follows."""
+    """One resolution level of the down or up path: whether each resnet has an attention, and whether a sampler follows."""
 
     attentions: tuple[bool, ...]
     sampler: bool
@@ -43,11 +43,11 @@ def unet_table(keys: Iterable[str]) -> str:
     """The table for a UNet with these tensors, named as diffusers or as ComfyUI names them."""
     keys = set(keys)
     native = any(key.startswith("input_blocks.") for key in keys)
-    down, up = (_native_levels(keys, way) if native else _levels(keys, way) for way in ("down", "up"))
+    down, up = (_native_levels(keys, path) if native else _levels(keys, path) for path in ("down", "up"))
     extra = EXTRA.format(_extra_embedding(keys, native))
     lines = [FIXED, extra, _resnet("middle_block.0", "mid_block.resnets.0"), _resnet("middle_block.2", "mid_block.resnets.1")]
-    lines += _way("input_blocks", 1, "down", down)
-    lines += _way("output_blocks", 0, "up", up)
+    lines += _path("input_blocks", 1, "down", down)
+    lines += _path("output_blocks", 0, "up", up)
     return "\n".join(lines)
 
 
@@ -58,15 +58,15 @@ def _extra_embedding(keys: set[str], native: bool) -> str:
     return "class_embedding" if any(key.startswith("class_embedding.") for key in keys) else "add_embedding"
 
 
-def _way(native: str, index: int, way: str, levels: list[Level]) -> Iterator[str]:
+def _path(native: str, index: int, path: str, levels: list[Level]) -> Iterator[str]:
     """Lines for all levels down or up; ``index`` is the number of ComfyUI's first block."""
     for i, level in enumerate(levels):
         for j, attention in enumerate(level.attentions):
-            yield _resnet(f"{native}.{index}.0", f"{way}_blocks.{i}.resnets.{j}")
+            yield _resnet(f"{native}.{index}.0", f"{path}_blocks.{i}.resnets.{j}")
             if attention:
-                yield f"{native}.{index}.1 <- {way}_blocks.{i}.attentions.{j}"
+                yield f"{native}.{index}.1 <- {path}_blocks.{i}.attentions.{j}"
             index += 1
-        if level.sampler and way == "down":  # a block of its own
+        if level.sampler and path == "down":  # a block of its own
             yield f"{native}.{index}.0.op <- down_blocks.{i}.downsamplers.0.conv"
             index += 1
         elif level.sampler:  # at the end of the level's last block
@@ -77,23 +77,23 @@ def _resnet(native: str, diffusers: str) -> str:
     return RESNET.format(native=native, diffusers=diffusers)
 
 
-def _levels(keys: set[str], way: str) -> list[Level]:
+def _levels(keys: set[str], path: str) -> list[Level]:
     """Levels of a model with diffusers' names."""
     out = []
-    for i in range(_count(keys, rf"{way}_blocks")):
-        block = f"{way}_blocks.{i}"
+    for i in range(_count(keys, rf"{path}_blocks")):
+        block = f"{path}_blocks.{i}"
         resnets = _count(keys, rf"{block}\.resnets")
         attentions = _count(keys, rf"{block}\.attentions")
-        out.append(Level((attentions > 0,) * resnets, f"{block}.{way}samplers.0.conv.weight" in keys))
+        out.append(Level((attentions > 0,) * resnets, f"{block}.{path}samplers.0.conv.weight" in keys))
     return out
 
 
-def _native_levels(keys: set[str], way: str) -> list[Level]:
+def _native_levels(keys: set[str], path: str) -> list[Level]:
     """Levels of a model with ComfyUI's names: a sampler ends each but the last."""
-    prefix = {"down": "input_blocks", "up": "output_blocks"}[way]
+    prefix = {"down": "input_blocks", "up": "output_blocks"}[path]
     out: list[Level] = []
     attentions: list[bool] = []
-    for k in range(1 if way == "down" else 0, _count(keys, prefix)):
+    for k in range(1 if path == "down" else 0, _count(keys, prefix)):
         block = f"{prefix}.{k}"
         if f"{block}.0.op.weight" in keys:
             out.append(Level(tuple(attentions), True))

@@ -1,5 +1,5 @@
-"""The nodes. Their schemas do without the qdiff package, so that a missing one is an error message and not a missing node; what it
-knows, the methods and their choices, is asked of it where it is there."""
+"""The nodes. Their schemas do not need the qdiff package, so that without it nodes show an error message instead of being absent.
+If it is installed, the methods and their choices come from it."""
 
 from __future__ import annotations
 

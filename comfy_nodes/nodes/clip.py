@@ -1,4 +1,4 @@
-"""``Load Quantized CLIP``."""
+"""The node ``Load Quantized CLIP``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NONE = "none"
 
 
 def clip_types() -> list[str]:
-    """The types that this ComfyUI knows, the most used first."""
+    """Text encoder types that this ComfyUI knows, the most used first."""
     import comfy.sd
 
     names = ["sdxl", *(name.lower() for name in comfy.sd.CLIPType.__members__)]
@@ -25,18 +25,18 @@ def clip_types() -> list[str]:
 
 
 def encoders() -> dict[str, Path]:
-    """Quantized text encoders, then the others in models/text_encoders."""
+    """Text encoders by the names that the node shows: quantized ones, then the others in models/text_encoders."""
     names = folder_paths.get_filename_list("text_encoders")
     dense = {name: Path(folder_paths.get_full_path_or_raise("text_encoders", name)) for name in names}
     return checkpoints(*ENCODERS) | dense
 
 
 class LoadCLIP(io.ComfyNode):
-    """A native CLIP from quantized text encoders."""
+    """The node that loads quantized text encoders as a native CLIP."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        tip = "For models with more than one text encoder. May be an ordinary file in models/text_encoders too."
+        tip = "Further text encoder, for models with more than one. It may also be an ordinary file in models/text_encoders."
         more = [NONE, *encoders()]
         return io.Schema(
             node_id="QDiffLoadCLIP",
@@ -48,18 +48,18 @@ class LoadCLIP(io.ComfyNode):
                 io.Combo.Input(
                     "encoder",
                     options=list(checkpoints(*ENCODERS)),
-                    tooltip="Quantized text encoders in models/qdiff and models/text_encoders.",
+                    tooltip="Quantized text encoder in models/qdiff or models/text_encoders.",
                 ),
                 io.Combo.Input("encoder_2", options=more, default=NONE, tooltip=tip),
                 io.Combo.Input("encoder_3", options=more, default=NONE, tooltip=tip),
-                io.Combo.Input("type", options=clip_types(), tooltip="The model that the text is for."),
+                io.Combo.Input("type", options=clip_types(), tooltip="Model for which the text is encoded."),
             ],
             outputs=[io.Clip.Output()],
         )
 
     @classmethod
     def validate_inputs(cls, encoder: str | None = None) -> bool | str:
-        """ComfyUI marks every input that is named here, so there is one; what is in the other files is looked at when loading."""
+        """Check the first encoder only: ComfyUI marks every input that is named here. Loading checks the others."""
         if (reason := problem()) or encoder is None:
             return reason or True
         from ..clip import read_encoder
@@ -74,7 +74,7 @@ class LoadCLIP(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, encoder: str | None = None, encoder_2: str = NONE, encoder_3: str = NONE, **kwargs: Any) -> str:
-        """A file that brings the tokenizer may lie in a folder beside the encoder's."""
+        """Covers the tokenizer too, which may lie in a folder beside the encoder's."""
         found = encoders()
         paths = list(found.values()) if encoder is None else [found[n] for n in (encoder, encoder_2, encoder_3) if n in found]
         return fingerprint(*paths, *(place for path in paths for place in sorted(path.parent.glob("tokenizer*"))))

@@ -1,4 +1,4 @@
-"""``Quantized Model Info``, ``Quantization Report`` and ``Compare``."""
+"""The nodes ``Quantized Model Info``, ``Quantization Report`` and ``Compare``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..package import require
 
 
 class ModelInfo(io.ComfyNode):
-    """A table of what is packed how."""
+    """The node that lists the packed layers of a MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -35,7 +35,7 @@ class ModelInfo(io.ComfyNode):
 
 
 class Report(io.ComfyNode):
-    """Errors of the layers as a picture."""
+    """The node that plots the errors of the layers."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -43,7 +43,7 @@ class Report(io.ComfyNode):
             node_id="QDiffReport",
             display_name="Quantization Report (qdiff)",
             category="qdiff",
-            description="Plots how much each layer of a quantized MODEL lost.",
+            description="Plots the error of each layer of a quantized MODEL.",
             search_aliases=["error", "plot", "quality"],
             inputs=[io.Model.Input("model")],
             outputs=[io.Image.Output()],
@@ -61,7 +61,7 @@ class Report(io.ComfyNode):
 
 
 class Compare(io.ComfyNode):
-    """Two models at the same seed."""
+    """The node that compares two models at the same seed."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -75,8 +75,8 @@ class Compare(io.ComfyNode):
             "PSNR and SSIM. Connect the outputs a and b to Compare Images for a slider.",
             search_aliases=["side by side", "difference", "psnr", "ssim", "a/b"],
             inputs=[
-                io.Model.Input("model_a", tooltip="For example the unquantized one."),
-                io.Model.Input("model_b", tooltip="For example the quantized one."),
+                io.Model.Input("model_a", tooltip="First model, for example the unquantized one."),
+                io.Model.Input("model_b", tooltip="Second model, for example the quantized one."),
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
                 io.Latent.Input("latent_image"),
@@ -86,9 +86,11 @@ class Compare(io.ComfyNode):
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
-                io.Combo.Input("view", options=["all", "side by side", "difference"], tooltip="What the picture shows."),
+                io.Combo.Input(
+                    "view", options=["all", "side by side", "difference"], tooltip="Parts of the comparison that the picture shows."
+                ),
                 io.Float.Input(
-                    "gain", default=4.0, min=1.0, max=64.0, step=0.5, tooltip="How much brighter differences are shown."
+                    "gain", default=4.0, min=1.0, max=64.0, step=0.5, tooltip="Factor by which differences are shown brighter."
                 ),
             ],
             outputs=[

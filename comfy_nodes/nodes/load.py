@@ -1,4 +1,4 @@
-"""``Load Quantized Model`` and ``Load Quantized CLIP``."""
+"""The node ``Load Quantized Model``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ KERNELS = ("auto", "triton", "torch")
 
 
 def kernel_choices() -> list[str]:
-    """Those that can be chosen on this machine."""
+    """Kernels that can be chosen on this machine."""
     return [name for name in KERNELS if _kernel_problem(name) is None]
 
 
 class LoadModel(io.ComfyNode):
-    """A native MODEL from a quantized checkpoint."""
+    """The node that loads a quantized checkpoint as a native MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -36,22 +36,22 @@ class LoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "checkpoint",
                     options=list(checkpoints(*MODELS)),
-                    tooltip="Quantized models in models/qdiff and models/diffusion_models: files, or folders that diffusers saved.",
+                    tooltip="Quantized model in models/qdiff or models/diffusion_models: a file, or a folder that diffusers saved.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=DTYPES,
                     default="auto",
                     advanced=True,
-                    tooltip="Of the layers that are not quantized, and of computing. auto: as the checkpoint was made.",
+                    tooltip="Data type of the layers that are not quantized, and of computing. auto: the checkpoint's.",
                 ),
                 io.Combo.Input(
                     "kernels",
                     options=kernel_choices(),
                     default="auto",
                     advanced=True,
-                    tooltip="How packed weights are multiplied. auto: the fastest here. triton: on the GPU only. torch: slow, the "
-                    "reference.",
+                    tooltip="Kernels that multiply packed weights. auto: the fastest on this machine. triton: GPU only. torch: "
+                    "the slow reference.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -59,7 +59,7 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
-        """ComfyUI marks every input that is named here, so there is one; the others it compares with their options."""
+        """Check the checkpoint only: ComfyUI marks every input that is named here, and checks the others against their options."""
         return problem() or checkpoint is None or _problem_of(checkpoint, MODELS)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""``Load Pipeline`` and ``Sample Pipeline``."""
+"""The nodes ``Load Pipeline`` and ``Sample Pipeline``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pipeline = io.Custom("QDIFF_PIPELINE")
 
 
 class LoadPipeline(io.ComfyNode):
-    """A diffusers pipeline."""
+    """The node that loads a diffusers pipeline."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -28,15 +28,19 @@ class LoadPipeline(io.ComfyNode):
             "The bundled demo model needs no download.",
             search_aliases=["diffusers", "dit", "sana", "demo"],
             inputs=[
-                io.Combo.Input("pipeline", options=[DEMO, *pipelines()], tooltip="Folders in models/qdiff and models/diffusers."),
-                io.DynamicCombo.Input("quantize", options=methods, tooltip="Quantize the transformer or UNet while loading."),
+                io.Combo.Input(
+                    "pipeline", options=[DEMO, *pipelines()], tooltip="Folder in models/qdiff or models/diffusers, or the demo."
+                ),
+                io.DynamicCombo.Input(
+                    "quantize", options=methods, tooltip="Method that quantizes the transformer or UNet while it loads."
+                ),
             ],
             outputs=[Pipeline.Output(display_name="pipeline")],
         )
 
     @classmethod
     def validate_inputs(cls, pipeline: str | None = None, *, quantize: Any = None) -> bool | str:
-        """ComfyUI passes ``quantize`` in any case; it is not to be marked for what is wrong with the pipeline."""
+        """Check the pipeline only. ComfyUI always passes ``quantize``; being keyword-only, it is not marked as wrong too."""
         if (reason := problem()) or pipeline is None:
             return reason or True
         if pipeline != DEMO and pipeline not in pipelines():
@@ -60,7 +64,7 @@ class LoadPipeline(io.ComfyNode):
 
 
 class SamplePipeline(io.ComfyNode):
-    """Images from a pipeline."""
+    """The node that draws images with a pipeline."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -76,12 +80,21 @@ class SamplePipeline(io.ComfyNode):
                     "prompt",
                     default="0, 1, 2, 3",
                     multiline=True,
-                    tooltip="A text; or for class-conditional models names or numbers of classes, separated by commas.",
+                    tooltip="A text; for class-conditional models the names or numbers of classes, separated by commas.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=True, tooltip="Of the first image."),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Denoising steps."),
-                io.Float.Input("guidance", default=2.0, min=1.0, max=30.0, step=0.1, tooltip="1 switches guidance off."),
-                io.Int.Input("images", default=4, min=1, max=64, tooltip="How many; classes are gone through in turn."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    control_after_generate=True,
+                    tooltip="Seed of the first image; each further image has the next number.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Number of denoising steps."),
+                io.Float.Input(
+                    "guidance", default=2.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance scale; 1 switches guidance off."
+                ),
+                io.Int.Input("images", default=4, min=1, max=64, tooltip="Number of images; they go through the classes in turn."),
             ],
             outputs=[io.Image.Output()],
         )

@@ -1,4 +1,4 @@
-"""``Quantize Model`` and ``Save Quantized Model``."""
+"""The nodes ``Quantize Model`` and ``Save Quantized Model``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 
 def method_inputs() -> dict[str, list[io.Input]]:
-    """The methods in the order to offer them, each with its inputs: all of it comes from the method itself.
+    """The methods in the order to offer them, each with its inputs, as the method objects describe them.
 
-    Without the package there is nothing to ask; the nodes are there all the same and say what is missing.
+    Without the qdiff package the nodes still appear, with ``FALLBACK`` alone, and say what is missing.
     """
     if problem():
         return {FALLBACK: []}
@@ -31,7 +31,7 @@ def method_inputs() -> dict[str, list[io.Input]]:
 
 
 def method_tooltip() -> str:
-    """What tells the methods apart."""
+    """One sentence on each method, or what is missing where the methods cannot be imported."""
     if problem():
         return problem() or ""
     from qdiff_diffusers.methods.base import default_first
@@ -45,16 +45,16 @@ def _inputs(method: Any) -> list[io.Input]:
     first = io.Combo.Input("bits", options=widths, default=default, tooltip=tip)
     if method.named_formats:
         formats = [*(f"{bits} bits" for bits in widths), *method.named_formats]
-        tip = "Numbers of this width, their format searched for each layer; or one of the hardware formats."
+        tip = "Width of the numbers, whose format is searched for each layer; or one of the hardware formats."
         first = io.Combo.Input("format", options=formats, default=f"{default} bits", tooltip=tip)
     more = [io.Int.Input(o.name, default=o.default, min=o.low, max=o.high, tooltip=o.help) for o in method.options]
-    tip = "What inputs of the layers are rounded to at run time. none: 16 bits. int8 and fp8 use the fast matrix units."
+    tip = "Number format of the layers' inputs at run time. none: 16 bits. int8 and fp8 use the fast matrix units."
     kinds = ["none", *method.config.activation_choices]
     return [first, *more, io.Combo.Input("activations", options=kinds, default="none", tooltip=tip)]
 
 
 class QuantizeModel(io.ComfyNode):
-    """Any MODEL in, a quantized MODEL out."""
+    """The node that quantizes a MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -75,7 +75,7 @@ class QuantizeModel(io.ComfyNode):
                 io.String.Input(
                     "skip",
                     default="",
-                    tooltip="Parts of layer names to leave as they are, separated by commas: norm, proj_out. diffusers' names.",
+                    tooltip="Parts of diffusers' names of layers to leave as they are, separated by commas: norm, proj_out.",
                 ),
                 io.Boolean.Input(
                     "outer_layers",
@@ -90,7 +90,7 @@ class QuantizeModel(io.ComfyNode):
                     max=2**31 - 1,
                     advanced=True,
                     control_after_generate=False,  # another seed at every run would quantize anew at every run
-                    tooltip="Of everything random in the method.",
+                    tooltip="Seed of everything random in the method.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -118,7 +118,7 @@ class QuantizeModel(io.ComfyNode):
 
 
 def make_config(method: dict[str, Any], skip: str, outer_layers: bool, seed: int) -> Any:
-    """The config for what the node shows."""
+    """The config for the node's inputs."""
     from qdiff_diffusers import QDiffConfig
     from qdiff_diffusers.methods import METHODS
 
@@ -128,7 +128,7 @@ def make_config(method: dict[str, Any], skip: str, outer_layers: bool, seed: int
     if shown is not None:
         bits, weight_format = (shown.split()[0], None) if shown.endswith("bits") else (None, shown)
         options["weight_format"] = weight_format
-    known = METHODS.get(method["method"])  # of an unknown one the config tells
+    known = METHODS.get(method["method"])  # QDiffConfig refuses an unknown method
     unset = {option.name: option.unset for option in (known.options if known else ()) if option.unset is not None}
     options = {key: value for key, value in options.items() if key not in unset or value != unset[key]}
     return QDiffConfig(
@@ -142,7 +142,7 @@ def make_config(method: dict[str, Any], skip: str, outer_layers: bool, seed: int
 
 
 class SaveModel(io.ComfyNode):
-    """A quantized MODEL into ``models/qdiff``."""
+    """The node that saves a quantized MODEL in ``models/qdiff``."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -155,7 +155,9 @@ class SaveModel(io.ComfyNode):
             search_aliases=["save", "export", "checkpoint"],
             inputs=[
                 io.Model.Input("model"),
-                io.String.Input("name", default="my-model-4bit", tooltip="Folder in models/qdiff; slashes make subfolders."),
+                io.String.Input(
+                    "name", default="my-model-4bit", tooltip="Folder to write in models/qdiff; slashes make subfolders."
+                ),
             ],
             outputs=[],
             is_output_node=True,
@@ -178,7 +180,7 @@ class SaveModel(io.ComfyNode):
 
         from ..quantize import save_model
 
-        if reason := _problem_with(name):  # where another node has made it
+        if reason := _problem_with(name):  # where another node provides the name
             raise ConfigError(reason)
 
         file = save_model(model, _target(name))

@@ -44,7 +44,7 @@ def tolerance(dtype: torch.dtype, extras: dict) -> float:
 
 @pytest.fixture(params=["integers", "bfloat16", "decoded"])
 def path(request, monkeypatch):
-    """Force one way of multiplying, whatever the number of tokens: packed (in integers where they serve) or decoded for torch."""
+    """Force one strategy for the product, whatever the number of tokens: packed, in integers or bfloat16, or decoded for torch."""
     from qdiff_kernels.cpu import _linear
 
     monkeypatch.setattr(_linear, "few_tokens", lambda *_: 0 if request.param == "decoded" else 10**9)

@@ -1,7 +1,7 @@
-"""Speed beside the peers: layers and whole models, ours and every installed peer, timed in turn in one run.
+"""Benchmarks of speed: layers and whole models with qdiff's formats and every installed peer's, timed in turn in one run.
 
-``timing`` takes the times, ``contenders`` says who runs, ``ours`` and ``peers`` build them, ``layers`` and ``models`` are the two
-benchmarks, ``results`` keeps what was measured and ``report`` writes it down.
+``timing`` measures times, ``measuring.contenders`` defines a contender, ``ours`` and ``measuring.peers`` build them, ``layers`` and
+``models`` are the two benchmarks, ``results`` stores the measurements and ``report`` writes the tables.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ CONV = tuple(f"conv{channels}@{pixels}" for channels in (320, 640, 1280) for pix
 TOKENS = (1, 2, 16, 64, 256, 1024, 4096)
 ADALN = "3072x18432"  # a modulation: one row for each image of the batch
 CONV_BATCH = 2
-COLD_TOKENS = 64  # up to this many, reading the weight from memory is what takes the time
-GRAPH_TOKENS = 16  # up to this many, launching is what takes the time on a GPU
+COLD_TOKENS = 64  # up to this many tokens, reading the weight from memory takes most of the time
+GRAPH_TOKENS = 16  # up to this many tokens, launching kernels takes most of the time on a GPU
 CHECKED_ROWS = 16
-BROKEN = 1.0  # relative error of a result that has nothing to do with the layer
+BROKEN = 1.0  # relative error from which a result is broken
 
 Advance = Callable[[str], None]
 
@@ -43,10 +43,10 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """``INxOUT`` or ``convCHANNELS@PIXELS``.
+        """A shape from ``INxOUT`` or ``convCHANNELS@PIXELS``.
 
         Raises:
-            ConfigError: it is neither.
+            ConfigError: the text has neither form.
         """
         if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
             return cls(text, int(match[1]), int(match[2]))
@@ -79,7 +79,7 @@ class Shape:
 
 
 def contenders_for(device: torch.device, packer: ours.Packer, only: Sequence[str] | None) -> list[Contender]:
-    """Everyone, or those that ``only`` selects."""
+    """All contenders, or those that ``only`` selects."""
     return select([*plain(), *ours.contenders(packer, device), *peers.contenders(device)], only)
 
 
@@ -101,11 +101,11 @@ def run_layers(
     only: Sequence[str] | None = None,
     advance: Advance = lambda what: None,
 ) -> None:
-    """Measure what ``results`` does not hold yet; it is written after each shape and number of tokens.
+    """Make the measurements that ``results`` does not hold yet; the file is written after each shape and number of tokens.
 
     Args:
         budget: seconds to spend on each contender, shape and number of tokens.
-        advance: called for each of them, with its name.
+        advance: called for each contender, shape and number of tokens, with the contender's name.
     """
     for shape in shapes:
         bench = _Bench(shape, results, device, dtype, budget, advance)
@@ -119,7 +119,7 @@ def run_layers(
 
 
 class _Entry(NamedTuple):
-    """A contender at one shape: its layer, a twin with weights of its own, and what its cells have in common."""
+    """A contender at one shape: its layer, a twin with weights of its own, and facts that its cells share."""
 
     contender: Contender
     module: nn.Module
@@ -139,7 +139,7 @@ class _Bench:
         self.built: dict[str, _Entry] = {}
 
     def prepare(self, contender: Contender, counts: Sequence[int]) -> None:
-        """Build a contender, or write down why it cannot be."""
+        """Build a contender, or record why it cannot be built."""
         wanted = [count for count in counts if self.results.missing(self.key(contender, count))]
         for _ in range(len(counts) - len(wanted)):
             self.advance(contender.name)
@@ -187,7 +187,7 @@ class _Bench:
             self.results.add(self.key(self.built[name].contender, count), **cell)
 
     def _measure_graphs(self, calls: dict[str, Call], baseline: Call, cells: dict[str, dict[str, Any]]) -> None:
-        """The same from CUDA graphs, where launching costs next to nothing."""
+        """Time the calls from CUDA graphs too, where launching costs next to nothing."""
         graphs = {}
         for name, call in calls.items():
             try:
@@ -205,7 +205,7 @@ class _Bench:
         return Call(_step(entry.module, x), _step(entry.twin, x))
 
     def _check(self, entry: _Entry, x: Tensor) -> dict[str, Any]:
-        """Relative error of the output against float64 with the original weight; a result that is no result says why."""
+        """Relative error of the output against float64 with the original weight; or why the output is broken."""
         try:
             output = entry.module(x)
             if self._cold(len(x)):
@@ -220,7 +220,7 @@ class _Bench:
         return {"error": None, "reason": f"broken: its output is {100 * error:.0f} % off"}
 
     def _error(self, module: nn.Module, x: Tensor, output: Tensor) -> float:
-        """On a few evenly spaced tokens, or on a corner of the image that is large enough to have an inside."""
+        """Relative error on a few evenly spaced tokens, or on a corner of the image with pixels away from the edge."""
         stands_for = getattr(getattr(module, "_orig_mod", module), "stands_for", lambda weight: weight)
         assert isinstance(self.layer.weight, Tensor) and isinstance(self.layer.bias, Tensor)
         weight, bias = stands_for(self.layer.weight).double(), self.layer.bias.double()
@@ -243,7 +243,7 @@ def _step(module: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 def describe_race(entry: Race) -> dict[str, Any]:
-    """What a cell keeps of a race."""
+    """The measurements of a race that a cell stores."""
     if entry.failure is not None or not entry.seconds:
         return {"reason": entry.failure or "was not timed"}
     return {

@@ -1,4 +1,4 @@
-"""Whole models with random weights at their real shapes: one forward pass, as one step of sampling makes it."""
+"""Whole models with random weights at their real shapes: one forward pass, as in one step of sampling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .results import Results
 from .timing import Call, Timer, make_timer, race
 
 WEIGHT_SCALE = 0.02
-BLOCK = 1 << 20  # random numbers that are repeated to fill a model
+BLOCK = 1 << 20  # number of random values, which are repeated to fill a model
 FLUX_TEXT, FLUX_IMAGE, FLUX_SIDE = 512, 4096, 64
 SLICE_IMAGE, SLICE_SIDE = 1024, 32
 
@@ -129,10 +129,10 @@ for _tokens, _height, _width in ((512, 16, 32), (4096, 64, 64)):
 
 
 def find_model(name: str) -> Model:
-    """The model of a name.
+    """The model with this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such model.
     """
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
@@ -163,7 +163,7 @@ def run_models(
     compiled_too: bool = False,
     advance: Advance = lambda what: None,
 ) -> None:
-    """Measure what ``results`` does not hold yet. Only the dense model and one contender are in memory at a time.
+    """Make the measurements that ``results`` does not hold yet. Only the dense model and one contender are in memory at a time.
 
     Args:
         budget: seconds of timing for each contender.
@@ -246,10 +246,10 @@ def _measure(
 
 
 def convert_model(contender: Contender, dense: nn.Module, targets: Sequence[str]) -> tuple[nn.Module, list[str], list[str]]:
-    """A copy of ``dense`` with the contender's layers; which layers it converted, and their stored formats if they are ours.
+    """A copy of ``dense`` with the contender's layers, the names of these layers, and their stored formats if they are qdiff's.
 
-    Everyone converts the same layers, those inside the repeated blocks, as far as it knows their kind. A layer of theirs that
-    holds no copy of the dense weight shares nothing with ``dense``; all else is shared.
+    All contenders convert the same layers, those inside the repeated blocks, as far as they support them. Everything else is
+    shared with ``dense``.
     """
     if contender.family == "torch":
         return (compiled(dense) if contender.compiled else dense), [], []

@@ -1,7 +1,7 @@
-"""Our formats as contenders, one preset for each row, packed fast.
+"""qdiff's formats as contenders, one preset for each row, packed fast.
 
 Timing needs no carefully chosen codes. In a single layer the codebook methods, which take longest, quantize only the first rows of
-the weight and repeat their codes for the rest, so that the error of the layer can still be told: against the weight with those
+the weight and repeat their codes for the rest, so that the error of the layer can still be measured, against the weight with those
 rows repeated. In a whole model every method does so, with one quantization for all layers of a shape.
 """
 
@@ -42,7 +42,7 @@ Quantized = tuple[LayerSpec, dict[str, Tensor]]
 
 
 class Packer:
-    """Packs layers, and quantizes each weight once however many rows of a table share its codes.
+    """Packs layers. Each weight is quantized once, however many rows of a table share its codes.
 
     Args:
         whole_model: repeat the first rows with every method, and one layer's codes in all layers of its shape.
@@ -53,7 +53,7 @@ class Packer:
         self.cache: dict[tuple[str, tuple[int, ...]], Quantized] = {}
 
     def convert(self, layer: nn.Module, preset: str, activations: str | None) -> nn.Module:
-        """Pack a dense layer with a preset. The packed layer says in ``stands_for`` which weight it stands for."""
+        """Pack a dense layer with a preset. Its attribute ``stands_for`` is the weight that it approximates."""
         config = QDiffConfig(**PRESETS[preset])
         assert isinstance(layer.weight, Tensor)
         weight = layer.weight.detach()
@@ -104,7 +104,7 @@ def stored_bits(module: nn.Module) -> float | None:
 
 
 def lookup_share(module: nn.Module, tokens: int) -> dict[str, float] | None:
-    """What a product by look-up tables needs of the dense product's ``multiplications`` and of all its ``operations``.
+    """Share of the dense product's ``multiplications``, and of all its ``operations``, that a product by look-up tables needs.
 
     ``None`` for a layer without codebooks.
     """
@@ -121,7 +121,7 @@ def lookup_share(module: nn.Module, tokens: int) -> dict[str, float] | None:
 
 
 def _quantize_rows(weight: Tensor, config: QDiffConfig, rows: int) -> Quantized:
-    """Quantize the first ``rows`` and repeat what belongs to them; ``(spec, tensors)`` of the whole weight."""
+    """Quantize the first ``rows`` and repeat their tensors; returns ``(spec, tensors)`` of the whole weight."""
     spec, tensors, _ = quantize_weight(weight[:rows], config)
     index = torch.arange(len(weight), device=weight.device) % rows
     if rows < len(weight):

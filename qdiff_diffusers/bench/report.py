@@ -1,4 +1,4 @@
-"""Tables of what was measured, in markdown."""
+"""Tables of measurements, in markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured, kept in a JSON file that a later run can go on with."""
+"""Measurements in a JSON file, which a later run can continue."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def busy(run: dict[str, Any]) -> bool:
 
 
 def busy_cores(seconds: float = 1.0) -> float:
-    """Cores that are in use while this process does nothing for a moment; where the system does not tell, the load average."""
+    """Number of cores in use while this process is idle for a moment; the load average where the system does not report it."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -60,15 +60,15 @@ def busy_cores(seconds: float = 1.0) -> float:
 
 
 class Results:
-    """Cells of one run, by what identifies them; written after every group.
+    """Cells of one run by their keys, written after every group.
 
     Args:
-        path: of the JSON file, without its suffix.
+        path: path of the JSON file, without its suffix.
         run: the facts of this run.
         resume: keep the cells of an earlier run with the same facts.
 
     Raises:
-        ConfigError: there is a file to resume, and it is not one of these.
+        ConfigError: the file to resume is not one of this benchmark's.
     """
 
     def __init__(self, path: Path, run: dict[str, Any], resume: bool = False) -> None:

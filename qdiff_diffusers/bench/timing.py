@@ -1,7 +1,7 @@
 """Times of several calls in alternating order, each beside the baseline of the same moment.
 
 Every round makes each call once, forwards in even rounds and backwards in odd ones, with the baseline timed anew every few
-calls. A machine that slows down for a while slows both sides of a ratio; what is left of it the median drops.
+calls. A machine that slows down for a while slows both sides of a ratio; the median removes the rest.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from ..measuring.contenders import describe_failure
 
 Function = Callable[[], Any]
-BASELINE_EVERY = 4  # calls between two of the baseline's: a slice of 10 ms does not separate them at small layers
+BASELINE_EVERY = 4  # calls between two calls of the baseline: a slice of 10 ms does not separate them at small layers
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
-SLOW_ROUNDS = 2  # for what takes more than the whole budget in one call
+SLOW_ROUNDS = 2  # rounds for a call that alone takes more than the budget
 DEFAULT_CACHE_BYTES = 64 << 20
 
 
 class Call(NamedTuple):
-    """What to time, and a twin of it with weights of its own, to be called before where the caches were emptied.
+    """A call to time, and a twin with weights of its own, which is called before it where the caches were emptied.
 
-    The twin brings back the code and wakes the threads: inside a model these are warm, and only the weights are not. At
+    The twin loads the code and wakes the threads: inside a model these are warm, and only the weights are not. At
     1152 x 1152 and one token a cold interpreter alone would add 0.3 ms to 0.3 ms.
     """
 
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 class Timer(Protocol):
-    """Seconds of one call."""
+    """Measures the seconds of one call."""
 
     def __call__(self, call: Call) -> float: ...
 
@@ -46,7 +46,7 @@ class CpuTimer:
 
     Args:
         flush: bytes to read before each call, so that weights come from memory as they do inside a model; 0 for none.
-        clock: seconds, rising.
+        clock: a function that returns rising seconds.
     """
 
     def __init__(self, flush: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -118,7 +118,7 @@ class Spread:
 
 @dataclass
 class Race:
-    """What :func:`race` measured of one call: seconds, and baseline seconds beside each of them; or why it failed."""
+    """Measurements of one call by :func:`race`: its seconds, the baseline's seconds beside each, or why it failed."""
 
     seconds: list[float] = field(default_factory=list)
     baseline: list[float] = field(default_factory=list)
@@ -142,10 +142,11 @@ def race(
     """Time every call in turn, many rounds.
 
     Args:
-        calls: what to time, called once before so that nothing is left to compile; one that raises drops out and says why.
-        baseline: what the ratios are to.
-        budget: seconds to spend on each; the number of its rounds follows from the first.
-        advance: called with the name of each in the first round.
+        calls: the calls to time, each of which has been called once, so that nothing is left to compile; one that raises drops out,
+            with the reason.
+        baseline: the call that the ratios refer to.
+        budget: seconds for each call, from which and its first round the number of its rounds follows.
+        advance: called with the name of each call in the first round.
     """
     races = {name: Race() for name in calls}
     timer(baseline)

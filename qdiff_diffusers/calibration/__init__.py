@@ -1,4 +1,4 @@
-"""Calibration: better bits from what the model sees on its own trajectories. No training data."""
+"""Calibration: quantization for the inputs that layers have on the model's own trajectories, without training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bits where they count, measured: each layer's share follows from what its error does to the model's output."""
+"""Measured bit allocation: each layer's bits follow from the effect of its error on the model's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint.writing import write_text
 from ..config import QDiffConfig
 from ..methods import method_of, quantize_weight
-from ..model.bit_allocation import Choice, has_settings, spend, with_settings
+from ..model.bit_allocation import Choice, allocate_bits, has_settings, with_settings
 from . import parallel
 from .settings import Calibration
 from .store import Store
@@ -23,7 +23,7 @@ from .trajectories import call_model
 from .tuning import guided_loss
 
 TRIAL_CALLS = 4
-SAMPLE_ROWS = 64  # of a weight, on which the errors of all bit widths are compared
+SAMPLE_ROWS = 64  # rows of a weight on which the errors of all bit widths are compared
 
 
 def allocate(
@@ -33,13 +33,13 @@ def allocate(
     low-rank branch, whichever ``config.alternatives()`` offers.
 
     Each layer in turn is quantized by itself, as its config says, and the model's loss on a few calls taken. A layer's loss at
-    other bits is that loss times the ratio of its weight errors. Bits then go, step by step, where one takes off most loss.
+    other bits is that loss times the ratio of its weight errors. Bits then go, step by step, where one lowers the loss most.
 
     Args:
-        model: in full precision; it is the same afterwards.
+        model: the full-precision model, which is unchanged afterwards.
         targets: config of each layer.
-        calls: recorded calls.
-        folder: of the workspace, for the finished choice.
+        calls: recorded calls of the model.
+        folder: folder of the workspace in which the finished choice is kept.
 
     Returns:
         ``targets`` with other ``bits``, or ranks.
@@ -48,7 +48,7 @@ def allocate(
         ConfigError: a config leaves its bits to other settings.
     """
     for config in targets.values():
-        config.alternatives()  # whether there are any, before any work
+        config.alternatives()  # raises before any work if there are none
     path = folder / "choices.json"
     if not parallel.share(path.is_file(), 0):
         chosen = _choose(model, targets, calls, calibration) if parallel.rank() == 0 else {}
@@ -76,14 +76,14 @@ def _choose(model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, cal
             stored = found.spec.bits_per_weight(tuple(weight.shape))
             choices[name].append(Choice(stored, losses[name] * found.error, settings))
             budget += stored * sizes[name] if has_settings(config, settings) else 0
-    return spend(choices, sizes, budget)
+    return allocate_bits(choices, sizes, budget)
 
 
 def sensitivities(
     model: nn.Module, targets: dict[str, QDiffConfig], calls: Store, guidance: float | None = None
 ) -> dict[str, float]:
-    """What each layer's error does to the model's output: the model's loss with only this layer quantized, on a few calls, over
-    the layer's relative squared weight error. The model is the same afterwards.
+    """Effect of each layer's error on the model's output: the model's loss with only this layer quantized, on a few calls, divided
+    by the layer's relative squared weight error. The model is unchanged afterwards.
     """
     trial = [int(i) for i in torch.linspace(0, len(calls) - 1, min(TRIAL_CALLS, len(calls))).round()]
     out = {}

@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: each repeated block is tuned to give its full-precision self's outputs for the same inputs."""
+"""Block-wise reconstruction: each repeated block is tuned to give the full-precision block's outputs for the same inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .tuning import tune
 
 
 class TunedBlock:
-    """What tuning made of one block: tensors of its layers, its other parameters, and a log."""
+    """A tuned block: the tensors of its layers, its other parameters, and a log."""
 
     def __init__(self, layers: dict[str, dict[str, Tensor]], others: dict[str, Tensor], log: list[dict[str, Any]]) -> None:
         self.layers = layers
@@ -50,10 +50,10 @@ def tune_blocks(
     In a distributed run each process takes some of the blocks.
 
     Args:
-        model: in full precision; it stays as it is.
-        layers: as quantized one by one.
+        model: the full-precision model, which is not changed.
+        layers: the layers as quantized one by one.
         calls: recorded calls of the model.
-        folder: of the workspace, for finished blocks.
+        folder: folder of the workspace in which finished blocks are kept.
         dtype: the layers' compute dtype.
     """
     inside = {name: [n for n in layers if n.startswith(f"{name}.")] for name in block_names(model)}
@@ -124,7 +124,7 @@ def _tune_block(
     for leaf, layer in packed.items():
         bias, dense_bias = inside.get(f"{leaf}.bias"), layer.dense_bias()
         if layer.spec.shift and bias is not None and dense_bias is not None:
-            bias.data = dense_bias  # packing the whole model takes up the shift again
+            bias.data = dense_bias  # packing the whole model adds the shift to the bias again
     return TunedBlock(
         {leaf: {k: getattr(layer, k).detach().cpu() for k in layer.tensor_infos()} for leaf, layer in packed.items()},
         {key: p.detach().cpu() for key, p in inside.items()},
@@ -133,7 +133,7 @@ def _tune_block(
 
 
 def _call_bytes(model: nn.Module, names: list[str], call: Call, folder: Path) -> dict[str, int]:
-    """Size of what blocks are recorded with at one call of the model."""
+    """Bytes recorded for each block at one call of the model."""
     stores = _record_blocks(model, names, [call], folder, sys.maxsize)
     return {name: store.nbytes for name, store in stores.items()}
 

@@ -1,4 +1,4 @@
-"""Digests of what decides a result: weights, settings, functions. The same in every process, or refused: never a guess."""
+"""Digests of everything that decides a result: weights, settings, functions. They are equal in all processes, or refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype)
 NAMED_BY_REPR = (PurePath, range, torch.device, torch.layout, torch.memory_format)
 # Where something was loaded from, by whom and when; none of this changes what it computes.
 INCIDENTAL = ("name_or_path", "transformers_version", "dtype", "torch_dtype", "vocab_file", "merges_file", "tokenizer_file")
-ADAPTERS = ("_active_adapter", "_disable_adapters")  # of PEFT: which of a layer's adapters are on
+ADAPTERS = ("_active_adapter", "_disable_adapters")  # PEFT's attributes that say which of a layer's adapters are on
 PACKAGES = ("qdiff-diffusers", "torch", "diffusers", "transformers", "tokenizers", "peft", "numpy")
 CODE = (
     "co_argcount",
@@ -59,7 +59,7 @@ OF_EVERY_CLASS = ("__module__", "__qualname__", "__doc__", "__dict__", "__weakre
 
 
 class NoDigestError(ConfigError):
-    """Something whose content cannot be told from another's."""
+    """A value is of a kind whose content cannot be compared."""
 
 
 def digest(value: Any, name: str = "the value") -> str:
@@ -68,10 +68,10 @@ def digest(value: Any, name: str = "the value") -> str:
     Args:
         value: plain values, containers, tensors, arrays, images, models, schedulers, tokenizers; functions by their code and by all
             values that they refer to.
-        name: what an error calls it.
+        name: name of the value in errors.
 
     Raises:
-        NoDigestError: the value, or one that it refers to, is of a kind whose content cannot be told.
+        NoDigestError: the value, or one that it refers to, is of a kind whose content cannot be compared.
     """
     return _Digests().of(value, name)[:LENGTH]
 
@@ -86,7 +86,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(root: Path, entries: Iterable[str] = ("",)) -> str:
-    """A short hash of all files in a folder, or in some of its entries, by their names and content; hidden ones are left out."""
+    """A short hash of all files in a folder, or in some of its entries, by name and content; hidden files are left out."""
     found = {}
     for entry in entries:
         for path in [root / entry, *(root / entry).rglob("*")]:
@@ -102,15 +102,15 @@ def package_versions() -> dict[str, str]:
 
 
 def input_facts(pipe: Any, models: Mapping[str, nn.Module], calibration: Calibration) -> dict[str, Any]:
-    """Everything that decides what the calibrated models see, by name: digests, versions and numbers, JSON-able.
+    """Everything that decides the inputs of the calibrated models, by name: digests, versions and numbers, JSON-able.
 
     Args:
         pipe: the pipeline, or the bare model.
-        models: those to calibrate, by component name.
-        calibration: what to run.
+        models: the models to calibrate, by component name.
+        calibration: settings of the calibration.
 
     Raises:
-        NoDigestError: names a part, or what ``run`` refers to, whose content cannot be told.
+        NoDigestError: names a part, or a value that ``run`` refers to, whose content cannot be compared.
     """
     digests = _Digests()
     parts = pipeline_parts(pipe) if hasattr(pipe, "components") else {}
@@ -128,11 +128,11 @@ class _Digests:
     """Digests of values, each the hash of its kind and its parts' digests."""
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[str, Any]] = {}  # with the value, so that no other takes its id
-        self.open: list[int] = []  # ids of the values around the one at hand
+        self.known: dict[int, tuple[str, Any]] = {}  # holds the value too, so that no other gets its id
+        self.open: list[int] = []  # ids of the values that contain the current one
 
     def of(self, value: Any, name: str) -> str:
-        """The digest of ``value``, which an error calls ``name``."""
+        """The digest of ``value``; errors call it ``name``."""
         if isinstance(value, PLAIN) and type(value).__module__ in ("builtins", "torch"):
             return _hash([type(value).__name__, repr(value)])
         if id(value) in self.open:
@@ -167,7 +167,7 @@ class _Digests:
         return self._object(value, name)
 
     def _own_container(self, value: Any, name: str) -> Iterator[Any]:
-        """A container of the user's own class: what its methods do, its attributes, its items."""
+        """Parts of a container of a user's own class: its methods' code, its attributes and its items."""
         yield from ("container", self.of(type(value), name), self.of(_attributes(value), name))
         if isinstance(value, set | frozenset):
             yield from self._unordered("set", value, name)
@@ -175,7 +175,7 @@ class _Digests:
             yield self.of(dict(value) if isinstance(value, Mapping) else list(value), name)
 
     def _unordered(self, kind: str, items: Iterable[Any], name: str) -> Iterator[Any]:
-        """Items in whatever order; sets of strings have another one in each process."""
+        """Items without regard to their order, which sets of strings change from process to process."""
         yield kind
         yield from sorted(self.of(item, name) for item in items)
 
@@ -280,7 +280,7 @@ class _Digests:
 
 
 def _hash(parts: Iterable[Any]) -> str:
-    """Of words and bytes, each after its length, so that no two sequences read alike."""
+    """Hash of texts and bytes, each preceded by its length, so that different sequences hash differently."""
     found = hashlib.sha256()
     for part in parts:
         data: Any = part if isinstance(part, bytes | np.ndarray) else str(part).encode()
@@ -290,7 +290,7 @@ def _hash(parts: Iterable[Any]) -> str:
 
 
 def _content(value: Any) -> Any:
-    """What an object consists of, as a list or mapping; ``None`` for a kind that is not known."""
+    """The parts of an object as a list or mapping; ``None`` if its kind is unknown."""
     if isinstance(value, NAMED_BY_REPR):
         return [str(value)]
     if isinstance(value, enum.Enum):
@@ -308,12 +308,12 @@ def _content(value: Any) -> Any:
     if isinstance(value, re.Pattern):
         return [value.pattern, value.flags]
     if isinstance(value, logging.Logger | logging.LoggerAdapter):
-        return []  # it decides nothing
+        return []  # it has no effect on the result
     return _state(value)
 
 
 def _state(value: Any) -> Any:
-    """The same of pipelines, tokenizers, processors, dataclasses, and objects of the user's own classes."""
+    """The parts of pipelines, tokenizers, processors, dataclasses, and objects of users' own classes."""
     if isinstance(components := getattr(value, "components", None), Mapping) and hasattr(value, "config"):
         return pipeline_parts(value)
     if hasattr(value, "get_vocab"):
@@ -329,7 +329,7 @@ def _state(value: Any) -> Any:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """Of an object, those in slots too."""
+    """Attributes of an object, those in slots included."""
     names = {name: None for cls in type(value).__mro__ for name in _slots(cls) if hasattr(value, name)}
     return {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
 
@@ -358,7 +358,7 @@ def _config_of(value: Any) -> dict[str, Any] | None:
 
 
 def _without_incidentals(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without paths, versions and remarks; ``_use_default_values`` is a list in an order that changes from process to process."""
+    """A config without paths, versions and remarks, and without ``_use_default_values``, whose order differs between processes."""
     return {key: value for key, value in config.items() if not str(key).startswith("_") and key not in INCIDENTAL}
 
 
@@ -366,7 +366,7 @@ def _tokenizer(value: Any) -> list[Any]:
     backend = getattr(value, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        rules = {key: item for key, item in rules.items() if key not in ("truncation", "padding")}  # set anew by every call
+        rules = {key: item for key, item in rules.items() if key not in ("truncation", "padding")}  # set by every call
     else:
         rules = {"vocabulary": value.get_vocab()}
     settings = {key: item for key, item in _without_incidentals(getattr(value, "init_kwargs", {})).items() if _is_plain(item)}

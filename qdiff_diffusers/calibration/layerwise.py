@@ -1,4 +1,4 @@
-"""The first stage: each layer is quantized for the inputs that it sees in the full-precision model, independent of all others."""
+"""The first stage: each layer is quantized for its inputs in the full-precision model, independently of all others."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from .settings import Calibration
 from .statistics import SAMPLES, InputStatistics, collect, hessian_bytes, recall
 from .store import Store, groups_within, read_tensors, write_tensors
 
-SAVED = "saved_seconds"  # in the log: what reading the recordings of an earlier calibration saved
+SAVED = "saved_seconds"  # key in the log: seconds saved by reading the recordings of an earlier calibration
 
 
 class FinishedLayer(NamedTuple):
-    """A quantized layer: what config.json says of it, its tensors, and what it cost."""
+    """A quantized layer: its entry in config.json, its tensors, and facts for the log such as time and error."""
 
     stored: StoredLayer
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
     def target(self, weight: Tensor) -> Tensor:
-        """float32 ``[rows, columns]``: what the format's tensors stand for, given the dense weight."""
+        """The matrix that the format's tensors approximate, float32 ``[rows, columns]``, given the dense weight."""
         return format_target(weight, self.stored.spec, self.tensors)
 
 
@@ -50,11 +50,11 @@ def quantize_layers(
     distributed run each process takes some of these groups.
 
     Args:
-        model: in full precision; it stays as it is.
+        model: the full-precision model, which is not changed.
         targets: config of each layer.
         calls: recorded calls, or ``None`` to quantize without data.
-        folder: of the workspace, for finished layers.
-        kept: folder where statistics of these calls stay, from one calibration to the next.
+        folder: folder of the workspace in which finished layers are kept.
+        kept: folder for statistics of these calls that other calibrations read.
 
     Raises:
         CalibrationError: a layer's inputs hold NaN or infinity, or the workspace cannot be written.
@@ -106,7 +106,7 @@ def _quantize(
 
 
 def _is_shiftable(layer: Any) -> bool:
-    """Whether a constant added to every input adds a constant to every output, which a bias can take up."""
+    """Whether a constant added to every input adds a constant to every output, so that the bias can absorb it."""
     if layer.bias is None:
         return False
     return not isinstance(layer, nn.Conv2d) or (layer.weight[0, 0].numel() == 1 and layer.padding in (0, (0, 0)))
@@ -130,5 +130,5 @@ def _read(path: Path) -> FinishedLayer | None:
         tensors, metadata = read_tensors(path)
         stored = StoredLayer(LayerSpec.from_dict(metadata["spec"]), tuple(metadata["shape"]), metadata["error"])
     except (OSError, SafetensorError, ValueError, KeyError):
-        return None  # not finished after all
+        return None  # not finished
     return FinishedLayer(stored, {name: t.clone() for name, t in tensors.items()}, metadata["facts"])

@@ -1,4 +1,4 @@
-"""Work shared out among the processes of ``torchrun`` or ``accelerate launch``; one process is a world of one."""
+"""Work divided among the processes of ``torchrun`` or ``accelerate launch``; a single process is a world of size 1."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def world_size() -> int:
 
 
 def is_mine(index: int) -> bool:
-    """Whether piece ``index`` of the work is this process's."""
+    """Whether this process does piece ``index`` of the work."""
     return index % world_size() == rank()
 
 
 def share(value: Any, owner: int) -> Any:
-    """``value`` as process ``owner`` (of any number, modulo the world's size) has it."""
+    """``value`` of process ``owner`` (modulo the world's size), in every process."""
     if world_size() == 1:
         return value
     box = [value]

@@ -40,8 +40,8 @@ def quantize_source(
     variant: str | None = None,
     revision: str | None = None,
 ) -> Any:
-    """All of :func:`qdiff_diffusers.quantize`, whose arguments these are, but the upload."""
-    if isinstance(config, Quantization):  # of another model
+    """:func:`qdiff_diffusers.quantize` without the upload, with the same arguments."""
+    if isinstance(config, Quantization):  # config of another model
         config = config.requested().config
     _check_kinds(source, config, dtype)
     if calibration is None:
@@ -74,12 +74,12 @@ def quantize_source(
             with output.written() as new:
                 _save(loaded, new, log)
     discard_workspace(settings, workspace)
-    parallel.share(None, 0)  # until it is written
+    parallel.share(None, 0)  # kept until the result is written
     return folder
 
 
 def _check_kinds(source: Any, config: Any, dtype: Any) -> None:
-    """Raise a :class:`ConfigError` for what is no source, config or dtype at all."""
+    """Raise a :class:`ConfigError` if ``source``, ``config`` or ``dtype`` is of the wrong type."""
     if not isinstance(config, QDiffConfig):
         raise ConfigError(f'config must be a qdiff config such as AQConfig(bits=2) or QDiffConfig(method="aq"), got {config!r}')
     if not isinstance(dtype, torch.dtype):
@@ -127,7 +127,7 @@ def _save(loaded: Any, folder: Path, logs: dict[str, Any]) -> None:
 
 
 def _models(loaded: Any, components: Sequence[str] | None) -> dict[str, Any]:
-    """The models to quantize, by component name; a bare model's is empty."""
+    """The models to quantize, by component name; the name of a bare model is empty."""
     if not hasattr(loaded, "components"):
         if components:
             raise ConfigError(f"a single {type(loaded).__name__} has no component {', '.join(components)}")
@@ -139,7 +139,7 @@ def _models(loaded: Any, components: Sequence[str] | None) -> dict[str, Any]:
 
 
 def check_finite(loaded: Any) -> None:
-    """Make sure that a model, or every model of a pipeline, holds numbers only.
+    """Make sure that a model, or every model of a pipeline, is free of NaN and infinity.
 
     Raises:
         QDiffError: names a tensor with NaN or infinity.
@@ -157,7 +157,7 @@ def check_finite(loaded: Any) -> None:
 def _load(
     source: str | Path, config: QDiffConfig | None, components: Sequence[str] | None, dtype: torch.dtype, loading: dict[str, Any]
 ) -> Any:
-    """A stored model or pipeline, quantized by ``config`` while it loads, or dense if there is none."""
+    """Load a model or pipeline, quantized by ``config``, or dense without one."""
     from diffusers import AutoModel, DiffusionPipeline, PipelineQuantizationConfig
 
     available = pipeline_components(source, loading.get("revision"))

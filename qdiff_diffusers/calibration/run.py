@@ -1,4 +1,4 @@
-"""Calibration from beginning to end: trajectories, layer by layer, then all together; resumable at every step."""
+"""A whole calibration: record trajectories, quantize layer by layer, then tune all layers together; every step is resumable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .allocation import allocate
 from .blocks import apply, tune_blocks
 from .fingerprints import NoDigestError, digest, input_facts
 from .layerwise import SAVED, FinishedLayer, quantize_layers
-from .settings import Calibration
+from .settings import ASSIGNMENTS, Calibration
 from .store import Store
 from .trajectories import record
 from .tuning import tune_model
@@ -43,21 +43,21 @@ TRAJECTORIES = ("class_labels", "samples", "steps", "guidance_scale", "batch_siz
 def calibrate(
     pipe: Any, models: dict[str, nn.Module], config: QDiffConfig, calibration: Calibration, workspace: Path | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Quantize models in place for what they see on their own trajectories. The workspace stays; see :func:`discard_workspace`.
+    """Quantize models in place for their inputs on their own trajectories. Keeps the workspace; see :func:`discard_workspace`.
 
     Args:
         pipe: the pipeline that the models belong to, or the bare model.
         models: full-precision denoisers by name.
         config: method and settings; each model gets a copy that describes its layers.
-        calibration: what to run.
+        calibration: settings of the calibration.
         workspace: default for ``calibration.workspace``; without either nothing is kept for another run.
 
     Returns:
-        a log per model: what each layer, block or stretch of steps cost and achieved.
+        a log per model: time and error of each layer, block or stretch of steps.
 
     Raises:
         ConfigError: the calibration does not suit the pipeline, or the workspace holds other work.
-        CalibrationError: it cannot go on; finished work stays in the workspace.
+        CalibrationError: the calibration cannot go on; finished work stays in the workspace.
     """
     parallel.join()
     for name, model in models.items():
@@ -66,10 +66,11 @@ def calibrate(
         if any(c.activation_scales == "timestep" for c in config.with_overrides()):
             timestep_argument(model)  # raises where there is none
     how = calibration.tuning.assignments
-    if calibration.tuning.wanted and not any(c.moves_by(how) for c in config.with_overrides()):
+    allowed = [name for name in ASSIGNMENTS if any(c.moves_by(name) for c in config.with_overrides())]
+    if calibration.tuning.wanted and how not in allowed:
         raise ConfigError(
-            f'tuning: assignments="{how}" moves no codes of method {config.method_name}: "rounding" is for scalar formats (fp, '
-            'svdquant, rtn), "candidates" for a single codebook (vq), "pv" and "fixed" for all'
+            f'tuning: assignments="{how}" moves no codes of method {config.method_name} with these settings; '
+            f"choose one of {', '.join(allowed)}"
         )
     facts = _input_facts(pipe, models, calibration, workspace)
     with _workspace(facts, config, calibration, workspace if facts else None) as (folder, keep):
@@ -91,10 +92,10 @@ def calibrate(
 
 
 def _input_facts(pipe: Any, models: dict[str, nn.Module], calibration: Calibration, default: Path | None) -> dict[str, Any] | None:
-    """What work that is kept for another run has to be recognised by; ``None`` if none is kept.
+    """Facts by which another run recognises work that is kept for it; ``None`` if none is kept.
 
     Raises:
-        ConfigError: it was asked for, and cannot be recognised.
+        ConfigError: work is to be kept, but the calibration's inputs cannot be compared.
     """
     if not (calibration.workspace or calibration.recordings or default):
         return None
@@ -124,7 +125,7 @@ def _recordings(facts: dict[str, Any] | None, calibration: Calibration) -> Path 
 def _recorded(
     pipe: Any, models: dict[str, nn.Module], calibration: Calibration, folder: Path, keep: bool
 ) -> tuple[dict[str, Store], float]:
-    """Recorded calls of each model, new or of an earlier run; and the seconds that the latter saves."""
+    """Recorded calls of each model, and the seconds saved if they are an earlier run's."""
     keep = keep and parallel.rank() == 0
     own = folder if keep else folder / f"process-{parallel.rank()}"
     stores = {name: Store(own / name / "calls", calibration.memory_limit, keep) for name in models}
@@ -168,7 +169,7 @@ def _calibrate(
     if whole and calls is not None:
         log += tune_model(model, calls, calibration, dense, folder)
     quantizer.quantization_config.provenance["calibration"] = {k: v for k, v in calibration.settings().items() if v is not None}
-    quantizer.take(model)
+    quantizer.attach(model)
     return log
 
 
@@ -205,7 +206,7 @@ def check_places(calibration: Calibration) -> None:
     """Make sure, before anything is loaded, that the folders which a calibration names can be written.
 
     Raises:
-        ConfigError: one cannot.
+        ConfigError: a folder cannot be written.
     """
     for name in ("workspace", "recordings"):
         if path := getattr(calibration, name):
@@ -223,10 +224,10 @@ def discard_workspace(calibration: Calibration | None, default: Path | None) -> 
 
 
 def _prepare(folder: Path, wanted: dict[str, Any], replace: bool) -> None:
-    """Make the workspace ready for a run; what an earlier one left there stays if it is the same in everything.
+    """Prepare the workspace for a run; the work of an earlier run stays if it had the same settings and inputs.
 
     Raises:
-        ConfigError: it holds another run's work, and may not be replaced, or other files.
+        ConfigError: the workspace holds another run's work, which may not be replaced, or other files.
     """
     marker = folder / RUN
     if marker.is_file():
@@ -246,10 +247,10 @@ def _prepare(folder: Path, wanted: dict[str, Any], replace: bool) -> None:
 
 
 def _differences(marker: Path, wanted: dict[str, Any]) -> str:
-    """What a workspace was begun with and is not ``wanted`` now, in words."""
+    """Names of the settings and inputs that a workspace was begun with and that differ from ``wanted``."""
     try:
         begun = json.loads(marker.read_text())
-    except ValueError:  # cut off, or no file of ours
+    except ValueError:  # truncated, or not written by qdiff
         return "settings, which cannot be read"
     names = []
     for section, values in wanted.items():

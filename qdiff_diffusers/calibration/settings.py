@@ -1,4 +1,4 @@
-"""What calibration runs, and for how long."""
+"""Settings of calibration and tuning."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ class Tuning:
     """Gradient descent on packed weights against the full-precision model, after every layer has been quantized by itself.
 
     Args:
-        steps: optimizer steps, of the whole model, or of each block. 0: none.
-        minutes: instead of steps, as many as this time allows: the speed is measured once, then the number stands.
+        steps: number of optimizer steps, for the whole model or for each block; 0 for no tuning.
+        minutes: time for the steps, instead of their number, which follows from a measurement at the start.
         objective: "model" follows the teacher's trajectories with the whole model (AQUATIC-Diff), "blocks" fits each repeated
             block to its own outputs (VQ4DiT).
         assignments: how codes change. "pv": straight-through weights, of which the ``fraction`` that moved furthest is encoded
             anew each step (PV-Tuning). "candidates": softmax ratios over the ``candidates`` nearest entries (VQ4DiT).
-            "rounding": each weight of an integer or floating format learns whether to go up or down (AdaRound). "fixed". Ratios and
-            roundings settle a few at a time, the surest first, until all have after four fifths of the steps.
-        lr: of scales, codebooks, biases, norms and low-rank branches, relative to each tensor's own size; falls linearly to 0.
-        code_lr: of the straight-through weights (relative to their spread), or of the ratios' logits.
+            "rounding": each weight of an integer or floating format learns whether to go up or down (AdaRound). "fixed": codes do
+            not change. Ratios and roundings settle a few at a time, the surest first, all of them by four fifths of the steps.
+        lr: learning rate of scales, codebooks, biases, norms and low-rank branches, relative to each tensor's size; falls linearly
+            to 0.
+        code_lr: learning rate of the straight-through weights (relative to their spread), or of the logits of ratios and roundings.
         fraction: share of the vectors whose codes may change in one step.
-        candidates: n of VQ4DiT; 1 keeps the nearest.
-        start: ratios begin "uniform" (the paper) or by "distance" (its released code).
-        codebooks: trained "with" the assignments (the paper), "after" they are frozen (the released code), or "fixed".
+        candidates: number of nearest entries for each vector (n of VQ4DiT); 1 keeps the nearest.
+        start: initial ratios, "uniform" (VQ4DiT's paper) or by "distance" (its released code).
+        code_lr: learning rate of the straight-through weights (relative to their spread), or of ratios' and roundings' logits.
+            not at all ("fixed").
         regularizer: weight of the term that pushes ratios to 0 and 1.
         reset_at_wrap: forget momentum where one trajectory ends and another begins (SeMI-PV).
         reset_changed: forget momentum of weights whose codes just changed (SeMI-PV).
-        dense: train what is not packed too: biases, norms, embeddings.
+        dense: also train the parameters that are not packed: biases, norms, embeddings.
     """
 
     steps: int = 0
@@ -69,7 +71,7 @@ class Tuning:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether any tuning is asked for."""
         return bool(self.steps or self.minutes)
 
 
@@ -78,30 +80,31 @@ class Calibration:
     """Where calibration data come from: the full-precision model's own trajectories, nothing else.
 
     Args:
-        prompts: of a text-to-image pipeline; a list, or the path of a text file with one prompt per line.
-        class_labels: of a class-conditional model. Without prompts and labels a model gets nothing but noise.
-        run: for pipelines that are called in their own way, ``run(pipe, samples, generators)`` with a list of sample numbers and
-            their generators; instead of prompts and labels.
-        samples: trajectories; prompts or labels are repeated or cut to this number. By default one per prompt or label, or 16.
-        steps: denoising steps of a trajectory.
-        guidance_scale: of the pipeline; ``None`` for its own default.
-        scheduler: of a bare model, which has none; DDIM by default.
-        batch_size: trajectories that run together.
-        timesteps: steps of each trajectory to keep, evenly spaced; ``None`` for all.
+        prompts: prompts for a text-to-image pipeline: a list, or the path of a text file with one prompt per line.
+        class_labels: labels for a class-conditional model. Without prompts and labels a model gets nothing but noise.
+        run: a function that draws the trajectories instead of prompts and labels, ``run(pipe, samples, generators)`` with a list of
+            sample numbers and their generators: for pipelines that need other arguments.
+        samples: number of trajectories; prompts or labels are repeated or cut to it. By default one per prompt or label, or 16.
+        steps: number of denoising steps of each trajectory.
+        guidance_scale: guidance scale of the pipeline; ``None`` for its own default.
+        scheduler: scheduler for a bare model, which has none; DDIM by default.
+        batch_size: number of trajectories that run together.
+        timesteps: number of steps of each trajectory to keep, evenly spaced; ``None`` for all.
         hessian: quantize each layer against its inputs' second moments rather than against its weights alone.
         noise_share: where activations have 4 bits, how far codes make up for the noise that this adds to the inputs: from 0, not at
             all, to 1, least error of every layer, but with its weak directions weakened at every step; see docs/calibration.md.
-        mixed: let ``bits`` be the mean over all layers, and give more to those whose errors the model's output shows most; or
-            ``branch_bits`` and the rank.
-        damping: added to a Hessian's diagonal, relative to its mean.
-        tuning: the second stage.
-        seed: of noise and of everything else random.
-        memory_limit: bytes of recorded tensors, or of Hessians, to hold in memory at a time; more recorded ones go to disk.
-        workspace: folder for finished work, from which an interrupted run resumes; beside the output by default.
+        mixed: let ``bits`` be the mean over all layers, and give more to those whose errors change the model's output
+            most; where a low-rank branch's size is given as ``branch_bits``, the same for the rank.
+        damping: number added to a Hessian's diagonal, relative to the diagonal's mean.
+        tuning: settings of the second stage, none by default.
+        seed: seeds the noise and everything else random.
+        memory_limit: bytes of recorded tensors, or of Hessians, held in memory at a time; further recorded tensors go to disk.
+        workspace: folder for finished work, from which an interrupted run resumes; by default beside the output.
         recordings: folder where trajectories and the layers' second moments stay for other calibrations of the same pipeline, with
-            whatever config: those that ask for the same trajectories read them. It is yours to remove. Ignored by distributed runs.
-        run_key: a name for what ``run`` draws. An interrupted calibration is recognised by it instead of by the code of ``run`` and
-            all that it refers to: for functions that read files, or hold what cannot be compared. Other inputs need another key.
+            any config: those that ask for the same trajectories read them. qdiff never removes it. Distributed runs ignore it.
+        run_key: a name for the inputs that ``run`` draws, by which an interrupted calibration is recognised, instead of by the code
+            of ``run`` and all that it refers to. Needed if that code reads files or holds objects that cannot be compared; other
+            inputs need another key.
     """
 
     prompts: Any = None
@@ -154,7 +157,7 @@ class Calibration:
         return self.samples or (len(given) if given is not None else 16)
 
     def settings(self) -> dict[str, Any]:
-        """What determines the result, JSON-able: prompts are counted, not quoted."""
+        """The settings that determine the result, JSON-able; prompts are counted, not quoted."""
         out = {f.name: getattr(self, f.name) for f in fields(self)} | {"tuning": asdict(self.tuning)}
         out = {k: v for k, v in out.items() if k not in ("workspace", "recordings", "memory_limit", "run", "scheduler")}
         out["prompts"] = None if self.prompts is None else len(self.prompts)
@@ -163,10 +166,10 @@ class Calibration:
 
 
 def as_calibration(value: Any) -> Calibration:
-    """A calibration from what a user may give: one, a mapping of its fields, prompts, labels, or a file of prompts.
+    """A :class:`Calibration` from one, from a mapping of its fields, from prompts, class labels, or a file of prompts.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: ``value`` is none of these.
     """
     if isinstance(value, Calibration):
         return value
@@ -183,7 +186,7 @@ def as_calibration(value: Any) -> Calibration:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Lines of a text file, blank ones left out.
+    """Prompts from a text file, one per line; blank lines are left out.
 
     Raises:
         ConfigError: the file cannot be read or holds no prompt.

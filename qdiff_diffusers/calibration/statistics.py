@@ -1,4 +1,4 @@
-"""What layers see: second moments and largest magnitudes of their inputs over all recorded calls."""
+"""Statistics of the layers' inputs over all recorded calls: second moments, largest magnitudes, samples."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..layers.timesteps import NAMES as TIMESTEP_NAMES
 from .store import Store, read_tensors, write_tensors
 from .trajectories import call_model
 
-SAMPLES = 2048  # of each layer's inputs, where a config asks for more of them than second moments
+SAMPLES = 2048  # samples of each layer's inputs, where a config needs more than second moments
 ROWS = "rows/"
 
 
 class Moments(NamedTuple):
-    """Of one input: sum of ``x x^T``, largest magnitude per channel, number of samples, and some of them, evenly spaced."""
+    """Statistics of one input: sum of ``x x^T``, largest magnitude per channel, number of samples, and some of the samples."""
 
     sums: Tensor
     largest: Tensor
@@ -33,15 +33,15 @@ class Moments(NamedTuple):
 
 
 class InputStatistics:
-    """Of one layer's inputs, each token (or pixel's window) a sample.
+    """Statistics of one layer's inputs, each token (or window of pixels) a sample.
 
     Attributes:
         hessian: float32 ``[columns, columns]``, the mean of ``x x^T`` with columns as in the stored matrix: a convolution's
             windows channels last.
-        largest: float32 ``[channels]``, largest magnitude of each input channel.
+        largest: float32 ``[channels]``, the largest magnitude in each input channel.
         tokens: number of samples.
         rows: some samples float32 ``[n, columns]`` of each timestep, if any are kept.
-        saved_seconds: that collecting them would have taken, if they were read.
+        saved_seconds: seconds that collecting would have taken, if the statistics were read from a file.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -55,7 +55,7 @@ class InputStatistics:
         self.saved_seconds = 0.0
 
     def add(self, moments: Moments, timestep: float = 0.0) -> None:
-        """Take in one input."""
+        """Add the moments of one input."""
         if len(moments.rows):
             self.kept.setdefault(timestep, []).append(moments.rows)
         self.sums += moments.sums
@@ -63,7 +63,7 @@ class InputStatistics:
         torch.maximum(self.largest, moments.largest, out=self.largest)
 
     def save(self, path: Path, seconds: float) -> None:
-        """Write everything to a safetensors file; ``seconds`` is what collecting it took.
+        """Write everything to a safetensors file, with the ``seconds`` that collecting took.
 
         Raises:
             CalibrationError: there is no space, or no permission.
@@ -72,7 +72,7 @@ class InputStatistics:
         write_tensors(path, {"sums": self.sums, "largest": self.largest} | rows, {"tokens": self.tokens, "seconds": seconds})
 
     def load(self, path: Path) -> bool:
-        """Take over what :meth:`save` wrote; whether that could be read."""
+        """Read what :meth:`save` wrote. Returns whether it could be read."""
         try:
             tensors, metadata = read_tensors(path)
         except (OSError, SafetensorError, ValueError):
@@ -124,10 +124,10 @@ def collect(model: nn.Module, names: Sequence[str], calls: Store, keep: int = 0)
 
 
 def recall(model: nn.Module, names: Sequence[str], calls: Store, keep: int, folder: Path) -> dict[str, InputStatistics]:
-    """:func:`collect`, but read from ``folder`` where they are there, and left there for the next. One process at a time.
+    """:func:`collect`, but statistics are read from ``folder`` if it has them, and written there if not. One process at a time.
 
     Raises:
-        CalibrationError: they cannot be written.
+        CalibrationError: the statistics cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
@@ -146,7 +146,7 @@ def recall(model: nn.Module, names: Sequence[str], calls: Store, keep: int, fold
 
 
 def timestep_of(inputs: dict[str, Any]) -> float:
-    """The timestep that a recorded call was made with; 0 if the model is not told."""
+    """The timestep that a recorded call was made with; 0 if the model has no such argument."""
     found = next((inputs[name] for name in TIMESTEP_NAMES if inputs.get(name) is not None), 0.0)
     return float(torch.as_tensor(found).reshape(-1)[0])
 

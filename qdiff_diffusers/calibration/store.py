@@ -23,7 +23,7 @@ class Store:
     """An append-only list of nested structures of tensors, such as the arguments of a call.
 
     Args:
-        folder: for the files; with ``keep`` every entry is written there, so that another run can read them.
+        folder: folder for the files; with ``keep`` every entry is written there, so that another run can read it.
         memory_limit: bytes to hold in memory.
     """
 
@@ -33,7 +33,7 @@ class Store:
         self.keep = keep
         self.held: dict[int, Any] = {}
         self.held_bytes = 0
-        self.nbytes = 0  # of all that was appended
+        self.nbytes = 0  # bytes of all entries
         self.length = 0
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Store:
         return self.folder / f"{index:06}.safetensors"
 
     def adopt(self) -> int:
-        """Count the entries that an earlier run left in the folder; the first that cannot be read ends them."""
+        """Add the entries that an earlier run left in the folder, up to the first that cannot be read. Returns their number."""
         self.length = 0
         while self.path(self.length).is_file() and _readable(self.path(self.length)):
             self.length += 1
@@ -118,7 +118,7 @@ def _readable(path: Path) -> bool:
 
 
 def _flatten(value: Any, tensors: list[Tensor]) -> Any:
-    """``value`` as JSON, its tensors replaced by their place in the list they are added to."""
+    """``value`` as JSON; its tensors are appended to ``tensors`` and replaced by their positions there."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return {"tensor": len(tensors) - 1}

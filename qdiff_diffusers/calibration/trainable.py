@@ -1,4 +1,4 @@
-"""Packed weights as functions of parameters that gradient descent can move, codes included."""
+"""Packed weights as differentiable functions of trainable parameters, codes included."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..methods.nearest import nearest_few
 from .settings import Tuning
 
 BEAM = 16
-STRETCH, LOWEST = 1.2, -0.1  # of AdaRound's rectified sigmoid
+STRETCH, LOWEST = 1.2, -0.1  # stretch of AdaRound's rectified sigmoid
 SURE = 0.99  # ratio from which on a vector's assignment is settled (VQ4DiT's released code)
 SETTLED = 100.0  # logit of a rounding that has settled, out of reach of any momentum
-SETTLED_BY = 0.8  # share of the steps after which all are, a few more after each step; the codebooks have the rest
+SETTLED_BY = 0.8  # share of the steps by which all have settled; only the codebooks are trained in the rest
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters with a learning rate of their own: ``kind`` "continuous" or "codes", and the size that rates are relative to."""
+    """Parameters with their own learning rate: ``kind`` is "continuous" or "codes", and rates are relative to ``size``."""
 
     parameters: list[nn.Parameter]
     kind: str
@@ -47,7 +47,7 @@ class TrainableWeight(nn.Module):
         return self.coder.values * self.factors
 
     def groups(self) -> Iterator[ParameterGroup]:
-        """What to optimise."""
+        """The parameters to optimise."""
         if self.factors.requires_grad:
             yield ParameterGroup([self.factors], "continuous", 1.0)
 
@@ -57,17 +57,17 @@ class TrainableWeight(nn.Module):
 
     @torch.no_grad()
     def after_step(self, fraction: float, progress: float) -> dict[nn.Parameter, Tensor]:
-        """Change codes: ``fraction`` of them at most, where a method is asked for that; ``progress`` is the share of steps that are
-        done. Returns which elements (a mask) of which parameters have stale momentum for that reason.
+        """Change codes, at most ``fraction`` of them where codes move freely; ``progress`` is the share of the steps that is done.
+        Returns, for parameters whose momentum is stale because of it, a mask of the elements.
         """
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What a snapshot needs besides the parameters."""
+        """Tensors that a snapshot needs besides the parameters."""
         return {}
 
     def restore(self, name: str, value: Tensor) -> None:
-        """Take back an entry of :meth:`state`."""
+        """Restore one entry of :meth:`state`."""
         raise KeyError(name)
 
     @torch.no_grad()
@@ -233,9 +233,9 @@ class CandidateWeight(CodebookWeight):
 
 
 def due_to_settle(sureness: Tensor, settled: Tensor, progress: float) -> Tensor:
-    """Flat indices of the choices that settle after a step: the surest of those that are open, so many that all have settled after
-    ``SETTLED_BY`` of the steps. What is still open makes up for what each of them changes; left open to the end, they would all
-    change at once.
+    """Flat indices of the choices that settle after a step: the surest of the open ones, at a rate by which all have settled after
+    ``SETTLED_BY`` of the steps. The choices still open compensate for the change that each settling makes; if all stayed open to
+    the end, they would change at once.
     """
     missing = int(min(1.0, progress / SETTLED_BY) * settled.numel()) - int(settled.sum())
     return sureness.masked_fill(settled, -1).view(-1).topk(max(missing, 0)).indices
@@ -243,13 +243,13 @@ def due_to_settle(sureness: Tensor, settled: Tensor, progress: float) -> Tensor:
 
 class RoundedWeight(TrainableWeight):
     """Learned rounding on any scalar format's own grid: each weight goes to the level below it or to the one above, whichever
-    serves the outputs. On a floating grid the two are as far apart as the weight's binade has it.
+    serves the outputs. On a floating-point grid the distance of the two depends on the weight's exponent.
 
     Shares between the two levels are AdaRound's (Nagel et al. 2020) rectified sigmoids. Its annealed penalty, which needs thousands
-    of steps to close them all, gives way to :func:`due_to_settle`.
+    of steps to close them all, is replaced by :func:`due_to_settle`.
 
     Args:
-        coder: of an integer or minifloat format.
+        coder: codes of an integer or minifloat format.
         dense: float32 ``[rows, columns]``, the weights to round.
     """
 
@@ -296,8 +296,8 @@ def make_trainable(
 
     Args:
         fmt, tensors: the packed weight, without its low-rank branch.
-        columns: of its matrix.
-        dense: float32 ``[rows, columns]``, what it stands for; needed by candidates.
+        columns: number of columns of its matrix.
+        dense: float32 ``[rows, columns]``, the matrix that it approximates; needed for "candidates" and "rounding".
         tuning: settings.
     """
     coder = make_coder(fmt, tensors, columns, BEAM)

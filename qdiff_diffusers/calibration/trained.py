@@ -1,4 +1,4 @@
-"""Packed layers that are being trained: the same computation on a weight that is a function of parameters."""
+"""Packed layers in training: the layers' computation on weights that are functions of parameters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TrainedLayer(nn.Module):
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Pack what training has made of the weight into the layer."""
+        """Pack the trained weight into the layer."""
         layer = self.layer[0]
         for name, tensor in self.packed.pack().items():
             set_tensor(layer, name, tensor.to(getattr(layer, name).dtype).contiguous())
@@ -55,7 +55,7 @@ class TrainedLayer(nn.Module):
 
 @contextmanager
 def training(layers: Mapping[str, TrainedLayer]) -> Iterator[None]:
-    """In this context the packed layers compute what their trained forms do."""
+    """A context in which the packed layers compute with their trained forms."""
     for trained in layers.values():
         trained.layer[0].forward = trained.forward  # type: ignore[method-assign, assignment]
     try:

@@ -30,11 +30,11 @@ def record(pipe: Any, models: dict[str, nn.Module], calibration: Calibration, st
     Args:
         pipe: a pipeline, or a bare model.
         models: the pipeline's denoisers by name, or the model itself.
-        calibration: what to run.
-        stores: by the same names.
+        calibration: settings of the calibration.
+        stores: the stores to fill, by the same names.
 
     Raises:
-        ConfigError: the pipeline or model cannot be run with what the calibration gives.
+        ConfigError: the pipeline or model cannot be run with the calibration's inputs.
     """
     run = _runner(pipe, calibration)
     starts = range(0, calibration.count, calibration.batch_size)
@@ -51,7 +51,7 @@ def record(pipe: Any, models: dict[str, nn.Module], calibration: Calibration, st
 
 
 def inputs_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a module's ``forward`` was called with, by parameter name, tensors on the CPU."""
+    """Arguments of a call of a module's ``forward`` by parameter name, tensors on the CPU."""
     inputs = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
     inputs |= inputs.pop("kwargs", {})
     inputs.pop("self")
@@ -168,12 +168,12 @@ def _first(output: Any) -> Tensor:
 
 
 def detached(value: Any) -> Any:
-    """Nested structures of tensors on the CPU, without gradients."""
+    """A nested structure with its tensors on the CPU, without gradients."""
     return _map(value, lambda t: t.detach().cpu())
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Nested structures of tensors on a device."""
+    """A nested structure with its tensors on ``device``."""
     return _map(value, lambda t: t.to(device))
 
 

@@ -21,7 +21,7 @@ from .trained import TrainedLayer, training
 from .trajectories import Call, call_model
 
 logger = logging.get_logger(__name__)
-STEP_OVERHEAD = 1.3  # of the optimizer and of encoding anew, over the gradient's time
+STEP_OVERHEAD = 1.3  # time of the optimizer and of encoding anew, relative to the gradient's
 SAVE_EVERY = 50  # steps between two snapshots
 TRIAL_CALLS = 16  # calls on which the loss is taken before and after
 RMS_ALPHA = 0.9  # VQ4DiT's released code
@@ -32,10 +32,10 @@ class Tuner:
     """Optimises trained layers, and other parameters of the model, step by step; its state can be saved and restored.
 
     Args:
-        layers: in training.
+        layers: the layers in training, by name.
         dense: further parameters, by name.
         tuning: settings.
-        loss_unit: what penalties are relative to: the loss before tuning.
+        loss_unit: the loss before tuning, which penalties are relative to.
     """
 
     def __init__(self, layers: dict[str, TrainedLayer], dense: dict[str, nn.Parameter], tuning: Tuning, loss_unit: float) -> None:
@@ -94,13 +94,13 @@ class Tuner:
         return value
 
     def forget_momentum(self) -> None:
-        """Zero the first moments and keep the second: what follows has nothing to do with what went before."""
+        """Zero the first moments and keep the second, for a step whose data are unrelated to those before."""
         for state in self.optimizer.state.values():
             if "exp_avg" in state:
                 state["exp_avg"].zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a run needs to go on exactly."""
+        """Everything that a run needs to continue exactly."""
         out = {"step": torch.tensor(self.step_number), "total": torch.tensor(self.total)}
         for name, parameter in self.names.items():
             out[f"parameter/{name}"] = parameter.detach()
@@ -130,13 +130,13 @@ class Tuner:
 def tune_model(
     model: nn.Module, calls: Store, calibration: Calibration, dense: dict[str, Tensor], folder: Path
 ) -> list[dict[str, Any]]:
-    """Distil the recorded model into its packed self: each step takes the next call of the teacher's trajectories.
+    """Distil the recorded model into the packed one: each step takes the next call of the teacher's trajectories.
 
     Args:
-        model: with packed layers, which are changed in place.
-        calls: with the teacher's outputs.
-        dense: float32 matrices that the layers' formats approximate, for methods that need them.
-        folder: of the workspace, for snapshots.
+        model: the model with packed layers, which are changed in place.
+        calls: recorded calls with the teacher's outputs.
+        dense: float32 matrices that the layers' formats approximate, for the assignments that need them.
+        folder: folder of the workspace in which snapshots are kept.
 
     Returns:
         a log of the mean loss between snapshots. If the loss on a sample of calls has not fallen, the model is as it was.
@@ -200,7 +200,7 @@ def tune(
 
 
 def guided_loss(student: Tensor, teacher: Tensor, inputs: dict[str, Any], guidance: float | None) -> Tensor:
-    """Mean squared difference of outputs, of guided ones if the call holds a conditional and an unconditional half.
+    """Mean squared difference of outputs; of guided outputs if the call has a conditional and an unconditional half.
 
     ``guided = unconditional + g * (conditional - unconditional)``. Pipelines differ in which half comes first: those with class
     labels put the conditional one there, those with prompts the other.
@@ -224,7 +224,7 @@ def _is_doubled(inputs: dict[str, Any]) -> bool:
 def _conclude(
     tuner: Tuner, before: dict[str, Tensor], others: dict[str, nn.Parameter], first: float, mean_loss: Callable[[], float]
 ) -> dict[str, Any]:
-    """Write the result into the layers; take it back if it is worse than what there was."""
+    """Write the result into the layers; undo it if the loss is not lower than before."""
     packed = {
         name: {k: t.detach().clone() for k, t in layer.layer[0].packed_tensors().items()} for name, layer in tuner.layers.items()
     }
@@ -249,7 +249,7 @@ def _mean_loss(calls: Store, indices: list[int], loss_of: Callable[[Call], Tenso
 
 
 def _steps_within(minutes: float, trained: dict[str, TrainedLayer], calls: Store, loss_of: Callable[[Call], Tensor]) -> int:
-    """Steps that fit into a time, by the time of two gradients that are thrown away; at least 1."""
+    """Number of steps that fit into ``minutes``, at least 1, judged by the time of two gradients that are thrown away."""
     seconds = 0.0
     with training(trained), torch.enable_grad():
         for i in range(2):
@@ -276,5 +276,5 @@ def _dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _size(parameter: Tensor) -> float:
-    """Root mean square of a tensor: what its learning rate is relative to."""
+    """Root mean square of a tensor, which its learning rate is relative to."""
     return float(parameter.detach().float().square().mean().sqrt()) or 1.0

@@ -1,1 +1,1 @@
-"""Models as files: reading what a folder or file holds, where it comes from, and writing another one whole or not at all."""
+"""Models as files: reading them, tracing where they come from, and writing them completely or not at all."""

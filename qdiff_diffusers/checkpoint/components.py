@@ -37,7 +37,7 @@ def pipeline_components(source: str | Path, revision: str | None = None) -> list
 
 
 def _has_weights(library: str, kind: str) -> bool:
-    """Whether a component of this class is a model, and no scheduler, tokenizer or the like; ``True`` where nobody knows."""
+    """Whether a component of this class is a model and no scheduler, tokenizer or the like; ``True`` if the class is unknown."""
     if library not in ("diffusers", "transformers"):
         return True
     try:

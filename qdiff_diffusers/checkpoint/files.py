@@ -49,7 +49,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     """Shapes and dtypes of the tensors in a safetensors file, checked against the file's size.
 
     Raises:
-        CheckpointError: not a safetensors file, a truncated one, or none at all.
+        CheckpointError: the file is missing, truncated, or no safetensors file.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,10 +76,10 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def header_of(path: Path) -> dict[str, Any] | None:
-    """The JSON of a safetensors file's header, not checked any further; ``None`` if the file is of another kind.
+    """The JSON object in a safetensors file's header, its content unchecked; ``None`` if the file is of another kind.
 
     Raises:
-        CheckpointError: the file ends inside of its header, or that is no JSON object.
+        CheckpointError: the file ends inside its header, or the header is no JSON object.
     """
     with path.open("rb") as file:
         length = _header_bytes(file)
@@ -102,7 +102,7 @@ def _header_bytes(file: IO[bytes]) -> int:
 
 
 def _entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    """One tensor of a header: shape and dtype, first byte and the one after the last."""
+    """One tensor's entry in a header: shape and dtype, the offset of its first byte and the offset after its last."""
     shape, offsets = entry["shape"], entry["data_offsets"]
     numbers = [*shape, *offsets]
     if len(offsets) != 2 or not all(type(n) is int and 0 <= n < MAX_BYTES for n in numbers):
@@ -111,12 +111,12 @@ def _entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
 
 
 def read_headers(paths: Iterable[str | Path]) -> dict[str, TensorInfo]:
-    """The headers of a sharded checkpoint, merged."""
+    """Shapes and dtypes of all tensors in a sharded checkpoint."""
     return {name: info for path in paths for name, info in read_header(path).items()}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that ``from_pretrained(folder)`` reads: one file or the shards of an index, without those of other variants.
+    """The files that ``from_pretrained(folder)`` reads: one file or the shards of an index, without files of other variants.
 
     Raises:
         CheckpointError: there are none, or the index is malformed.
@@ -195,7 +195,7 @@ def read_json(path: Path) -> Any:
 
 
 def says_quantized(config: Path) -> bool:
-    """Whether a config.json, readable or not, is that of a model of ours."""
+    """Whether a config.json, valid or not, names qdiff as its model's quantization method."""
     try:
         return is_ours(json.loads(config.read_text(encoding="utf-8"))["quantization_config"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -218,7 +218,7 @@ def check_tensors(layers: dict[str, StoredLayer], stored: dict[str, TensorInfo])
 
 
 def check_shapes(shapes: dict[str, tuple[int, ...]], stored: dict[str, TensorInfo]) -> None:
-    """Compare what a model holds outside its packed layers with what the files hold. Names that one side lacks are let through.
+    """Compare the shapes of a model's unpacked tensors with the files. Names that only one of the two has are passed over.
 
     Raises:
         CheckpointError: names the first tensor of another shape.

@@ -1,4 +1,4 @@
-"""Where results go: checked before the work begins, written out of sight, there when complete, and cleaned up whatever happens.
+"""Folders for results: checked before the work begins, written in a hidden folder, moved into place once complete.
 
 A new folder is written beside its place and renamed. One that exists already (a mount point, the current folder, the target of a
 link) stays what it is: its new content is written in a hidden folder inside it and moved up. That hidden folder holds a lock, so
@@ -25,7 +25,7 @@ from .writing import ended_by_signals, explained, writing
 
 logger = logging.get_logger(__name__)
 INDEX, CONFIG = "model_index.json", "config.json"
-STAGE = ".qdiff-writing"  # ends the name of every hidden folder, which holds the following
+STAGE = ".qdiff-writing"  # suffix of every hidden folder, which holds the following
 LOCK, NEW, OLD, MOVING = "lock", "new", "old", "moving.json"
 WORKSPACE = "-calibration"
 OF_THE_SYSTEM = ("lost+found",)  # what a fresh volume holds
@@ -47,8 +47,8 @@ class Output:
     """A folder that this process alone may fill.
 
     Attributes:
-        folder: as it was given.
-        workspace: a place for unfinished work that waits for another run: beside the folder, or inside if it exists already.
+        folder: the folder as the caller named it.
+        workspace: a folder for unfinished work that another run resumes: beside ``folder``, or inside it if it exists already.
     """
 
     def __init__(self, folder: Path, place: Path, stage: Path, check: Callable[[], None]) -> None:
@@ -57,10 +57,10 @@ class Output:
 
     @contextmanager
     def written(self) -> Iterator[Path]:
-        """A folder to write to, whose content takes its place when the block ends without an error, and vanishes otherwise.
+        """A temporary folder to write to. Its content moves into place if the block ends without an error, else it is removed.
 
         Raises:
-            OutputError: it could not be written, for want of space for instance. What was there before still is.
+            OutputError: it could not be written, for want of space for instance. The former content is still there.
         """
         new = self.stage / NEW
         with writing(self.folder, self.stage, self.place):
@@ -89,14 +89,14 @@ class Output:
 
 
 def check_output(folder: Path, overwrite: bool, *sources: Any) -> None:
-    """Make sure, before there is anything to write, that :func:`reserved` will not refuse it."""
+    """Check early, before there is anything to write, that :func:`reserved` will accept ``folder``."""
     with reserved(folder, overwrite, *sources):
         pass
 
 
 @contextmanager
 def written_at_once(folder: Path, overwrite: bool = False, *sources: Any, **more: Any) -> Iterator[Path]:
-    """:func:`reserved` and :meth:`Output.written` in one, for work that is all writing."""
+    """:func:`reserved` and :meth:`Output.written` in one, for work that does nothing but write."""
     with reserved(folder, overwrite, *sources, **more) as output, output.written() as new:
         yield new
 
@@ -109,16 +109,16 @@ def reserved(
     nbytes: int = 0,
     replaceable: Callable[[Path], bool] = is_saved_model,
 ) -> Iterator[Output]:
-    """Keep a folder for this process while it works on what goes there.
+    """Reserve an output folder for this process while it produces the content.
 
     Args:
         folder: a new folder or an empty one; it may hold a saved model if ``overwrite``. Hidden files do not count, and stay.
-        sources: paths that the model is made from; anything else is passed over.
-        nbytes: that it takes at least.
-        replaceable: whether a folder holds what may be overwritten.
+        sources: paths that the model is made from; objects other than paths are passed over.
+        nbytes: number of bytes that the result needs at least.
+        replaceable: tells whether a folder's content may be overwritten.
 
     Raises:
-        ConfigError: it holds something that must not be replaced, another run is writing there, or it cannot be written.
+        ConfigError: the folder holds something that must not be replaced, another run is writing there, or it cannot be written.
     """
     place = real_place(folder)
 
@@ -135,15 +135,15 @@ def reserved(
 
 @contextmanager
 def held(folder: Path, *sources: Any, name: str = "") -> Iterator[None]:
-    """Keep a folder whose files are written one by one, and which may hold other files, for this process.
+    """Reserve a folder for this process that may hold other files, and whose own files are written one by one.
 
     Args:
-        folder: it is made if there is none, and is gone again if nothing was written.
-        sources: as for :func:`reserved`.
-        name: of what is written in it; different names do not shut each other out.
+        folder: the folder, made if there is none, and removed again if nothing was written.
+        sources: paths that the files are made from, as for :func:`reserved`.
+        name: name of what is written; runs with different names may write at the same time.
 
     Raises:
-        ConfigError: another run is writing there, or it cannot be written.
+        ConfigError: another run is writing there, or the folder cannot be written.
     """
     place = real_place(folder)
     _check_apart(folder, place, sources)
@@ -152,10 +152,10 @@ def held(folder: Path, *sources: Any, name: str = "") -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make sure that files can be written in a folder, or in a new one of this name, which others may use at the same time.
+    """Make sure that files can be written in a folder, existing or new, which other processes may use at the same time.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: no file can be written there.
     """
     place = real_place(folder)
     with _refusing(folder), ExitStack() as stack:
@@ -164,10 +164,10 @@ def check_writable(folder: Path) -> None:
 
 
 def real_place(folder: Path) -> Path:
-    """Where a folder really is, links followed.
+    """The path of a folder with all links resolved.
 
     Raises:
-        ConfigError: it is a file, a link to nowhere, or cannot be a folder's name.
+        ConfigError: the path is a file, a link to nowhere, or cannot be a folder's name.
     """
     if "\0" in str(folder):
         raise ConfigError(f"{str(folder)!r} cannot be a folder's name: it has a zero byte")
@@ -185,7 +185,7 @@ def real_place(folder: Path) -> Path:
 
 @contextmanager
 def _refusing(folder: Path) -> Iterator[None]:
-    """Turns the system's refusals to let us write to ``folder`` into a :class:`ConfigError`."""
+    """Turn the system's errors when writing to ``folder`` into a :class:`ConfigError`."""
     try:
         yield
     except OSError as error:
@@ -193,7 +193,7 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def _check_content(folder: Path, place: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
-    """See :func:`reserved`."""
+    """Check a folder's content against ``overwrite`` and ``replaceable`` of :func:`reserved`."""
     with _refusing(folder):
         found = content(place)
     if not found:
@@ -225,7 +225,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def content(folder: Path) -> list[str]:
-    """Names of what a folder holds, except hidden files and the system's; nothing if there is no folder."""
+    """Names in a folder, except hidden files and those of the file system; empty if there is no folder."""
     names = os.listdir(folder) if folder.exists() else []
     return [name for name in names if not name.startswith(".") and name not in OF_THE_SYSTEM]
 
@@ -244,7 +244,7 @@ def _remove(path: Path) -> None:
 
 
 def _hidden(place: Path, suffix: str) -> Path:
-    """A hidden name beside a place, cut to what file systems take."""
+    """A hidden name beside ``place``, shortened to the length that file systems allow."""
     name = f".{place.name}{suffix}"
     if len(os.fsencode(name)) > NAME_MAX:
         name = f".{hashlib.sha256(os.fsencode(place.name)).hexdigest()[:16]}{suffix}"
@@ -253,10 +253,10 @@ def _hidden(place: Path, suffix: str) -> Path:
 
 @contextmanager
 def _staged(shown: Path, place: Path, inside: bool, nbytes: int = 0) -> Iterator[Path]:
-    """A hidden folder of this process, inside ``place`` or beside it; afterwards there is no trace of it.
+    """A hidden folder of this process, inside ``place`` or beside it; it is removed afterwards.
 
     Raises:
-        ConfigError: another process has it, or it cannot be written.
+        ConfigError: another process uses it, or it cannot be written.
     """
     stage = place / STAGE if inside else _hidden(place, STAGE)
     with ExitStack() as stack:
@@ -271,7 +271,7 @@ def _staged(shown: Path, place: Path, inside: bool, nbytes: int = 0) -> Iterator
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it; those that were not there, the innermost first."""
+    """Make a folder and its parents. Returns those that were not there, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -289,7 +289,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def _locked(shown: Path, place: Path, stage: Path) -> Iterator[None]:
-    """The stage, made if there is none, with a lock in it; what a killed run has left there is removed."""
+    """Lock the hidden folder ``stage``, made if there is none; what a killed run has left in it is removed."""
     lock = _lock(shown, stage)
     try:
         left = [name for name in os.listdir(stage) if name != LOCK]
@@ -320,7 +320,7 @@ def _lock(shown: Path, stage: Path) -> FileLock:
         except Timeout as error:
             raise ConfigError(f"another process is writing to {shown}; wait until it is done, or choose another folder") from error
         except NotImplementedError:
-            logger.warning("There are no locks on the file system of %s: let no other process write there", shown)
+            logger.warning("The file system of %s has no file locks: let no other process write there", shown)
             return lock
         if (stage / LOCK).exists():
             return lock
@@ -328,7 +328,7 @@ def _lock(shown: Path, stage: Path) -> FileLock:
 
 
 def _probe(shown: Path, stage: Path, nbytes: int = 0) -> None:
-    """Find out whether files can be written, and whether there is space for them."""
+    """Try whether files can be written, and whether there is space for ``nbytes``."""
     path = stage / NEW / PROBE
     path.parent.mkdir()
     path.write_bytes(bytes(PROBE_BYTES))
@@ -343,7 +343,7 @@ def _probe(shown: Path, stage: Path, nbytes: int = 0) -> None:
 
 
 def _clear_stage(stage: Path) -> None:
-    """Remove all but the lock."""
+    """Remove everything in a hidden folder but its lock."""
     for path in stage.iterdir() if stage.is_dir() else ():
         if path.name != LOCK:
             _remove(path)

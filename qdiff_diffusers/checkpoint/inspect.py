@@ -1,4 +1,4 @@
-"""What a quantized checkpoint holds, layer by layer, without loading its weights."""
+"""Description of a quantized checkpoint, layer by layer, without loading its weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LayerInfo(NamedTuple):
 
 
 class CheckpointInfo(NamedTuple):
-    """A quantized checkpoint, seen from outside."""
+    """A quantized checkpoint: its config, layers and sizes."""
 
     config: Quantization
     layers: list[LayerInfo]
@@ -65,7 +65,7 @@ def inspect_checkpoint(source: str | Path, revision: str | None = None) -> Check
         source: a model folder, a pipeline folder (its quantized component is found), or a Hub name.
 
     Raises:
-        CheckpointError: there is nothing there, it is not a qdiff checkpoint, or it is malformed.
+        CheckpointError: ``source`` does not exist, is no qdiff checkpoint, or is malformed.
     """
     return _describe(_component_folders(_resolve(source, revision))[0])
 
@@ -76,7 +76,7 @@ def inspect_components(source: str | Path, revision: str | None = None) -> list[
 
 
 def zero_shares(info: CheckpointInfo) -> Iterator[tuple[str, float]]:
-    """Of each packed layer its name and the share of its weights that are stored as exactly zero; reads the codes."""
+    """Name of each packed layer and the share of its weights that are stored as exactly zero; reads the codes."""
     files = weight_files(info.folder)
     places = {key: path for path in files for key in read_header(path)}
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Models that are quantized already, by this package or another: what they are, in words; they are not quantized again."""
+"""Models that are quantized already, by qdiff or another package: recognised, described and refused as a source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .provenance import is_hub_name
 from .source_weights import read_source_files
 
 FILES = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)")
-# Where other backends say how many bits, or of which kind.
+# Settings in which other backends name the bits or the number format.
 DETAILS = ("bits", "w_bit", "nbits", "weights_dtype", "weights", "quant_type", "precision", "fmt", "format")
 
 
@@ -27,13 +27,13 @@ def check_source(source: str | Path, component: str, loading: Mapping[str, Any],
 
     Args:
         source: folder or Hub name of a pipeline or model.
-        component: of the pipeline, "" for a model.
+        component: name of the pipeline's component, "" for a model.
         loading: ``variant``, ``use_safetensors`` and ``revision``, as for ``from_pretrained``.
-        dense: whether the weights will be read without a quantizer, which would apply no scales; looked at in folders only.
+        dense: whether the weights will be read without a quantizer, so that no scales are applied; checked for folders only.
 
     Raises:
-        ConfigError: says what it is and what to start from.
-        CheckpointError: the weights are stored in a way that is not known here.
+        ConfigError: says how the model is quantized and what to start from.
+        CheckpointError: the weights are stored in an unknown format.
     """
     owner = f"{component} of {source}" if component else str(source)
     settings = _stored_config(source, component, loading.get("revision"))
@@ -47,8 +47,8 @@ def check_dense(source: str | Path, component: str, loading: Mapping[str, Any]) 
     """Refuse weights in a folder that have scales which its library would not apply.
 
     Raises:
-        ConfigError: names some and the way out.
-        CheckpointError: the weights are stored in a way that is not known here.
+        ConfigError: names such a weight, and what to start from instead.
+        CheckpointError: the weights are stored in an unknown format.
     """
     files = _weight_files(Path(source, component), loading)
     if not files or _stored_config(source, component, None).get("quantization_config"):
@@ -86,10 +86,10 @@ def _weight_files(folder: Path, loading: Mapping[str, Any]) -> list[Path]:
 
 
 def refuse_quantized_model(model: nn.Module, owner: str) -> None:
-    """Refuse to quantize a model in memory that cannot be: it is quantized already, has adapters, or its weights are not there.
+    """Refuse a model in memory that cannot be quantized: it is quantized already, has adapters, or lacks its weights.
 
     Raises:
-        ConfigError: says what it is and what to start from.
+        ConfigError: says what is wrong with the model and what to start from.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     settings = getattr(model, "config", None)
@@ -125,7 +125,7 @@ def refuse_quantization(quantization: Any, owner: str, name: Any) -> None:
 
 
 def describe_quantization(quantization: Any) -> str:
-    """A few words on a ``quantization_config``, ours or another backend's, as stored or as an object: "rtn at 4 bits, by qdiff"."""
+    """Short description of any backend's ``quantization_config``, a dictionary or an object: "rtn at 4 bits, by qdiff"."""
     settings = settings_of(quantization)
     method = str(getattr(value := settings.get("quant_method"), "value", value) or "an unknown method")
     if method == QDiffMethod.QDIFF.value:

@@ -1,4 +1,4 @@
-"""``python -m qdiff_diffusers.cli``"""
+"""Makes ``python -m qdiff_diffusers.cli`` the same as ``qdiff``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands, and what a user sees when something is wrong: one line on stderr and exit code 2."""
+"""All commands put together. A mistake of the user costs one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code: 0, 2 for what the user can mend, 1 for anything else."""
+    """Run the command line and exit: 0 when all went well, 2 for an error that the user can mend, 1 for any other."""
     sys.exit(_run(arguments))
 
 

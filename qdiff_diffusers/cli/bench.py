@@ -21,21 +21,28 @@ from .quantize import DTYPES
 if TYPE_CHECKING:
     import torch
 
-bench = typer.Typer(help="Speed of layers and whole models beside torch and every installed peer.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure the speed of layers and whole models beside torch and every installed peer.", no_args_is_help=True
+)
 
-Only = Annotated[str | None, typer.Option(help="Contenders, by family or name: ours,torchao,qdiff-aq2*.")]
+Only = Annotated[str | None, typer.Option(help="Contenders to time, by family or name: ours,torchao,qdiff-aq2*; by default all.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder for the JSON and markdown files.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="Of the baseline and of all inputs.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; as many as torch takes by itself.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Keep cells that the output folder has from the same machine and versions.")]
-Budget = Annotated[float, typer.Option(help="Seconds of timing for each contender in each cell.")]
+Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda; by default a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="dtype of the dense baseline and of all inputs.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of CPU threads; by default torch's own choice.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Keep times in the output folder that are of the same machine and versions.")
+]
+Budget = Annotated[float, typer.Option(help="Seconds of timing for each contender in each cell of the table.")]
 
 
 @bench.command()
 def layers(
-    shapes: Annotated[str, typer.Option(help="Such as 3072x12288 (in x out) or conv640@32; or linear, conv, all.")] = "3072x3072",
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens, for linear layers.")] = "1,16,256,1024",
+    shapes: Annotated[
+        str,
+        typer.Option(help="Shapes of layers, such as 3072x12288 (in x out) or conv640@32 (channels @ size); linear, conv or all."),
+    ] = "3072x3072",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens at which linear layers are timed.")] = "1,16,256,1024",
     only: Only = None,
     output: Output = Path("bench"),
     device: Device = None,
@@ -70,7 +77,9 @@ def layers(
 
 @bench.command()
 def models(
-    model: Annotated[list[str] | None, typer.Option(help="dit-xl-2, flux-slice, flux, sdxl-unet, ...")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model to time, such as dit-xl-2 or flux-slice; may be given several times.")
+    ] = None,
     only: Only = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Each of ours under torch.compile, too.")] = False,
     output: Output = Path("bench"),
@@ -109,7 +118,7 @@ def models(
 
 @bench.command("list")
 def list_contenders(device: Device = None) -> None:
-    """Name every contender, and say what is missing for those that cannot run here."""
+    """List every contender, and what is missing for those that cannot run here."""
     from ..bench.layers import contenders_for
     from ..bench.ours import Packer
 
@@ -121,7 +130,7 @@ def list_contenders(device: Device = None) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the peers' warnings and log lines, of which some come with every call, out of the terminal."""
+    """Keep the warnings and log lines of the other packages, some of which come with every call, out of the terminal."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -133,7 +142,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _prepare(device: str | None, dtype: str, threads: int | None, budget: float) -> tuple[torch.device, torch.dtype]:
-    """Check what all benchmarks share, and set the number of threads."""
+    """Check the options that all benchmarks share, and set the number of threads."""
     import torch
 
     if dtype not in DTYPES:

@@ -26,29 +26,29 @@ from .comfy_nodes import comfy_entrypoint as comfy_entrypoint
 WEB_DIRECTORY = "./comfy_nodes/web"
 '''
 
-comfy = typer.Typer(name="comfy", help="The ComfyUI node pack.", no_args_is_help=True)
+comfy = typer.Typer(name="comfy", help="Install the ComfyUI node pack.", no_args_is_help=True)
 
 
 @comfy.callback()
 def group() -> None:
-    """The ComfyUI node pack."""
+    """Install the ComfyUI node pack."""
 
 
 @comfy.command()
 def install(
-    path: Annotated[Path, typer.Argument(help="ComfyUI's folder (the one with main.py), or its custom_nodes folder.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pack that is installed already.")] = False,
+    path: Annotated[Path, typer.Argument(help="Folder of ComfyUI (the one with main.py), or its custom_nodes folder.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a node pack that is installed already.")] = False,
 ) -> None:
-    """Put the nodes into a ComfyUI. They use the qdiff package of ComfyUI's Python, so install it there too."""
+    """Install the nodes in a ComfyUI. They use the qdiff package of ComfyUI's own Python, so install it there too."""
     target = install_pack(path, overwrite)
     stdout().print(f"{target}: installed. Start ComfyUI again; the nodes are under qdiff.")
 
 
 def install_pack(path: Path, overwrite: bool = False) -> Path:
-    """Copy the pack into ``custom_nodes/qdiff`` of a ComfyUI; it appears there when it is complete.
+    """Copy the node pack into ``custom_nodes/qdiff`` of a ComfyUI, where it appears only once it is complete.
 
     Raises:
-        ConfigError: ``path`` is no ComfyUI, something is in the way, or this installation lacks the pack's files.
+        ConfigError: ``path`` is no ComfyUI, ``custom_nodes/qdiff`` exists already, or this installation lacks the pack's files.
     """
     folder = _custom_nodes(path)
     source = _source()

@@ -14,23 +14,23 @@ from .console import progress_bars, stdout
 if TYPE_CHECKING:
     from ..convert.nunchaku_folder import Advance
 
-convert = typer.Typer(help="From and to other programs' quantized checkpoints, exactly.", no_args_is_help=True)
+convert = typer.Typer(help="Convert other programs' quantized checkpoints to qdiff's, and back, exactly.", no_args_is_help=True)
 
 Output = Annotated[Path, typer.Argument(help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the output folder.")]
-Config = Annotated[Path | None, typer.Option(help="Folder or config.json of the dense model, for files that carry no config.")]
+Config = Annotated[Path | None, typer.Option(help="Folder or config.json of the dense model, for files that hold no config.")]
 
 
 @convert.command()
 def nunchaku(
     source: Annotated[
-        Path, typer.Argument(help="Folder of a nunchaku_lite model or pipeline, or a safetensors file of Nunchaku's.")
+        Path, typer.Argument(help="Folder of a nunchaku_lite model or pipeline, or one of Nunchaku's safetensors files.")
     ],
     output: Output,
     config: Config = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Nunchaku's INT4 and NVFP4 checkpoints: to run on any device."""
+    """Convert Nunchaku's INT4 and NVFP4 checkpoints, which then run on any device."""
     from ..convert import convert_nunchaku
 
     with _progress() as advance:
@@ -43,11 +43,12 @@ def to_nunchaku(
     source: Annotated[Path, typer.Argument(help="Folder of a model with INT4 or NVFP4 SVDQuant layers.")],
     output: Output,
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16 or float16; the one that holds all scales exactly if not given.")
+        str | None,
+        typer.Option(help="dtype of the scales, bfloat16 or float16; by default the one that holds all of them exactly."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """INT4 and NVFP4 SVDQuant models as a nunchaku_lite folder."""
+    """Convert INT4 and NVFP4 SVDQuant models to a nunchaku_lite folder."""
     from ..convert import export_nunchaku
 
     with _progress() as advance:
@@ -62,7 +63,7 @@ def gguf(
     config: Config = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """GGUF files of diffusion models: Q4_0 to Q8_0, Q4_K to Q6_K, IQ4_NL and 16 bits."""
+    """Convert GGUF files of diffusion models: Q4_0 to Q8_0, Q4_K to Q6_K, IQ4_NL and 16 bits."""
     from ..convert import convert_gguf
 
     with _progress() as advance:
@@ -77,7 +78,7 @@ def bfl(
     config: Config = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Black Forest Labs' FP8 and NVFP4 files."""
+    """Convert Black Forest Labs' FP8 and NVFP4 files."""
     from ..convert import convert_bfl
 
     with _progress() as advance:

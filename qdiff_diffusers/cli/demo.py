@@ -11,15 +11,17 @@ from rich.table import Table
 from ..errors import ConfigError
 from .console import progress_bars, stdout
 
-MAX_WORKERS = 8  # each holds its own torch: about half a gigabyte
+MAX_WORKERS = 8  # processes; each loads torch for itself, about half a gigabyte
 
 
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("demo"),
-    images: Annotated[int, typer.Option(min=1, help="Images per row.")] = 10,
+    images: Annotated[int, typer.Option(min=1, help="Number of images to draw with each method.")] = 10,
     only: Annotated[str | None, typer.Option(help="Methods to show, such as aq,vq.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the set of images.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the set of images.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="Device to compute on, such as cpu or cuda; by default a GPU if there is one.")
+    ] = None,
 ) -> None:
     """Quantize a small real model with every method, draw the same images with each, and compare."""
     from ..evaluation.demo import run_demo
@@ -44,10 +46,10 @@ def demo(
 
 
 def check_device(device: str | None) -> str | None:
-    """``device`` if torch can use it.
+    """``device``, if torch can use it.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: torch cannot use it.
     """
     import torch
 
@@ -60,7 +62,7 @@ def check_device(device: str | None) -> str | None:
 
 
 def default_workers(device: str | None) -> int:
-    """One process per core, but a GPU is used by one."""
+    """Number of processes: one per core, or one alone on a GPU."""
     import torch
 
     from ..measuring.machine import cpu_count

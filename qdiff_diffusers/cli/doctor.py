@@ -40,7 +40,7 @@ WIDTH = 100
 
 
 def doctor() -> None:
-    """Say what was found here: packages, devices, which kernels will run, and what is missing."""
+    """List packages, devices and the kernels that will run on them, and name what is missing."""
     console = stdout()
     console.width = min(console.width, WIDTH)
     for title, table in (
@@ -114,7 +114,7 @@ def _backend() -> Table:
 
 
 def _patches() -> Table:
-    """Per library how many of the changes are active, and what is off for lack of one."""
+    """Number of active changes in each library, and the features that are off because a change found no target."""
     table = _grid()
     found = examine(TABLE)
     for library in dict.fromkeys(row.library for row in found):
@@ -128,7 +128,7 @@ def _patches() -> Table:
 
 
 def loads_by_itself() -> bool:
-    """Whether torch has called our entry point, and nothing switched it off."""
+    """Whether torch loads qdiff by its entry point, so that checkpoints load with nothing imported."""
     autoload = sys.modules.get("qdiff_autoload")
     return autoload is not None and autoload.is_on()
 
@@ -155,7 +155,7 @@ def is_registered(library: str) -> bool:
 
 
 def cpu_features() -> list[str]:
-    """The CPU's instruction sets for low-precision arithmetic, as far as the system tells."""
+    """The CPU's instruction sets for low-precision arithmetic, as far as the operating system lists them."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return []

@@ -21,34 +21,52 @@ FILE_SETTINGS = ("model", "steps", "guidance_scale", "classes", "prompts", "dtyp
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(help="dit or unet (they come with the package), or a pipeline's folder or Hub name.")
+        str | None,
+        typer.Argument(help="Pipeline to evaluate: its folder or Hub name, or dit or unet, which come with the package."),
     ] = None,
     config: Annotated[
-        list[str] | None, typer.Option("-c", "--config", help="A row: aq:bits=2,activations=int8, a peer, a folder.")
+        list[str] | None,
+        typer.Option(
+            "-c",
+            "--config",
+            help="Row: a method and settings (aq:bits=2,activations=int8), a peer or a folder; may be repeated.",
+        ),
     ] = None,
-    rows: Annotated[Path | None, typer.Option(help="YAML or JSON file of rows and settings.")] = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder to write; what it holds already is not made again.")
-    ] = Path("eval"),
-    images: Annotated[int | None, typer.Option(min=1, help="Per row. [default: 200]")] = None,
-    paired: Annotated[int | None, typer.Option(min=1, help="Of these, compared one by one. [default: 64]")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File with a prompt per line, for a text-to-image pipeline.")] = None,
-    classes: Annotated[str | None, typer.Option(help="Such as 0-9 or 1,5,7, for a class-conditional pipeline.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's default.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default.")] = None,
-    size: Annotated[str | None, typer.Option(help="Of the images, such as 512x512; the pipeline's default.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the set of images. [default: 0]")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images per call of the pipeline. [default: 50]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the arithmetic; float32 on a CPU, bfloat16 on a GPU.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="YAML or JSON file with rows and settings.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; results that it holds already are kept.")] = Path(
+        "eval"
+    ),
+    images: Annotated[int | None, typer.Option(min=1, help="Number of images per row. [default: 200]")] = None,
+    paired: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of these images that are compared with the 16-bit model's one by one. [default: 64]"),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt per line, for a text-to-image pipeline.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class labels such as 0-9 or 1,5,7, for a class-conditional pipeline.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps; by default the pipeline's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; by default the pipeline's own.")] = None,
+    size: Annotated[str | None, typer.Option(help="Size of the images, such as 512x512; by default the pipeline's own.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the set of images. [default: 0]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Number of images per call of the pipeline. [default: 50]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype to compute in; by default float32 on a CPU and bfloat16 on a GPU.")
+    ] = None,
     rest_dtype: Annotated[
-        str | None, typer.Option(help="Of the images beyond the paired ones; bfloat16 takes half the time. [default: as --dtype]")
+        str | None,
+        typer.Option(help="dtype for the images beyond the paired ones; bfloat16 takes half the time. [default: as --dtype]"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Rows at the same time; one per core, on a GPU one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device to compute on, such as cpu or cuda; by default a GPU if there is one.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of rows evaluated at the same time; by default one per core, or one on a GPU.")
+    ] = None,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep every quantized model in the output folder.")] = False,
-    peers: Annotated[bool, typer.Option("--list-peers", help="Name the peers that a row can be, and exit.")] = False,
+    peers: Annotated[bool, typer.Option("--list-peers", help="List the peers that a row can name, and exit.")] = False,
 ) -> None:
-    """Compare quantized versions of a pipeline: the same seeds, scores with intervals, pictures, one page."""
+    """Compare quantized versions of a pipeline at the same seeds: scores with intervals, pictures, and one page with all."""
     import torch
 
     from ..evaluation.evaluate import Settings, run_eval
@@ -95,7 +113,11 @@ def evaluate(
 
 
 def _checked(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Settings in a file of rows, refused where they are unknown or of another type."""
+    """The settings in a file of rows, checked.
+
+    Raises:
+        ConfigError: one is unknown or of another type.
+    """
     if unknown := sorted(set(data) - {*FILE_SETTINGS, "rows"}):
         raise ConfigError(f"{path} has unknown settings {', '.join(unknown)}; it may have {', '.join(FILE_SETTINGS)}")
     for key in ("steps", *COUNTS):
@@ -107,7 +129,7 @@ def _checked(data: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _prompts(given: Any, rows: Path | None) -> Any:
-    """Prompts as they stand in a file of rows, or the file that it names, which is searched beside it."""
+    """Prompts that a file of rows lists, or the path of a prompt file that it names, relative to its own folder."""
     if isinstance(given, str):
         return (rows.parent if rows else Path()) / given
     return given

@@ -13,10 +13,12 @@ from .console import progress_bars, stdout
 
 def inspect(
     source: Annotated[str, typer.Argument(help="Folder or Hub name of a quantized model or pipeline.")],
-    revision: Annotated[str | None, typer.Option(help="Of a Hub repository.")] = None,
-    sparsity: Annotated[bool, typer.Option("--sparsity", help="Also count zeros, which takes reading all codes.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a source on the Hub.")] = None,
+    sparsity: Annotated[
+        bool, typer.Option("--sparsity", help="Also count weights that are stored as zero; reads all codes.")
+    ] = False,
 ) -> None:
-    """List a checkpoint's layers: method, bits, size and error. Nothing is loaded, but for --sparsity."""
+    """List the layers of a checkpoint with method, bits, size and error. Only --sparsity reads weights."""
     console = stdout()
     for info in inspect_components(source, revision):
         zeros = _zeros(info) if sparsity else None
@@ -25,7 +27,7 @@ def inspect(
 
 
 def _zeros(info: CheckpointInfo) -> dict[str, float]:
-    """Share of zeros of every layer."""
+    """Share of weights stored as zero in every layer, by its name."""
     with progress_bars() as bars:
         return dict(bars.track(zero_shares(info), len(info.layers), description="Counting zeros"))
 
@@ -66,7 +68,7 @@ def _totals(info: CheckpointInfo, zeros: dict[str, float] | None) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people, in powers of 1000 as disks count."""
+    """A number of bytes with its unit, in powers of 1000 as disks count."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale:
             return f"{nbytes / scale:.2f} {unit}"

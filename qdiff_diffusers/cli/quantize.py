@@ -1,14 +1,17 @@
-"""``qdiff quantize``"""
+"""``qdiff quantize``. What its help says about methods comes from the methods themselves."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..calibration.settings import ASSIGNMENTS
 from ..errors import ConfigError
 from ..methods import DEFAULT_METHOD, METHODS
 from ..methods.base import default_first
@@ -19,22 +22,41 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def describe_methods() -> str:
-    """One phrase per method, for the help."""
+    """What each method is, for the help: ``name: summary``."""
     return "; ".join(f"{method.name}: {method.summary}" for method in default_first())
 
 
 def describe_widths() -> str:
-    """The widths that each method offers, for the help."""
+    """Bit widths that each method offers, for the help."""
     return "; ".join(f"{m.name}: {', '.join(f'{b:g}' for b in m.config.bit_choices)}" for m in default_first())
 
 
 def describe_activations() -> str:
-    """The kinds of activations, with the methods that alone have them, for the help."""
-    owners: dict[str, list[str]] = {}
+    """Number formats of activations, each with the methods that have it, for the help."""
+    return _with_owners({method.name: method.config.activation_choices for method in default_first()})
+
+
+def describe_assignments() -> str:
+    """Values of ``Tuning.assignments``, each with the methods whose default settings have it, for the help."""
+    offers = {}
     for method in default_first():
-        for kind in method.config.activation_choices:
-            owners.setdefault(kind, []).append(method.name)
-    return ", ".join(kind + (f" ({', '.join(names)} only)" if len(names) < len(METHODS) else "") for kind, names in owners.items())
+        with suppress(ConfigError):  # a method may have no default settings
+            offers[method.name] = tuple(filter(method.config().moves_by, ASSIGNMENTS))
+    return _with_owners(offers)
+
+
+def owners(field: str) -> str:
+    """Names of the methods whose config has ``field``, for the help."""
+    return ", ".join(m.name for m in default_first() if field in {f.name for f in fields(m.config)})
+
+
+def _with_owners(offers: Mapping[str, Sequence[str]]) -> str:
+    """All choices that methods offer; those that not every method has are followed by the names of the methods."""
+    found: dict[str, list[str]] = {}
+    for name, choices in offers.items():
+        for choice in choices:
+            found.setdefault(choice, []).append(name)
+    return ", ".join(c + (f" ({', '.join(names)} only)" if len(names) < len(offers) else "") for c, names in found.items())
 
 
 def quantize(
@@ -43,30 +65,41 @@ def quantize(
     method: Annotated[str, typer.Option("-m", "--method", help=f"Quantization method. {describe_methods()}.")] = DEFAULT_METHOD,
     bits: Annotated[float | None, typer.Option("-b", "--bits", help=f"Nominal bits per weight. {describe_widths()}.")] = None,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="Rank of svdquant's low-rank branch, 0 for none; by default scaled with each layer.")
+        int | None,
+        typer.Option(min=0, help=f"Rank of the low-rank branch ({owners('rank')}), 0 for none; by default scaled with each layer."),
     ] = None,
-    group_size: Annotated[str | None, typer.Option(help="Weights that share a scale: a number, row or tensor.")] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help=f"Number of weights that share a scale ({owners('group_size')}); or row, or tensor.")
+    ] = None,
     weight_format: Annotated[
-        str | None, typer.Option(help="Number format of the weights for fp and svdquant, instead of --bits: nvfp4, e2m1, int4, ...")
+        str | None,
+        typer.Option(help=f"Number format of the weights ({owners('weight_format')}) instead of --bits: nvfp4, e2m1, int4, ..."),
     ] = None,
     activations: Annotated[
         str | None,
-        typer.Option(help=f"Number format of the layers' inputs: {describe_activations()}; 16 bits if not given."),
+        typer.Option(help=f"Number format of the layers' inputs: {describe_activations()}; by default 16 bits."),
     ] = None,
     activation_scales: Annotated[
         str | None,
-        typer.Option(help="Scales of int8 and fp8 inputs: token (found at run time), or with --calibrate static or timestep."),
+        typer.Option(
+            help="Scales of int8 and fp8 activations: token (one per token, at run time); with --calibrate also static, timestep."
+        ),
     ] = None,
     smoothing: Annotated[
-        bool | None, typer.Option("--smoothing", help="Divide svdquant's inputs by a vector found on each layer; with --calibrate.")
+        bool | None,
+        typer.Option(
+            "--smoothing", help=f"Divide inputs by a vector found for each layer ({owners('smoothing')}); needs --calibrate."
+        ),
     ] = None,
     rotation: Annotated[
         bool | None,
-        typer.Option("--rotation/--no-rotation", help="Rotate inputs by Hadamard matrices; by default as the method prefers."),
+        typer.Option(
+            "--rotation/--no-rotation", help="Rotate the layers' inputs by Hadamard matrices; by default as the method prefers."
+        ),
     ] = None,
-    effort: Annotated[int | None, typer.Option(help="Search effort of aq, from 0 (fast) to 3 (thorough).")] = None,
+    effort: Annotated[int | None, typer.Option(help=f"Search effort ({owners('effort')}), from 0 (fast) to 3 (thorough).")] = None,
     skip: Annotated[
-        list[str] | None, typer.Option(help="Part of layer names to leave in 16 bits; may be given several times.")
+        list[str] | None, typer.Option(help="Part of the names of layers to leave in 16 bits; may be given several times.")
     ] = None,
     component: Annotated[
         list[str] | None,
@@ -75,7 +108,9 @@ def quantize(
     dtype: Annotated[str, typer.Option(help=f"dtype of the parameters that are not quantized: {', '.join(DTYPES)}.")] = "bfloat16",
     use_safetensors: Annotated[
         bool | None,
-        typer.Option("--use-safetensors/--no-safetensors", help="Read only safetensors, or only pickles (.bin), of the source."),
+        typer.Option(
+            "--use-safetensors/--no-safetensors", help="Read only the source's safetensors files, or only its pickles (.bin)."
+        ),
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the source's files to read, such as fp16.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a source on the Hub.")] = None,
@@ -83,20 +118,28 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the output folder.")] = False,
     calibrate: Annotated[
         str | None,
-        typer.Option(help="A file of prompts, class labels (0,1,2 or 0-9), or noise: fit codes to what layers really see."),
+        typer.Option(
+            help="Fit codes to the layers' real inputs on a file of prompts, on class labels (0,1,2 or 0-9), or on noise."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Number of calibration trajectories.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a trajectory.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Number of denoising steps of each trajectory.")] = 20,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the trajectories.")] = None,
-    mixed: Annotated[bool, typer.Option("--mixed", help="Let --bits be the mean, more for layers that matter more.")] = False,
-    tune: Annotated[int, typer.Option(min=0, help="Optimizer steps of tuning codes, scales and biases after the calibration.")] = 0,
-    objective: Annotated[str, typer.Option(help="Whose output the tuning brings closer: model or blocks.")] = "model",
-    assignments: Annotated[
-        str, typer.Option(help="How codes move while tuning: pv, candidates (vq), rounding (scalar formats) or fixed.")
-    ] = "pv",
-    workspace: Annotated[Path | None, typer.Option(help="Where finished work waits for another run.")] = None,
-    recordings: Annotated[Path | None, typer.Option(help="Where trajectories stay for other calibrations of this model.")] = None,
-    push: Annotated[str | None, typer.Option(help="Also upload to this Hub name.")] = None,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Let --bits be the mean over layers; those whose error matters more get more.")
+    ] = False,
+    tune: Annotated[
+        int, typer.Option(min=0, help="Number of optimizer steps that tune codes, scales and biases after the calibration.")
+    ] = 0,
+    objective: Annotated[str, typer.Option(help="Output that the tuning fits: of the whole model, or of its blocks.")] = "model",
+    assignments: Annotated[str, typer.Option(help=f"How codes change while tuning: {describe_assignments()}.")] = "pv",
+    workspace: Annotated[
+        Path | None, typer.Option(help="Folder for finished work, from which an interrupted calibration resumes.")
+    ] = None,
+    recordings: Annotated[
+        Path | None, typer.Option(help="Folder for trajectories, which other calibrations of this model reuse.")
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="Repository on the Hub to upload the result to as well.")] = None,
 ) -> None:
     """Quantize a model or pipeline and save it."""
     import torch
@@ -152,7 +195,7 @@ def quantize(
 
 
 def _tell(output: Path, push: str | None) -> None:
-    """What was written, and where it can be found."""
+    """Print what was written, and where it can be found."""
     from ..checkpoint.inspect import inspect_components
 
     console = stdout()
@@ -164,7 +207,7 @@ def _tell(output: Path, push: str | None) -> None:
 
 
 def conditions(text: str) -> dict[str, Any]:
-    """What ``--calibrate`` means: "noise", class labels such as "0,3,5-9", or a file of prompts."""
+    """Fields of a ``Calibration`` for the value of ``--calibrate``: "noise", class labels such as "0,3,5-9", or a prompt file."""
     if text == "noise":
         return {}
     if CLASSES.fullmatch(text):
@@ -173,10 +216,10 @@ def conditions(text: str) -> dict[str, Any]:
 
 
 def parse_classes(text: str) -> list[int]:
-    """``0-9`` or ``1,5,7`` or both.
+    """Class numbers from a text such as ``0-9``, ``1,5,7`` or ``0-3,7``.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the text has another form.
     """
     out: list[int] = []
     for part in text.split(","):
@@ -188,7 +231,7 @@ def parse_classes(text: str) -> list[int]:
 
 
 def make_config(method: str, options: dict[str, Any]) -> Any:
-    """The config of a method, with errors that name the command's options.
+    """The config of a method from the command's options, which errors name.
 
     Raises:
         ConfigError: the method is unknown or does not have one of the options.

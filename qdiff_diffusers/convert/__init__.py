@@ -1,4 +1,4 @@
-"""Other programs' quantized checkpoints, to and from ours: index maps and renaming, nothing is quantized again."""
+"""Conversion between other programs' quantized checkpoints and qdiff's, by index maps and renaming: nothing is quantized again."""
 
 from __future__ import annotations
 

@@ -30,10 +30,10 @@ E4M3_NAN = 0x7F
 
 
 class BflFile:
-    """A file whose quantized weights are read when they are asked for.
+    """One of Black Forest Labs' files, whose quantized weights are read on demand.
 
     Raises:
-        CheckpointError: it has no quantized weight, or one without its scales, of an unknown dtype or misshapen.
+        CheckpointError: the file has no quantized weight, or one without scales, of an unknown dtype, or misshapen.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,7 +98,7 @@ class BflFile:
         return {"codes": weights, "scales": scales}
 
     def _rows(self, piece: Piece) -> Tensor:
-        """Two codes to a byte, the even one in the low nibble, as here; FP8 one to a byte."""
+        """Packed codes of some rows: NVFP4 two to a byte, the even one in the low nibble, as qdiff has them; FP8 one to a byte."""
         return self._source.get(piece.name).view(torch.int8)[piece.start : piece.stop]
 
     def _scales(self, piece: Piece, suffix: str = SCALE) -> Tensor:
@@ -122,7 +122,7 @@ def convert_bfl(
     overwrite: bool = False,
     advance: Advance | None = None,
 ) -> Path:
-    """Write one of Black Forest Labs' FP8 or NVFP4 files as a qdiff checkpoint: every code and scale as it was.
+    """Write one of Black Forest Labs' FP8 or NVFP4 files as a qdiff checkpoint: every code and scale stays as it is.
 
     Arguments and errors as for :func:`qdiff_diffusers.convert.convert_gguf`.
     """

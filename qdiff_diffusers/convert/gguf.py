@@ -1,4 +1,4 @@
-"""GGUF files (of llama.cpp's ggml) with diffusion models: the block formats that ours hold exactly.
+"""GGUF files (of llama.cpp's ggml) with diffusion models: the block formats that qdiff's formats hold exactly.
 
 A tensor is a sequence of blocks of 32 weights (256 for the K-quants) with their scales; weights of a row follow each other.
 """
@@ -32,7 +32,7 @@ Blocks = dict[str, Tensor]  # codes [blocks, weights], scales [blocks, groups], 
 
 
 class Kind(NamedTuple):
-    """A block format: its name, its sizes, what it becomes, and how a block ``uint8 [blocks, bytes]`` is read."""
+    """A block format of GGUF: name, sizes, the qdiff format it becomes, and a function that reads ``uint8 [blocks, bytes]``."""
 
     name: str
     weights: int
@@ -136,7 +136,7 @@ REFUSED = {
 
 
 class Entry(NamedTuple):
-    """A tensor of the file: shape, type number, first byte."""
+    """A tensor of the file: shape, type number, offset of its first byte."""
 
     shape: tuple[int, ...]
     kind: int
@@ -144,16 +144,16 @@ class Entry(NamedTuple):
 
 
 class GgufFile:
-    """A GGUF file whose quantized weights are read when they are asked for.
+    """A GGUF file whose quantized weights are read on demand.
 
     Raises:
-        CheckpointError: the file is malformed or truncated, or has a block format that ours do not hold exactly.
+        CheckpointError: the file is malformed or truncated, or has a block format that no qdiff format holds exactly.
     """
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             entries = _read_header(file, path)
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copied on write, which torch asks for
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copied on write, as torch requires
         self.entries = {}
         for name, entry in entries.items():
             if entry.kind not in DENSE and entry.kind not in KINDS:
@@ -262,14 +262,14 @@ def convert_gguf(
     overwrite: bool = False,
     advance: Advance | None = None,
 ) -> Path:
-    """Write a GGUF file as a qdiff checkpoint: every code and scale as it was.
+    """Write a GGUF file as a qdiff checkpoint: every code and scale stays as it is.
 
     Args:
         source: the file, in diffusers' layout or one that diffusers converts.
-        output_dir: appears when everything is in it, not before.
+        output_dir: folder to write, which appears only once it is complete.
         config: folder or config.json of the dense model.
         overwrite: replace a model that is in ``output_dir``.
-        advance: called with (tensors written, tensors in all, name) after each.
+        advance: called with (tensors written, tensors in all, name) after each tensor.
 
     Raises:
         ConfigError: there is no such file, no config, or ``output_dir`` holds something that must not be replaced.

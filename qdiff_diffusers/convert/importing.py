@@ -1,4 +1,4 @@
-"""From a plan to stored layers: what each step of an import shares, whatever the source."""
+"""From a plan to stored layers: the steps that the imports of all formats share."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Import(NamedTuple):
     """Everything that is known before any weight is read.
 
     Attributes:
-        plan: where everything is.
-        headers: of the source layers, by prefix.
-        layers: what they become.
+        plan: where each tensor of the model is in the source.
+        headers: headers of the source layers, by prefix.
+        layers: the packed layers that they become, by module name.
         infos: shapes and dtypes of all tensors to write, in this order.
     """
 
@@ -63,7 +63,7 @@ def prepare(model: nn.Module, plan: Plan, source: Source) -> Import:
 
 
 def _bias_dtype(headers: list[Header]) -> torch.dtype:
-    """float32 for what may be computed: the sum of two, or one from which "1 +" was taken."""
+    """Dtype of the bias: float32 if it is computed, as the sum of two biases or by removing "1 +"; else the stored dtype."""
     with_bias = [header for header in headers if "bias" in header.infos]
     if not with_bias:
         raise CheckpointError(f"the checkpoint lacks tensor {headers[0].part.prefix}.bias; it is incomplete")
@@ -83,7 +83,7 @@ class Reader:
         """The tensors of one layer, packed ones and bias, by their names in the module.
 
         Raises:
-            CheckpointError: the source holds what the model's layer cannot.
+            CheckpointError: the source holds numbers that the model's layer cannot store.
         """
         try:
             parts = [self._part(part.prefix).rows(target.rows.picked()) for part in target.parts]
@@ -121,9 +121,9 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     """The model that a config describes, without memory for its weights.
 
     Raises:
-        CheckpointError: the config names no class of diffusers, or one that cannot be made from it.
+        CheckpointError: the config names no class of diffusers, or the class cannot be made from it.
     """
-    import diffusers  # late: it takes seconds
+    import diffusers  # imported late, as it takes seconds
 
     name = str(config.get("_class_name"))
     known = getattr(diffusers, diffusers_class(name), None)
@@ -144,7 +144,7 @@ def diffusers_class(name: str) -> str:
 
 
 def described(config: QDiffConfig, model: nn.Module, layers: dict[str, StoredLayer], origin: str) -> Quantization:
-    """The record of a model whose ``layers`` were imported, by settings that come near to how they were quantized."""
+    """The record of a model whose ``layers`` were imported; ``config`` describes approximately how they were quantized."""
     weighted = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
     skipped = {name: "not quantized in the source" for name in weighted if name not in layers}
     return Quantization(config, layers, skipped, new_provenance(type(model).__name__) | {"converted_from": origin})

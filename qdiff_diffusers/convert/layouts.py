@@ -1,4 +1,4 @@
-"""Which layers of a model a Nunchaku checkpoint's layers are: one table per layout of the original engine.
+"""The layers of a model that a Nunchaku checkpoint's layers stand for: one table per layout of the original engine.
 
 ``nunchaku_lite`` names layers as diffusers does, one for one. The engine's own checkpoints fuse projections, split the last layer
 of FLUX's single blocks, interleave the rows of adaLN layers (see ``nunchaku.read_awq``) and of gated feed-forwards.
@@ -21,7 +21,7 @@ CODES_LEAF = ".qweight"
 
 
 class Target(NamedTuple):
-    """A layer of the model and where its numbers are."""
+    """A layer of the model, and the rows of source layers that it consists of."""
 
     module: str
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Target(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """A tensor of the model that is stored as it is: where, which rows, and in what shape."""
+    """A tensor of the model that is copied unchanged: its source, its rows there, and its shape."""
 
     name: str
     source: str
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     Attributes:
         modules: the model's layers whose rows it holds, one after the other.
         unsigned: whether its inputs are the output of a GELU.
-        splits: of adaLN layers.
+        splits: number of parts of an adaLN layer's output.
         interleaved: whether value and gate rows alternate.
         padded: whether each module's rows are padded to a multiple of 128.
     """
@@ -117,7 +117,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 class Plan(NamedTuple):
-    """What to do with every tensor of the source."""
+    """Use of every tensor of the source: layers to convert and tensors to copy."""
 
     targets: list[Target]
     copies: list[Copied]
@@ -171,7 +171,7 @@ def _layer_names(stored: Mapping[str, TensorInfo]) -> Iterator[str]:
 
 
 def _entry(kind: str, prefix: str) -> tuple[str, Entry]:
-    """The block that a source layer is in, with a dot, and what it holds; a layer that no table names is itself."""
+    """Prefix of a source layer's block, with a dot, and its entry in the table; layers in no table keep their names."""
     match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", prefix)
     if match and (entry := LAYOUTS[kind].get(match[1], {}).get(match[3])):
         return f"{match[1]}.{match[2]}.", entry

@@ -1,4 +1,4 @@
-"""A four-bit layer between two ways of storing it: plain matrices, in logical order, and what can be done to them exactly."""
+"""A four-bit layer in logical order, as plain matrices, with the changes to it that are exact: the step between two layouts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class LogicalLayer:
         kind: "int4" (codes are the weights plus 8), "nvfp4" (E2M1 codes) or "awq" (code * scale + zero, inputs in 16 bits).
         codes: 0 .. 15, integer ``[rows, columns]``.
         scales: ``[rows, groups]``, bfloat16, float16 or float8_e4m3fn.
-        zeros: of "awq", like ``scales``.
-        row_scales: of "nvfp4", float32 ``[rows]``, on top of ``scales``.
+        zeros: zero points of "awq", of the shape and dtype of ``scales``.
+        row_scales: second scales of "nvfp4", float32 ``[rows]``, which multiply ``scales``.
         bias: ``[rows]``; smooth, shift: ``[columns]``; down ``[rank, columns]``; up ``[rows, rank]``; each may be missing.
     """
 
@@ -48,11 +48,11 @@ class LogicalLayer:
         return replace(self, **picked)
 
     def format(self) -> WeightFormat:
-        """How the weight is stored here."""
+        """qdiff's format for the weight."""
         return weight_format(self.kind, self.scales.dtype, self.row_scales is not None)
 
     def spec(self) -> LayerSpec:
-        """How the layer is stored here."""
+        """qdiff's spec for the layer."""
         extras = [t.dtype for t in (self.smooth, self.down, self.up) if t is not None]
         rank = 0 if self.down is None else len(self.down)
         return layer_spec(self.format(), self.kind, rank, self.smooth is not None, self.shift is not None, extras)
@@ -94,10 +94,10 @@ def layer_spec(fmt: WeightFormat, kind: str, rank: int, smooth: bool, shift: boo
 
 
 def concatenate_columns(layers: list[LogicalLayer]) -> LogicalLayer:
-    """One layer that sees the inputs of all side by side and gives the sum of their outputs.
+    """One layer whose inputs are those of all layers side by side, and whose output is the sum of theirs.
 
     Raises:
-        ValueError: their weights are not stored alike.
+        ValueError: the layers' weights have different formats.
     """
     if len(layers) == 1:
         return layers[0]

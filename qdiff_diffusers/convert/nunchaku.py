@@ -1,4 +1,4 @@
-"""Layers of Nunchaku checkpoints: the names and shapes of their tensors, and what they say in logical order.
+"""Layers of Nunchaku checkpoints: the names and shapes of their tensors, and their content in logical order.
 
 Two sets of names are in use for the same tensors: those of the first engine (``lora_down``, ``smooth``) and those of its later
 versions and of diffusers' ``nunchaku_lite`` (``proj_down``, ``smooth_factor``).
@@ -53,10 +53,10 @@ class Part(NamedTuple):
     """A quantized layer of the source.
 
     Attributes:
-        prefix: its name.
-        rows, columns: its size, padding left out.
+        prefix: name of the layer in the source.
+        rows, columns: size without padding.
         unsigned: whether its "int4" inputs are the output of a GELU, shifted and quantized to 0 .. 15.
-        splits: of an "awq" layer, into how many interleaved parts its rows are reordered.
+        splits: number of interleaved parts into which the rows of an "awq" layer are reordered.
     """
 
     prefix: str
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which rows of a source layer a layer of the model has: ``number`` from ``start``."""
+    """The rows of a source layer that a layer of the model has: ``number`` from ``start``."""
 
     start: int
     number: int
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The tensors of one source layer by their canonical names, and what they say before any data is read."""
+    """The tensors of one source layer by canonical name, with what their shapes and dtypes tell before any data is read."""
 
     part: Part
     kind: str

@@ -41,9 +41,9 @@ LEAVES = ("codes", "scales", "zeros", "tensor_scale", "low_rank_down", "low_rank
 
 
 class Export(NamedTuple):
-    """What is settled before any weight is written."""
+    """Decisions made before any weight is written."""
 
-    kinds: dict[str, str]  # of every packed layer: "int4", "nvfp4" or "awq"
+    kinds: dict[str, str]  # kind of every packed layer: "int4", "nvfp4" or "awq"
     rank: int
     dtype: torch.dtype
 
@@ -52,8 +52,8 @@ def pack_w4a4(layer: LogicalLayer, rank: int, dtype: torch.dtype) -> dict[str, T
     """The tensors of an "int4" or "nvfp4" layer in Nunchaku's order, by ``nunchaku_lite``'s names.
 
     Args:
-        rank: that the branch is padded to, a multiple of 16.
-        dtype: of scales, factors and vectors.
+        rank: rank that the low-rank branch is padded to, a multiple of 16.
+        dtype: dtype of scales, factors and vectors.
 
     Raises:
         ValueError: a number cannot be written in ``dtype`` exactly.
@@ -98,7 +98,7 @@ def split_row_scales(row_scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     """``wcscales [rows]`` and ``wtscale [1]``, a power of two, whose product is ``row_scales`` exactly.
 
     Raises:
-        ValueError: there are none in ``dtype``.
+        ValueError: no such factors exist in ``dtype``.
     """
     largest = row_scales.abs().max()
     exponents = [0] if largest == 0 else [0, int(torch.frexp(largest).exponent) - 1]
@@ -114,7 +114,7 @@ def exactly(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """``tensor`` in ``dtype``.
 
     Raises:
-        ValueError: that would round it.
+        ValueError: the conversion would round it.
     """
     out = tensor.to(dtype)
     if not torch.equal(out.to(tensor.dtype), tensor):
@@ -123,7 +123,7 @@ def exactly(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 
 def logical_layer(spec: LayerSpec, tensors: dict[str, Tensor], columns: int) -> LogicalLayer:
-    """A stored layer that :func:`kind_of` takes, in logical form."""
+    """A stored layer, of a kind that :func:`kind_of` accepts, in logical form."""
     from qdiff_kernels import unpack_bits
 
     return LogicalLayer(
@@ -140,10 +140,10 @@ def logical_layer(spec: LayerSpec, tensors: dict[str, Tensor], columns: int) -> 
 
 
 def kind_of(spec: LayerSpec) -> str:
-    """What kind of Nunchaku's layers a spec is.
+    """The kind of Nunchaku layer that can hold a spec.
 
     Raises:
-        ValueError: none of them.
+        ValueError: Nunchaku has no such kind.
     """
     fmt = spec.format
     if spec.rotation:
@@ -176,18 +176,18 @@ def export_nunchaku(
     overwrite: bool = False,
     advance: Advance | None = None,
 ) -> Path:
-    """Write a qdiff checkpoint as a ``nunchaku_lite`` folder: every code and scale as it was.
+    """Write a qdiff checkpoint as a ``nunchaku_lite`` folder: every code and scale stays as it is.
 
     Args:
         source: the folder of a quantized model.
-        output_dir: appears when everything is in it, not before.
-        dtype: "bfloat16" or "float16", of scales and factors; by default the one that holds all of them exactly.
+        output_dir: folder to write, which appears only once it is complete.
+        dtype: dtype of scales and factors, "bfloat16" or "float16"; by default the one that holds all of them exactly.
         overwrite: replace a model that is in ``output_dir``.
-        advance: called with (tensors written, tensors in all, name) after each.
+        advance: called with (tensors written, tensors in all, name) after each tensor.
 
     Raises:
         ConfigError: ``source`` is no quantized model, or ``output_dir`` holds something that must not be replaced.
-        CheckpointError: a layer has a format, a size or numbers that Nunchaku does not have.
+        CheckpointError: a layer has a format, a size or numbers that Nunchaku cannot store.
     """
     source, output_dir = Path(source), Path(output_dir)
     check_output(output_dir, overwrite, source)

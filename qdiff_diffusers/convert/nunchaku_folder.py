@@ -1,4 +1,4 @@
-"""``qdiff convert nunchaku``: from a folder or file of Nunchaku's to a folder that ``from_pretrained`` loads."""
+"""``qdiff convert nunchaku``: from one of Nunchaku's folders or files to a folder that ``from_pretrained`` loads."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def convert_nunchaku(
     overwrite: bool = False,
     advance: Advance | None = None,
 ) -> Path:
-    """Write a Nunchaku checkpoint as a qdiff checkpoint: every code and scale as it was, nothing quantized again.
+    """Write a Nunchaku checkpoint as a qdiff checkpoint: every code and scale stays as it is.
 
     Args:
         source: a folder of a model or pipeline, or a safetensors file.
-        output_dir: appears when everything is in it, not before.
-        config: folder or config.json of the dense model, for files that carry none.
+        output_dir: folder to write, which appears only once it is complete.
+        config: folder or config.json of the dense model, for files that hold no config.
         overwrite: replace a model that is in ``output_dir``.
-        advance: called with (tensors written, tensors in all, name) after each.
+        advance: called with (tensors written, tensors in all, name) after each tensor.
 
     Returns:
         ``output_dir``.
@@ -175,7 +175,7 @@ def lite_targets(config: dict[str, Any]) -> list[str]:
     """The layers that a ``nunchaku_lite`` config names.
 
     Raises:
-        CheckpointError: it is malformed, or names a precision that is not known.
+        CheckpointError: the config is malformed, or names an unknown precision.
     """
     targets: list[str] = []
     for section, precisions in (("svdq_w4a4", PRECISIONS), ("awq_w4a16", {"int4": 64})):

@@ -20,7 +20,7 @@ AWQ_ROWS, AWQ_GROUP, AWQ_SCALE_GROUPS = 4, 64, 16
 
 
 class PackingOrder(NamedTuple):
-    """One index map.
+    """An invertible index map between a logical matrix and a flat sequence.
 
     Attributes:
         rows, columns: ``{axis: size}`` of the logical dimensions, outermost first; the first axis takes as many as there are.
@@ -33,7 +33,7 @@ class PackingOrder(NamedTuple):
 
     @property
     def multiples(self) -> tuple[int, int]:
-        """What divides the rows and the columns."""
+        """Numbers that the rows and the columns must be multiples of."""
         return math.prod(list(self.rows.values())[1:]), math.prod(list(self.columns.values())[1:])
 
     def pack(self, matrix: Tensor) -> Tensor:
@@ -124,5 +124,5 @@ def pad_to(tensor: Tensor, sizes: tuple[int, ...], value: float = 0) -> Tensor:
 
 
 def rounded_up(size: int, multiple: int) -> int:
-    """The next multiple."""
+    """The smallest multiple of ``multiple`` that is at least ``size``."""
     return -(-size // multiple) * multiple

@@ -27,21 +27,21 @@ from .stream import stored_bytes, write_file
 
 
 class QuantizedFile(Protocol):
-    """A file whose quantized weights can be stored here as they are."""
+    """A file whose quantized weights can be stored in qdiff's formats exactly."""
 
-    tensors: dict[str, Tensor]  # dense ones, and a StandIn for each quantized weight
+    tensors: dict[str, Tensor]  # dense tensors, and a StandIn for each quantized weight
 
     def format(self, pieces: list[Piece]) -> WeightFormat:
-        """How these rows are stored here. Raises CheckpointError if they cannot be one layer."""
+        """qdiff's format for these rows. Raises CheckpointError if they cannot be one layer."""
         ...
 
     def store(self, pieces: list[Piece], columns: int) -> dict[str, Tensor]:
-        """The tensors of that format."""
+        """The tensors of :meth:`format` for these rows."""
         ...
 
 
 class Contents(NamedTuple):
-    """What a file becomes."""
+    """The model that a file becomes: its packed layers and its other tensors."""
 
     packed: dict[str, StandIn]  # by module
     dense: dict[str, Tensor | StandIn]  # by tensor; quantized ones are decoded
@@ -78,7 +78,7 @@ def plan(model: nn.Module, config: dict[str, Any], opened: QuantizedFile) -> Con
     """Give every tensor of the model its place in the file.
 
     Raises:
-        CheckpointError: one is missing, misshapen or left over, or cannot be stored exactly.
+        CheckpointError: a tensor is missing, misshapen or left over, or cannot be stored exactly.
     """
     found = diffusers_names(model, config, opened.tensors)
     expected = model.state_dict()

@@ -19,7 +19,7 @@ ALIGNMENT = 8
 
 
 class Source:
-    """The tensors of some safetensors files: their headers, and one at a time their data."""
+    """The tensors of some safetensors files: headers of all, and data read one tensor at a time."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.infos: dict[str, TensorInfo] = {}
@@ -33,27 +33,27 @@ class Source:
                 self.metadata |= opened.metadata() or {}
 
     def get(self, name: str) -> Tensor:
-        """One tensor, read now."""
+        """Read one tensor."""
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name)
 
     def get_all(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Several tensors, read now."""
+        """Read several tensors, by name."""
         return {name: self.get(name) for name in names}
 
 
 def stored_bytes(infos: Mapping[str, TensorInfo]) -> int:
-    """What the tensors take in a file."""
+    """Number of bytes that the tensors take in a file."""
     return sum(info.nbytes for info in infos.values())
 
 
 def write_file(
     path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]
 ) -> None:
-    """Write ``tensors``, which come in the order of ``infos`` and are as it says.
+    """Write ``tensors``, whose names, order, shapes and dtypes must be those of ``infos``.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: a tensor differs from ``infos``, or is missing.
     """
     with path.open("wb") as file:
         file.write(_header(infos, metadata))

@@ -1,4 +1,4 @@
-"""What a quantized model costs and what it gives: seeded sampling, image metrics, grids and reports."""
+"""Quality and cost of quantized models: seeded sampling, image metrics, grids and reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a row to a pipeline that draws with its weights, and what that costs."""
+"""Builds the pipeline of a row, and measures its size and times."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ Costs = dict[str, Any]
 def build(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype, device: str, costs: Costs) -> Any:
     """A pipeline with the row's weights, in ``dtype`` on ``device``. Fills in ``costs``.
 
-    A config's model is written to ``folder / "model"``, and taken from there if it is there already.
+    A config's model is written to ``folder / "model"``, and read from there if it exists already.
 
     Raises:
-        Exception: whatever stands in the way of this row.
+        Exception: any error that keeps this row from being built.
     """
     if row.kind == "reference":
         pipe = load_dense(subject, dtype)
@@ -52,13 +52,13 @@ def build(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype, devi
 
 
 def load(source: str | Path, dtype: torch.dtype, **more: Any) -> Any:
-    """A pipeline, without diffusers' bars and remarks."""
+    """Load a pipeline, without diffusers' progress bars and remarks."""
     with quiet_diffusers():
         return DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **more)
 
 
 def load_dense(subject: Subject, dtype: torch.dtype) -> Any:
-    """The unquantized pipeline in ``dtype``, its weights rounded to 16 bits first, as a row's are that it does not quantize."""
+    """The unquantized pipeline in ``dtype``, its weights rounded to 16 bits first, as a row's unquantized weights are."""
     pipe = load(subject.source, subject.stored_dtype)
     with quiet_diffusers():
         return pipe.to(dtype)
@@ -66,7 +66,7 @@ def load_dense(subject: Subject, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """No bars of diffusers' own, and none of its remarks about a pixel-space autoencoder."""
+    """A context without diffusers' progress bars, and without its remarks about a pixel-space autoencoder."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -100,9 +100,9 @@ def _quantized(row: EvalRow, subject: Subject, folder: Path, dtype: torch.dtype,
 
 
 def _quantize(row: EvalRow, subject: Subject, folder: Path, recordings: Path) -> float:
-    """Quantize into ``folder``; the seconds it took, loading and saving included.
+    """Quantize into ``folder``. Returns the seconds it took, loading and saving included.
 
-    Rows that are calibrated on the same trajectories share them in ``recordings``; what that saves is counted all the same.
+    Rows that are calibrated on the same trajectories share them in ``recordings``; the time saved by that is counted all the same.
     """
     # Calibration needs float32: gradients and second moments of float16 activations overflow.
     dtype = subject.stored_dtype if row.calibration is None else torch.float32
@@ -120,7 +120,7 @@ def _quantize(row: EvalRow, subject: Subject, folder: Path, recordings: Path) ->
 def _with_peer(row: EvalRow, subject: Subject, dtype: torch.dtype, device: str, costs: Costs) -> Any:
     """Convert twice: in 16 bits, as users do, to count bytes and seconds; and in ``dtype``, to draw.
 
-    In a wider ``dtype`` linear layers are drawn with as plain ones of the same weights.
+    In a wider ``dtype`` linear layers are replaced by plain ones with the same weights.
     """
     peer = find_peer(row.target, torch.device(device))
     pipe = load_dense(subject, dtype).to(device)
@@ -144,7 +144,7 @@ def _with_peer(row: EvalRow, subject: Subject, dtype: torch.dtype, device: str, 
 
 
 def _shapes(pipe: Any) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Component -> shapes of the layers that count, from a dense pipeline."""
+    """Shapes of the layers that every row quantizes, by component and name, from a dense pipeline."""
     return {name: weight_shapes(target_layers(model)) for name, model in denoisers(pipe)}
 
 
@@ -171,13 +171,13 @@ def _add_costs(
 
 
 def _dense_bytes(subject: Subject) -> int | None:
-    """Size of the components in 16 bits; ``None`` for a Hub name, whose files are not at hand."""
+    """Size of the components in 16 bits; ``None`` for a Hub name, whose files are not on this machine."""
     tensors = subject.tensors.values()
     return sum(_in_16_bits(info) for info in tensors) if tensors else None
 
 
 def _bytes_in_16_bits(info: CheckpointInfo) -> int:
-    """Size of a quantized component with all that is not packed in 16 bits, however the files hold that."""
+    """Size of a quantized component, counting what is not packed in 16 bits, whatever its stored dtype."""
     packed = {f"{name}.{leaf}" for name, layer in info.config.layers.items() for leaf in layer.spec.tensors(layer.shape)}
     tensors = read_headers(weight_files(info.folder)).items()
     return sum(tensor.nbytes if name in packed else _in_16_bits(tensor) for name, tensor in tensors)
@@ -188,7 +188,7 @@ def _in_16_bits(info: TensorInfo) -> int:
 
 
 def _place_of(subject: Subject) -> str:
-    """Which component of the pipeline a bare model takes the place of."""
+    """Name of the pipeline's component that a bare model replaces."""
     if len(subject.components) > 1:
         raise ConfigError(f"{subject.name} has {', '.join(subject.components)}; give a folder of the whole quantized pipeline")
     return subject.components[0]

@@ -28,7 +28,7 @@ class FashionCNN(nn.Module):
         self.head = nn.Linear(WIDTHS[-1], NUM_CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """``[images, 128]``: what the Frechet distance compares."""
+        """Features ``[images, 128]``, which the Frechet distance compares."""
         x = 2 * images - 1
         for depth, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = F.relu(norm(conv(x)))

@@ -1,4 +1,4 @@
-"""The demo: one small real model at many bit widths, the same seeds for all, a picture, a page and a table."""
+"""The demo: one small real model at many bit widths with the same seeds, and a picture, a page and a table of the results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GRID_COLUMNS = 10
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """One quantized row: a method at nominal ``bits``, and its settings besides."""
+    """One quantized row: a method, its nominal ``bits``, and its other settings."""
 
     method: str
     bits: float
@@ -51,7 +51,7 @@ class DemoConfig:
 
 
 def _codebook(method: str, bits: float, **shape: int) -> DemoConfig:
-    """A shared codebook of a given shape, at the cost of round-to-nearest's codes and scales or less."""
+    """A row with a shared codebook of a given shape that stores no more bits than round-to-nearest's codes and scales."""
     quick = {"effort": 0} if method == "aq" else {}  # a narrow beam: a quarter of the time, within a decibel
     return DemoConfig(method, bits, {"codebook": "shared"} | quick | shape)
 
@@ -111,15 +111,15 @@ def run_demo(
     Writes ``grid.png``, ``report.html`` and ``results.json`` into ``output_dir``.
 
     Args:
-        images: per row; classes in turn.
-        methods: only these ("rtn", "fp", "svdquant", "vq", "aq"); ``None`` for all.
-        seed: of the image set.
-        device: "cuda" if there is one, else "cpu", unless given.
-        workers: rows that are made at the same time, each by a process of one thread; 1 makes them here, one by one.
+        images: number of images per row; they go through the classes in turn.
+        methods: names of the methods to show, such as "rtn"; ``None`` for all in :data:`DEMO_CONFIGS`.
+        seed: base seed of the images.
+        device: device to compute on; by default "cuda" if there is one, else "cpu".
+        workers: number of rows made at the same time, each by a process of one thread; 1 makes them here, one by one.
         progress: a running rich progress display to draw bars on.
 
     Returns:
-        What ``results.json`` holds: ``{"rows": [...], "run": {...}}``.
+        the content of ``results.json``: ``{"rows": [...], "run": {...}}``.
 
     Raises:
         ConfigError: a method is unknown, there are no images to make, or ``output_dir`` cannot be written.
@@ -159,7 +159,7 @@ def run_demo(
 
 
 def make_row(job: Job, reporter: Reporter) -> tuple[Row, np.ndarray]:
-    """Make one row: what it costs, and its images ``[images, channels, height, width]`` in [0, 1]."""
+    """Make one row: its size and times, and its images ``[images, channels, height, width]`` in [0, 1]."""
     with quiet_diffusers():
         pipe, row = _load_quantized(job.config, reporter) if job.config else _load_reference(reporter)
         pipe.to(job.device)
@@ -184,7 +184,7 @@ def _load_reference(reporter: Reporter) -> tuple[Any, Row]:
 
 
 def _load_quantized(config: DemoConfig, reporter: Reporter) -> tuple[Any, Row]:
-    """Quantize while loading, save, and load what was saved."""
+    """Quantize while loading, save, and load the saved model."""
     reporter.start(f"{config.name}: quantizing")
     settings = METHODS[config.method].config(bits=config.bits, **config.settings)
     mapping = PipelineQuantizationConfig(quant_mapping={"transformer": settings})
@@ -211,7 +211,7 @@ def _timed_load(folder: str | Path, **kwargs: Any) -> tuple[Any, float]:
 
 
 def _qualities(pictures: list[Tensor], labels: list[int]) -> Iterator[Row]:
-    """Metrics of each row; PSNR and SSIM compare with the first, and are ``None`` where they mean nothing."""
+    """Metrics of each row; PSNR and SSIM compare with the first row, and are ``None`` for that itself."""
     classifier = load_classifier(DEMO_MODEL / "classifier" / "model.safetensors")
     statistics = load_statistics(DEMO_MODEL / "classifier" / "statistics.npz")
     for i, images in enumerate(pictures):

@@ -1,4 +1,4 @@
-"""Plots of the page of ``qdiff eval``, as SVGs that take their text colours from it. Nothing without matplotlib."""
+"""Plots for the page of ``qdiff eval``, as SVGs in the page's text colours. Without matplotlib there are none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quality_plots(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def steps_plot(rows: Sequence[Row]) -> str | None:
-    """Relative error of the denoiser's answer over its timesteps, a line per row."""
+    """Relative error of the denoiser's output over its timesteps, a line per row."""
     lines = [row for row in rows if row.get("step_errors") and "failed" not in row]
     chosen = _thinned(lines)
 
@@ -49,7 +49,7 @@ def steps_plot(rows: Sequence[Row]) -> str | None:
 
 
 def layers_plot(rows: Sequence[Row]) -> str | None:
-    """Relative error of every layer's answer, a line of cells per row."""
+    """Relative error of every layer's output, a line of cells per row."""
     shown = [row for row in rows if row.get("layer_errors") and "failed" not in row]
     names = list(dict.fromkeys(name for row in shown for name in row["layer_errors"]))
 

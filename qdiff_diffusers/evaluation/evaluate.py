@@ -1,7 +1,7 @@
 """Quality of many quantized versions of one pipeline: the same seeds for all, scores, pictures and one page.
 
-Every row has a folder of its own in the output folder, with its images and all that is known of it. A run that was interrupted,
-or is repeated with more images or more rows, goes on from what is there.
+Every row has a folder of its own in the output folder, with its images and measurements. A run that was interrupted, or is repeated
+with more images or more rows, continues from there.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from .outputs import write_outputs
 from .probes import Probes, layer_errors, record, step_errors
 from .rows import REFERENCE, EvalRow
 from .sampling import image_seeds, num_steps, sample
-from .scores import Judge
+from .scores import Scorer
 from .store import MODEL, PROBES, ROWS, RowStore, digest
 from .subject import Subject
 from .workers import Reporter, run_jobs
 
-VERSION = 1  # of what a row's folder holds; another number makes all rows anew
-SCORES_VERSION = 2  # of how images are judged; another number judges them again
+VERSION = 1  # version of a row's folder; a new number makes all rows anew
+SCORES_VERSION = 2  # version of the scores' definition; a new number makes stored images be scored again
 PART = 500  # images after which a row's work is on disk
 PROBE_IMAGES = 8
-DEFAULT_STEPS = 50  # that the progress bar expects of a pipeline that chooses for itself
+DEFAULT_STEPS = 50  # denoising steps that the progress bar expects where the pipeline chooses their number
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is drawn, and how.
+    """Number of images, and how they are drawn.
 
     Attributes:
-        images: per row, for the scores of sets: Frechet distance, precision and recall, accuracy.
-        paired: of these, the first so many are compared with the 16-bit model's, one by one.
-        seed: of the set of images.
+        images: images per row, for the scores of sets: Frechet distance, precision and recall, accuracy.
+        paired: how many of the images, from the first, are compared with the 16-bit model's one by one.
+        seed: base seed of the images.
         batch_size: images per call of the pipeline.
-        dtype: of the arithmetic and of all that is not quantized.
-        rest_dtype: the same for images beyond the paired ones, whose scores do not tell 16 bits from 32; ``None`` for ``dtype``.
-        device: where everything runs.
-        keep_models: keep what was quantized; a calibrated model is always kept.
+        dtype: dtype of the arithmetic and of everything that is not quantized.
+        rest_dtype: dtype for the images beyond the paired ones, whose scores do not need 32 bits; ``None`` for ``dtype``.
+        device: device that everything runs on.
+        keep_models: keep the quantized models; a calibrated model is always kept.
     """
 
     images: int = 200
@@ -68,7 +68,7 @@ class Settings:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def parts(self, have: int) -> Iterator[tuple[int, int, str]]:
-        """What is to be drawn when ``have`` images are there: first, last and dtype of each stretch that is kept as one."""
+        """The images still to draw when ``have`` exist: first, last and dtype of each part that is stored in one file."""
         length = -(-PART // self.batch_size) * self.batch_size
         while have < self.images:
             compared = have < self.paired or self.rest_dtype is None
@@ -89,7 +89,7 @@ class Job:
 
     @property
     def store(self) -> RowStore:
-        """The row's folder; its name changes with everything that its pictures depend on, except their number."""
+        """The row's folder, whose name depends on everything that its images depend on, except their number."""
         subject, settings = self.subject, self.settings
         definition = {"version": VERSION, "row": self.row.definition(), "model": subject.fingerprint, "labels": subject.labels}
         definition |= {"steps": subject.steps, "guidance_scale": subject.guidance_scale, "arguments": subject.arguments}
@@ -103,9 +103,9 @@ class Job:
         return Job(REFERENCE, self.subject, self.settings, self.root)
 
     def score_key(self) -> str:
-        """Changes with everything that the scores depend on besides the row's images."""
-        judged_by = [SCORES_VERSION, self.subject.classifier_fingerprint]
-        return digest([*judged_by, self.settings.images, self.settings.paired, self.reference().store.key])
+        """Key that depends on everything that the scores depend on besides the row's images."""
+        scored_by = [SCORES_VERSION, self.subject.classifier_fingerprint]
+        return digest([*scored_by, self.settings.images, self.settings.paired, self.reference().store.key])
 
 
 def run_eval(
@@ -120,18 +120,18 @@ def run_eval(
 ) -> dict[str, Any]:
     """Draw with the 16-bit model and with every row, score, and write the results.
 
-    Writes ``results.json``, ``table.md``, ``grid.png`` and ``report.html`` into ``output_dir``. A row that fails says so in
-    them and stops nobody else; the next run tries it again.
+    Writes ``results.json``, ``table.md``, ``grid.png`` and ``report.html`` into ``output_dir``. They name the
+    rows that failed, which do not stop the others; the next run tries those again.
 
     Args:
         subject: the pipeline; see :func:`find_subject`.
         rows: see :func:`parse_rows`.
-        workers: rows that are made at the same time, each by a process of one thread; 1 makes them here, one by one.
-        command: what the user typed, for the report.
+        workers: number of rows made at the same time, each by a process of one thread; 1 makes them here, one by one.
+        command: the user's command line, for the report.
         progress: a running rich progress display to draw bars on.
 
     Returns:
-        What ``results.json`` holds: ``{"rows": [...], "run": {...}}``.
+        the content of ``results.json``: ``{"rows": [...], "run": {...}}``.
 
     Raises:
         ConfigError: the 16-bit model cannot be run, ``output_dir`` cannot be written, or another run is writing there.
@@ -162,7 +162,7 @@ def run_eval(
 
 
 def _make_row(job: Job, reporter: Reporter) -> None:
-    """Make what is missing of a row, and score it. An error becomes the row's."""
+    """Make the missing parts of a row, and score it. An error is recorded as the row's."""
     store = job.store
     facts = {key: value for key, value in store.facts().items() if key != "failed"}
     try:
@@ -176,7 +176,7 @@ def _make_row(job: Job, reporter: Reporter) -> None:
 
 
 def _draw_row(job: Job, store: RowStore, facts: Costs, reporter: Reporter) -> None:
-    """Build the row's pipeline, ask it the probes' questions, and draw the images that are missing."""
+    """Build the row's pipeline, run it on the probes, and draw the missing images."""
     settings = job.settings
     have = store.count_images()
     if have >= settings.images and "step_errors" in facts:
@@ -209,7 +209,7 @@ def _ask_and_sample(job: Job, store: RowStore, facts: Costs, reporter: Reporter,
         if dtype == settings.dtype:
             seconds, count = seconds + time.perf_counter() - start, count + last - first
     if count:
-        facts["seconds_per_image"] = None if facts.get("drawn_dense") else round(seconds / count, 4)  # would not be the peer's
+        facts["seconds_per_image"] = None if facts.get("drawn_dense") else round(seconds / count, 4)  # not the peer's own time
 
 
 def _draw(job: Job, pipe: Any, first: int, last: int, on_step: Callable[[], None] | None = None) -> torch.Tensor:
@@ -228,7 +228,7 @@ def _draw(job: Job, pipe: Any, first: int, last: int, on_step: Callable[[], None
 
 
 def _probe(job: Job, pipe: Any) -> dict[str, Any]:
-    """Errors by step and by layer; the reference's own row makes the questions instead."""
+    """Errors by step and by layer; the reference's row records the probes instead."""
     path = job.reference().store.folder / PROBES
     if job.row.kind == "reference":
         count = min(PROBE_IMAGES, job.settings.images)
@@ -245,10 +245,10 @@ def _scores(job: Job) -> dict[str, Any]:
     settings, subject = job.settings, job.subject
     reference = job.reference().store.images(settings.images)
     labels: Any = subject.labels_of(settings.images) if subject.by_class else None
-    judge = Judge(reference, settings.paired, labels, subject.classifier)
+    scorer = Scorer(reference, settings.paired, labels, subject.classifier)
     if job.row.kind == "reference":
-        return judge.scores(reference, True)
-    return judge.scores(job.store.images(settings.images), False)
+        return scorer.scores(reference, True)
+    return scorer.scores(job.store.images(settings.images), False)
 
 
 def _is_done(job: Job) -> bool:
@@ -281,7 +281,7 @@ def _run_facts(subject: Subject, settings: Settings, command: str) -> dict[str, 
 
 
 def _steps(jobs: Sequence[Job]) -> int:
-    """What all jobs will report."""
+    """Number of steps that all jobs together will report."""
 
     def of(job: Job) -> int:
         steps, batch_size = job.subject.steps or DEFAULT_STEPS, job.settings.batch_size

@@ -1,4 +1,4 @@
-"""A labelled picture of many configurations: one row each, the same seeds below each other."""
+"""A labelled picture of many configurations: a row for each, with images of the same seed in one column."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw_grid(rows: Sequence[GridRow], columns: Sequence[str], *, title: str, su
 
     Args:
         rows: as many images in each as there are ``columns``.
-        title, subtitle: what is shown, above everything.
+        title, subtitle: texts above the rows.
         zoom: screen pixels per image pixel.
     """
     tile = zoom * rows[0].images.shape[-1]

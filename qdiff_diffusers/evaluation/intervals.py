@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how far a number would move with other images."""
+"""Bootstrap intervals: the uncertainty of a score that comes from the choice of images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bootstrap(statistic: Callable[[Tensor], float], samples: int, resamples: int
     Args:
         statistic: maps indices ``[samples]`` into the set to a number.
         samples: size of the set.
-        resamples: how many sets to draw.
+        resamples: number of resampled sets.
     """
     estimate = statistic(torch.arange(samples))
     if samples < 2:

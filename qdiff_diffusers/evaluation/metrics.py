@@ -79,8 +79,8 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
     """Which samples lie on the other set's manifold (Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric").
 
     A set's manifold is the union of balls around its samples, each reaching to the sample's ``neighbours``-th nearest neighbour.
-    The mean of the first result is the precision (what is drawn is plausible), that of the second the recall (what there is, is
-    drawn). Both grow with the size of the sets: compare only sets of equal size.
+    The mean of the first result is the precision (the share of plausible samples), that of the second the recall (the share of
+    the reference that is covered). Both grow with the size of the sets: compare only sets of equal size.
 
     Args:
         features, reference: ``[samples, features]`` and ``[references, features]``.

@@ -1,4 +1,4 @@
-"""The files that a run of ``qdiff eval`` leaves for people: JSON, a markdown table, a picture and a page."""
+"""The files that ``qdiff eval`` writes for readers: JSON, a markdown table, a picture and a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .subject import Subject, class_names
 from .tables import Row, about, columns_of, markdown, notes
 
 GRID_COLUMNS = 10
-GRID_PIXELS = 96  # of a picture's longer side
+GRID_PIXELS = 96  # pixels of an image's longer side
 
 
 def write_outputs(folder: Path, results: dict[str, Any], made: Sequence[tuple[EvalRow, RowStore]], subject: Subject) -> None:
@@ -67,7 +67,7 @@ def _grid(results: dict[str, Any], made: Sequence[tuple[EvalRow, RowStore]], sub
 
 
 def _machines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the rows were made on, each different machine and set of versions once, with the rows that it made."""
+    """The machines and versions that the rows were made with, each once, with the names of its rows."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         if "machine" in row:

@@ -1,4 +1,4 @@
-"""Other packages' quantizers as rows, each with its own defaults, on the very layers that ours quantize."""
+"""Other packages' quantizers as rows, each with its own defaults, on the same layers that qdiff's methods quantize."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .metrics import relative_error
 
 K_QUANTS = {"Q4_K": 4, "Q3_K": 3, "Q2_K": 2}
 DENSE_BITS = 16
-LINEARITY_SAMPLES = 512  # enough for peers that quantize the inputs of long batches only
+LINEARITY_SAMPLES = 512  # tokens, enough for peers that quantize the inputs of large batches only
 LINEARITY_ERROR = 1e-4  # moves a PSNR of 62 dB by less than 0.01
 ANY_METHOD: dict[str, Any] = {"method": "rtn"}  # all methods choose the same layers
 
 
 def _k_quant(layer: nn.Module, kind: str) -> nn.Module:
-    """A GGUF layer whose codes are chosen by our encoder."""
+    """A GGUF layer whose codes are chosen by ``measuring.k_quants``."""
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
@@ -44,7 +44,7 @@ def _k_quant(layer: nn.Module, kind: str) -> nn.Module:
 
 
 def _all_peers() -> dict[str, Contender]:
-    """Every peer of the speed benchmarks that is there for its weights' sake, and K-quants with real codes."""
+    """The peers of the speed benchmarks whose weights have a quality of their own, and K-quants with searched codes."""
     found = [c for c in bench_contenders(torch.device("cpu")) if not c.compiled and c.family not in ("gemlite", "nunchaku_lite")]
     real = [
         Contender(f"gguf-{kind}", "gguf", partial(_k_quant, kind=kind), bits, "gguf", ("gguf",)) for kind, bits in K_QUANTS.items()
@@ -59,7 +59,7 @@ def find_peer(name: str, device: torch.device) -> Contender:
     """A peer that can run here.
 
     Raises:
-        ConfigError: it is not installed, or not for this device.
+        ConfigError: the peer is not installed, or does not run on this device.
     """
     peer = next(c for c in bench_contenders(device) if c.name == name) if name.startswith("torchao") else PEERS[name]
     if reason := peer.unavailable(device):
@@ -68,7 +68,7 @@ def find_peer(name: str, device: torch.device) -> Contender:
 
 
 def target_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that count: all that can be packed inside the repeated blocks, whatever a row does with them."""
+    """The layers that every row quantizes: all inside the repeated blocks that can be packed."""
     names, _ = select_layers(model, QDiffConfig(**ANY_METHOD), list(getattr(model, "_keep_in_fp32_modules", None) or []))
     return {name: model.get_submodule(name) for name in names}
 
@@ -80,13 +80,13 @@ def weight_shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]
 
 @torch.no_grad()
 def apply_peer(peer: Contender, model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Convert layers of ``model`` in place. Those that the peer leaves alone stay as they are.
+    """Convert layers of ``model`` in place, except those that the peer does not support.
 
     Returns:
         Names of the layers that it converted.
 
     Raises:
-        Exception: what the peer raises; UnchangedError if it takes no layer at all.
+        Exception: any error of the peer; UnchangedError if it converts no layer at all.
     """
     converted = []
     for name in names:
@@ -106,10 +106,10 @@ def apply_peer(peer: Contender, model: nn.Module, names: Sequence[str]) -> list[
 
 @torch.no_grad()
 def make_dense(model: nn.Module, names: Sequence[str]) -> int:
-    """Put plain linear layers in place of converted ones that are linear, so that drawing needs no decoding; how many.
+    """Replace converted layers that are linear by plain ones, so that drawing needs no decoding. Returns their number.
 
-    What a layer answers to the unit vectors is its weight. One that is not linear, because it quantizes its input too, stays as
-    it is. Peers' layers take up to 50 times as long as plain ones on a CPU.
+    A layer's outputs for the unit vectors are its weight. A layer that is not linear, because it quantizes its input too, stays
+    as it is. Peers' layers take up to 50 times as long as plain ones on a CPU.
     """
     replaced = 0
     for name in names:
@@ -139,7 +139,7 @@ def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def stored_bits(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> float:
     """Stored bits per weight over the layers of ``shapes``; one that is dense counts 16 bits per weight.
 
-    Ours count as their checkpoints do, a peer's with every tensor that its layer holds, except the bias.
+    qdiff's layers count as in their checkpoints, a peer's with every tensor that the layer holds except the bias.
     """
     bits = weights = 0.0
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""Quality against stored bits, as SVGs that take their text colours from the page they stand in."""
+"""Plots of quality over stored bits, as SVGs in the text colours of the page around them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from ..methods import METHODS
 
-GREY = "#8b949e"  # of what others are held against
+GREY = "#8b949e"  # colour of the baseline
 # Stand-ins that matplotlib draws with; the page's own colours replace them.
 TEXT, LINES = "#010203", "#040506"
 
 
 def colour_of(method: str) -> str | None:
-    """The colour of a method of ours; ``None`` for what has none, such as another package's."""
+    """The colour of a registered method; ``None`` for a method without one, and for peers."""
     return METHODS[method].colour if method in METHODS else None
 
 
@@ -45,7 +45,7 @@ def quality_plot(points: Mapping[str, Sequence[tuple[float, float]]]) -> str | N
 
 
 def svg_figure(draw: Callable[[Any], None]) -> str | None:
-    """The ``<svg>`` of what ``draw`` puts on a figure, text and axes in the page's colours; ``None`` without matplotlib."""
+    """The ``<svg>`` of the figure that ``draw`` fills, with text and axes in the page's colours; ``None`` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

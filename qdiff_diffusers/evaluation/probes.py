@@ -1,7 +1,7 @@
-"""What a row is asked besides pictures: the denoiser's answers to fixed inputs, step by step and layer by layer.
+"""Probes: fixed inputs for the denoiser and its layers, on which a row's outputs are compared with the 16-bit model's.
 
-Both sets of inputs come from the 16-bit model on its own way from noise to image, so that every row answers the same questions, and
-an error of one step does not show again in all the following.
+The inputs are recorded on the 16-bit model's own trajectories, so that they are the same for every row, and an error of one step
+does not propagate to the following ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .peers import target_layers
 from .sampling import denoisers
 
 LAYER_STEPS = 4  # steps, evenly spaced, whose layer inputs are kept
-TOKENS = 64  # of a linear layer's input at each of them
-WINDOW = 16  # pixels on a side, of a convolution's
+TOKENS = 64  # tokens of a linear layer's input kept at each of them
+WINDOW = 16  # pixels on a side of the window kept of a convolution's input
 PLAIN = (Tensor, str, int, float, bool, type(None))
 
 
 class Probes:
-    """Questions and the 16-bit model's answers.
+    """Inputs, and the 16-bit model's outputs for them.
 
     Attributes:
         steps: one entry per call of a denoiser: ``{"component", "timestep", "args", "kwargs", "output"}``.
@@ -53,7 +53,7 @@ class Probes:
 
 @torch.no_grad()
 def record(pipe: Any, draw: Callable[[], Any]) -> Probes:
-    """Run ``draw`` on the 16-bit pipeline and keep what its denoisers are asked and what they answer.
+    """Run ``draw`` on the 16-bit pipeline and record its denoisers' inputs and outputs.
 
     A call with arguments that cannot be stored is left out.
     """
@@ -78,7 +78,7 @@ def record(pipe: Any, draw: Callable[[], Any]) -> Probes:
 
 @torch.no_grad()
 def step_errors(pipe: Any, probes: Probes, on_step: Callable[[], None] = lambda: None) -> list[tuple[float, float]]:
-    """``(timestep, relative error)`` of the denoisers' answers, in the order of the steps; calls at one timestep are averaged."""
+    """``(timestep, relative error)`` of the denoisers' outputs, in the order of the steps; calls at one timestep are averaged."""
     models = dict(denoisers(pipe))
     found: dict[float, list[float]] = {}
     for step in probes.steps:
@@ -90,7 +90,7 @@ def step_errors(pipe: Any, probes: Probes, on_step: Callable[[], None] = lambda:
 
 @torch.no_grad()
 def layer_errors(pipe: Any, probes: Probes) -> dict[str, float]:
-    """``component.layer`` -> relative error of its answer to the 16-bit model's inputs. A layer that was taken away is left out."""
+    """``component.layer`` -> relative error of its output for the 16-bit model's input. Layers that are gone are left out."""
     models = dict(denoisers(pipe))
     out = {}
     for name, (inputs, reference) in probes.layers.items():
@@ -137,7 +137,7 @@ def _answered(models: dict[str, nn.Module], name: str, inputs: Sequence[Tensor])
 
 
 def _timestep(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> float:
-    """What the denoiser was told about the time; the position of the call if it was told nothing of the kind."""
+    """The timestep that the denoiser was called with; the position of the call if it takes none."""
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments.get("timestep")
     return float(torch.as_tensor(given).flatten()[0]) if given is not None else float(position)
 

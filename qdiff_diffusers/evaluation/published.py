@@ -1,4 +1,4 @@
-"""What ``qdiff eval`` has measured and drawn of a checkpoint, for its card."""
+"""Scores and images of a checkpoint from ``qdiff eval``, for its model card."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Evaluated(NamedTuple):
     samples: dict[str, bytes]
 
     def files(self) -> dict[str, bytes]:
-        """What is uploaded beside a checkpoint, by path."""
+        """The files to upload beside a checkpoint, by path."""
         return {RESULTS: results_text(self.results).encode()} | {f"{SAMPLES}/{name}": png for name, png in self.samples.items()}
 
 
@@ -47,8 +47,8 @@ def read_evaluation(output: str | Path, folder: str | Path) -> Evaluated:
     """The row of a checkpoint in the output folder of ``qdiff eval``.
 
     Args:
-        output: what ``qdiff eval -o`` wrote.
-        folder: the checkpoint: one that was a row, or one that the evaluation quantized and kept.
+        output: the folder that ``qdiff eval -o`` wrote.
+        folder: the checkpoint, evaluated as a row of its own, or quantized and kept by the evaluation.
 
     Raises:
         ConfigError: ``output`` is no such folder, or has no finished row of this checkpoint.
@@ -115,7 +115,7 @@ def _short(value: float | None) -> float | None:
 
 
 def _dataset(run: dict[str, Any]) -> tuple[str, str]:
-    """What the images were asked for: the data that a bundled model was trained on, or a list of the user's own."""
+    """Identifier and name of the dataset for the card: a bundled model's training data, or the user's own prompts or classes."""
     if run["model"] in BUNDLED:
         return BUNDLED[run["model"]]
     count = len(run["labels"])
@@ -141,7 +141,7 @@ def _protocol(run: dict[str, Any]) -> str:
 
 
 def _without_folders(text: str) -> str:
-    """A command without the way to the files that it names, which is nobody's business."""
+    """A command line without the folders of the files that it names, which are private."""
     words = [Path(word).name if word.startswith(("/", "~", "..")) else word for word in shlex.split(text)]
     return shlex.join(words)
 

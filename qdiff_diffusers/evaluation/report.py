@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a set of results."""
+"""A self-contained HTML page about a set of results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader
 from ..methods import METHODS
 from .plot import quality_plot
 
-DENSE_LABEL = "16-bit"  # of the reference, whose method is "none"
-# What a few images can rank (a Frechet distance or an accuracy cannot), and the digits that are shown of it.
+DENSE_LABEL = "16-bit"  # name of the reference, whose method is "none"
+# Metrics that a few images can rank (unlike a Frechet distance or an accuracy), and the digits that are shown of them.
 COMPARED = {"psnr": 1, "ssim": 3}
 Row = dict[str, Any]
 

@@ -24,7 +24,7 @@ from .subject import Subject, check_layer_names, model_digest
 
 Kind = Literal["reference", "config", "folder", "peer"]
 REFERENCE_NAME = "16-bit"
-PLACES = ("workspace", "recordings", "memory_limit")  # of a calibration: they change nothing in its result
+PLACES = ("workspace", "recordings", "memory_limit")  # settings of a calibration that do not change its result
 COMMA = re.compile(r",(?![^\[{(]*[\]})])")  # not one inside brackets
 
 
@@ -33,9 +33,9 @@ class EvalRow:
     """One row.
 
     Attributes:
-        name: what the table calls it; unique.
-        kind: "config" is quantized here; "folder" was before; "peer" is another package's work.
-        settings: of a config, ``method`` among them.
+        name: unique name of the row in the table.
+        kind: "config" is quantized by the evaluation, "folder" is a quantized folder, "peer" is another package's quantizer.
+        settings: settings of a config, including ``method``.
         target: folder, or name of the peer.
         calibration: mapping of the fields of :class:`Calibration`; see :func:`calibration_of`.
     """
@@ -48,7 +48,7 @@ class EvalRow:
 
     @property
     def method(self) -> str:
-        """What the row's numbers belong to: a method of ours, a peer's family, or "none" for the reference."""
+        """The row's method: a registered one, a peer's family, or "none" for the reference."""
         if self.kind == "config":
             return str(self.settings["method"])
         return {"reference": "none", "folder": "folder"}.get(self.kind) or PEERS[self.target].family
@@ -57,7 +57,7 @@ class EvalRow:
         return QDiffConfig(**self.settings)
 
     def definition(self) -> dict[str, Any]:
-        """What makes this row's images what they are, JSON-able; its name does not."""
+        """Everything that decides this row's images, JSON-able; its name does not."""
         out: dict[str, Any] = {"kind": self.kind, "target": self.target}
         if self.kind == "config":
             out["settings"] = self.config().settings()
@@ -69,7 +69,7 @@ class EvalRow:
 
     @cached_property
     def _files(self) -> str:
-        """Changes with every file of a folder that decides what it draws, not with a card or results beside them."""
+        """Digest of the files in a folder that decide what it draws; cards and results are not among them."""
         return model_digest(Path(self.target))
 
 
@@ -77,12 +77,12 @@ REFERENCE = EvalRow(REFERENCE_NAME, "reference")
 
 
 def parse_rows(entries: Iterable[str | dict[str, Any]], subject: Subject) -> list[EvalRow]:
-    """Rows of what a user wrote, all of them checked.
+    """Parse and check the rows that a user wrote.
 
     Args:
         entries: ``"aq:bits=2,activations=int8"``, the name of a peer, a quantized folder, or a mapping with ``method`` and its
             settings, ``peer`` or ``folder``, and if wanted ``name`` and ``calibration``.
-        subject: what they are for.
+        subject: the pipeline that the rows are for.
 
     Raises:
         ConfigError: names the first entry that cannot be used, and why.
@@ -96,7 +96,7 @@ def parse_rows(entries: Iterable[str | dict[str, Any]], subject: Subject) -> lis
 
 
 def calibration_of(row: EvalRow, subject: Subject) -> Calibration | None:
-    """What a row is calibrated with. Where it does not say, that is what the subject is asked with, in as many steps.
+    """The calibration of a row. By default it has the subject's prompts or labels, steps and guidance.
 
     Raises:
         ConfigError: a setting is unknown or impossible.

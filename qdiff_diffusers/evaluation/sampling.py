@@ -1,4 +1,4 @@
-"""Seeded sampling from any pipeline that draws images: by class, by prompt, or of nothing but noise."""
+"""Seeded sampling from any pipeline that draws images: by class, by prompt, or from noise alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sample(
     on_step: Callable[[], None] | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """Images of a pipeline, whatever it is asked with.
+    """Draw images with a pipeline, from labels, prompts or noise alone.
 
     The noise of an image depends on its own seed alone (each has its CPU generator), so images of two models can be
     compared one by one, whatever the batch size and the device.
@@ -90,7 +90,7 @@ def _question(labels: Sequence[int] | Sequence[str] | None, count: int) -> dict[
 
 
 def _to_images(output: Any) -> Tensor:
-    """``[images, channels, height, width]`` of what a pipeline returns: images or videos as numpy arrays, channels last."""
+    """The output of a pipeline, images or videos as numpy arrays with channels last, as ``[images, channels, height, width]``."""
     frames = output.images if hasattr(output, "images") else output.frames
     frames = torch.from_numpy(np.asarray(frames)).float()
     if frames.ndim == 5:
@@ -99,5 +99,5 @@ def _to_images(output: Any) -> Tensor:
 
 
 def num_steps(images: int, *, steps: int = 20, batch_size: int = 50) -> int:
-    """How often :func:`sample` calls ``on_step``."""
+    """Number of times that :func:`sample` calls ``on_step``."""
     return steps * -(-images // batch_size)

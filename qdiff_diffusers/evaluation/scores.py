@@ -1,4 +1,4 @@
-"""A row's images judged: against the 16-bit model's own, against real ones, and by what was asked for."""
+"""Scores of a row's images against the 16-bit model's images, against real ones, and against the classes asked for."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .metrics import feature_statistics, frechet_distance, load_statistics, prec
 
 FRECHET_RESAMPLES = 100
 NEIGHBOURS = 3
-LPIPS_PIXELS = 64  # the smallest side that its network takes
+LPIPS_PIXELS = 64  # smallest side of an image that the LPIPS network accepts
 Scores = dict[str, Any]
 
 
-class Judge:
-    """Scores images.
+class Scorer:
+    """Scores images against one reference.
 
     Args:
         reference: the 16-bit model's images ``[images, channels, height, width]``.
-        paired: how many of them, from the first, are compared one by one.
-        labels: classes that were asked for; ``None`` if none were.
+        paired: how many images, from the first, are compared with the reference one by one.
+        labels: class asked for in each image; ``None`` if the pipeline takes no classes.
         classifier: a folder with ``model.safetensors``, ``statistics.npz`` and ``features.safetensors``; ``None`` if there is none.
     """
 
@@ -41,7 +41,7 @@ class Judge:
 
     @cached_property
     def real(self) -> Tensor | None:
-        """Features of real images, as many as there are images to judge, or all."""
+        """Features of real images, at most as many as there are reference images."""
         path = self.folder / "features.safetensors" if self.folder else None
         return load_file(path)["features"].float()[: len(self.reference)] if path and path.is_file() else None
 
@@ -50,7 +50,7 @@ class Judge:
         return classify(self.classifier, self.reference)[0] if self.classifier else None
 
     def scores(self, images: Tensor, is_reference: bool) -> Scores:
-        """Every score by its name, each ``[value, half the width of its 95 % interval]`` or ``None`` where it means nothing."""
+        """Every score by name: ``[value, half the width of its 95 % interval]``, or ``None`` where the score is undefined."""
         found: dict[str, Estimate | None] = {} if is_reference else self._paired(images)
         if self.classifier:
             found |= self._of_features(images, is_reference)
@@ -114,7 +114,7 @@ def _paired_frechet(features: Tensor, reference: Tensor) -> Estimate:
 
 
 def _manifolds(features: Tensor, reference: Tensor, suffix: str) -> dict[str, Estimate | None]:
-    """Precision and recall; the intervals are of the samples, the manifolds held fixed."""
+    """Precision and recall with intervals over the samples, the two manifolds held fixed."""
     if min(len(features), len(reference)) <= NEIGHBOURS:
         return {}
     inside, covered = precision_recall(features, reference, NEIGHBOURS)

@@ -1,4 +1,4 @@
-"""What a run has made so far, on disk: a folder per row, named by what made it, so that a later run goes on from there."""
+"""Results on disk: a folder per row, named by a digest of what decides it, so that a later run continues from there."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ IMAGES, PROBES, FACTS = "images", "probes.pt", "row.json"
 
 
 def digest(definition: Any) -> str:
-    """A short hash of anything whose content can be told."""
+    """A short hash of a value by its content."""
     return fingerprints.digest(definition)
 
 
 class RowStore:
     """The folder of one row.
 
-    Images lie in parts, each the next few of the row's sequence of seeds, in float16: rounding them moves a PSNR of 62 dB by
-    hundredths. ``row.json`` holds everything else that is known of the row.
+    Images are stored in parts, each with the next few of the row's sequence of seeds, in float16: rounding them moves a PSNR of
+    62 dB by hundredths. ``row.json`` holds everything else about the row.
     """
 
     def __init__(self, root: Path, name: str, definition: dict[str, Any]) -> None:
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
         self.key = digest(definition)
-        found = sorted(root.glob(f"*-{self.key}"))  # whatever the row was called then
+        found = sorted(root.glob(f"*-{self.key}"))  # the row's name does not matter
         self.folder = found[0] if found else root / f"{slug}-{self.key}"
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the row so far.
+        """The content of ``row.json`` so far.
 
         Raises:
             ConfigError: the file was damaged.
@@ -61,7 +61,7 @@ class RowStore:
             save_file({IMAGES: images.half().contiguous()}, part)
 
     def count_images(self) -> int:
-        """How many images are there, from the first without a gap."""
+        """Number of stored images, from the first without a gap."""
         count = 0
         for path in self._parts():
             if int(path.stem.rpartition("-")[2]) != count:

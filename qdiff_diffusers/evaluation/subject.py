@@ -1,4 +1,4 @@
-"""What is evaluated: a pipeline, how it is asked, and what is known about its pictures."""
+"""The subject of an evaluation: a pipeline, its inputs, and a classifier of its images if there is one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..errors import CheckpointError, ConfigError
 from ..formats import TensorInfo
 
 PACKAGE = Path(__file__).parents[1]
-# The models that come with the package. Both are judged by the classifier of the first.
+# The models that come with the package. The first one's classifier scores the images of both.
 BUNDLED = {"dit": PACKAGE / "demo_model", "unet": PACKAGE / "demo_unet"}
 CLASSIFIER = BUNDLED["dit"] / "classifier"
 BUNDLED_STEPS, BUNDLED_GUIDANCE = 20, 2.0
@@ -31,16 +31,16 @@ BUNDLED_STEPS, BUNDLED_GUIDANCE = 20, 2.0
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline and how it is asked.
+    """A pipeline and its inputs.
 
     Attributes:
-        name: what the user calls it.
+        name: the user's name for it.
         source: its folder or Hub name.
         components: names of its transformers or UNets.
         labels: classes or prompts that the images walk through in turn; ``None`` for a pipeline that takes neither.
-        steps, guidance_scale: of its call, ``None`` for its defaults.
-        arguments: more arguments of its call.
-        classifier: folder with the classifier of its pictures and what it makes of real ones; ``None`` if there is none.
+        steps, guidance_scale: arguments of its call, ``None`` for its defaults.
+        arguments: further arguments of its call.
+        classifier: folder with a classifier of its images and features of real ones; ``None`` if there is none.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Subject:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with every file of the pipeline's components; for a Hub name it is the commit that it stands for now."""
+        """Digest of all files of the pipeline's components; for a Hub name, the name and its present commit."""
         root = Path(self.source)
         if not root.is_dir():
             return f"{self.source}@{_commit(self.source)}"
@@ -87,7 +87,7 @@ class Subject:
 
     @cached_property
     def classifier_fingerprint(self) -> str | None:
-        """Changes with the classifier."""
+        """Digest of the classifier; ``None`` if there is none."""
         return None if self.classifier is None else folder_digest(self.classifier)
 
 
@@ -100,15 +100,15 @@ def find_subject(
     guidance_scale: float | None = None,
     arguments: dict[str, Any] | None = None,
 ) -> Subject:
-    """The pipeline of a name, and how to ask it.
+    """The pipeline with a name, and its inputs.
 
     Args:
         model: "dit" or "unet" for one that comes with the package, else a pipeline's folder or Hub name.
         prompts: texts, or a file with one per line.
-        classes: class labels. One of the two at most; neither for a pipeline that draws of noise alone.
+        classes: class labels. At most one of the two is given, and neither for a pipeline that draws from noise alone.
 
     Raises:
-        ConfigError: there is no such pipeline, it has nothing to quantize, or there is nothing to ask it.
+        ConfigError: there is no such pipeline, it has nothing to quantize, or its prompts or classes are missing.
     """
     if prompts is not None and classes is not None:
         raise ConfigError("prompts and classes were both given; a pipeline takes one of them")
@@ -147,7 +147,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def check_layer_names(subject: Subject, patterns: Iterable[str], where: str) -> None:
-    """Refuse a part of a layer's name that fits none of the subject's layers.
+    """Refuse a part of a layer name that occurs in none of the subject's layers.
 
     Raises:
         ConfigError: names the pattern.
@@ -163,7 +163,7 @@ def _commit(name: str) -> str:
     """The commit of a pipeline on the Hub, or of its copy in the cache if the Hub cannot be reached.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither the one nor the other.
     """
     try:
         path = Path(hf_hub_download(name, "model_index.json"))

@@ -12,7 +12,7 @@ DASH = "–"
 
 
 class Column(NamedTuple):
-    """A column: where its number is, what it is called, how it is shown.
+    """A column: the key of its number, its heading, and its format.
 
     ``better`` is 1 where more is better, -1 where less is, 0 where neither. A score is shown with its interval.
     """
@@ -71,7 +71,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
 
 
 def notes(row: Row) -> str:
-    """What a reader of the row has to know."""
+    """Remarks on a row: its failure, or layers that it does not quantize."""
     if "failed" in row:
         return f"failed: {row['failed']}"
     missing = row["target_layers"] - row["layers"]
@@ -81,7 +81,7 @@ def notes(row: Row) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table, with what it was measured on."""
+    """The table, and a line on how it was measured."""
     rows, run = results["rows"], results["run"]
     columns = columns_of(rows)
     headings = ["row", *(f"{column.heading} {column.note}".strip() for column in columns), ""]
@@ -90,7 +90,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def about(run: dict[str, Any]) -> str:
-    """One line on how the numbers came about."""
+    """One line on how the numbers were measured."""
     paired = min(run["paired"], run["images"])
     parts = [f"{run['model']}: {run['images']} images per row, {paired} of them compared one by one (PSNR, SSIM, LPIPS)"]
     if run["steps"] is not None:

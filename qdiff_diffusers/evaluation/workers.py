@@ -31,13 +31,13 @@ WORKER_ENVIRONMENT = {
 
 
 class Reporter:
-    """How a job tells what it is doing. Sends ``(worker, text, total)`` events; an empty text means one step done."""
+    """Reports a job's progress by ``(worker, text, total)`` events; an empty text means that one step is done."""
 
     def __init__(self, send: Callable[[tuple[int, str, int | None]], None]) -> None:
         self.send = send
 
     def start(self, text: str, total: int | None = None) -> None:
-        """Begin something that takes ``total`` steps, ``None`` if nobody knows how many."""
+        """Begin a task of ``total`` steps; ``None`` if their number is unknown."""
         self.send((os.getpid(), text, total))
 
     def step(self) -> None:
@@ -85,8 +85,8 @@ def run_jobs(
         function: importable by name; jobs and results can be pickled.
         jobs: the last is started first.
         workers: 1 runs everything in this process, with all its threads.
-        steps: that all jobs together will report.
-        progress: a running display.
+        steps: number of steps that all jobs together will report.
+        progress: a running rich progress display, or ``None``.
     """
     bars = Bars(progress, steps)
     try:
@@ -116,14 +116,14 @@ def _run_on_processes(function: Callable[[Job, Reporter], Result], jobs: Sequenc
                     future.result()  # raise what a worker raised now, not when all are done
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            if not isinstance(error, Exception):  # interrupted or ended: do not wait for what they are at
+            if not isinstance(error, Exception):  # interrupted or ended: do not wait for the jobs in progress
                 for process in set(active_children()) - others:
                     process.terminate()
             raise
         return [future.result() for future in reversed(futures)]
 
 
-_reporter: Reporter | None = None  # of this worker process
+_reporter: Reporter | None = None  # the reporter of this worker process
 
 
 def _start_worker(events: Any) -> None:

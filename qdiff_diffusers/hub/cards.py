@@ -28,10 +28,10 @@ TEMPLATE = "base.md.j2"
 def render_card(
     folder: str | Path, repo_id: str, base_card: dict[str, str] | None = None, evaluated: Evaluated | None = None
 ) -> ModelCard:
-    """The card of a saved model or pipeline. Looks nothing up; see :func:`base_card` for what only the Hub knows.
+    """The card of a saved model or pipeline. Nothing is looked up on the Hub; see :func:`base_card`.
 
     Args:
-        folder: holds the checkpoint, and perhaps ``qdiff_results.json`` and ``samples/``.
+        folder: folder of the checkpoint, and perhaps of ``qdiff_results.json`` and ``samples/``.
         repo_id: name under which it will be loaded.
         base_card: licence and task of the base model, used where the checkpoint does not record them.
         evaluated: results and samples to show, whatever the folder holds.
@@ -57,12 +57,12 @@ def render_card(
         loader=templates, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     text = environment.get_template(TEMPLATE).render(context)
-    text = re.sub(r"\n{3,}", "\n\n", text).strip()  # blocks that a checkpoint has nothing for leave their blank lines
+    text = re.sub(r"\n{3,}", "\n\n", text).strip()  # template blocks without content leave blank lines
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
 def base_card(folder: str | Path) -> dict[str, str]:
-    """Licence and task that the base model's card on the Hub tells; empty if that cannot be had."""
+    """Licence and task from the base model's card on the Hub; empty if the card cannot be read."""
     for info in inspect_components(folder):
         if base := info.config.provenance.get("base_model"):
             return hub_card(base)
@@ -70,14 +70,14 @@ def base_card(folder: str | Path) -> dict[str, str]:
 
 
 def write_card(folder: str | Path, repo_id: str) -> None:
-    """Write README.md beside a checkpoint; a card that someone has written by hand (without our tag) stays."""
+    """Write README.md beside a checkpoint; a card that was written by hand (without qdiff's tag) stays."""
     path = Path(folder) / CARD
     if not is_handwritten(path):
         render_card(folder, repo_id, base_card(folder)).save(path)
 
 
 def is_handwritten(path: Path) -> bool:
-    """Whether there is a card that neither we nor diffusers have generated."""
+    """Whether there is a card that neither qdiff nor diffusers has generated."""
     if not path.is_file():
         return False
     tags = ModelCard.load(path, ignore_metadata_errors=True).data.tags or []
@@ -85,7 +85,7 @@ def is_handwritten(path: Path) -> bool:
 
 
 def write_cards_on_upload(original: Any, self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    """How a library's ``push_to_hub`` uploads a folder; ours get their card before."""
+    """The libraries' function by which ``push_to_hub`` uploads a folder, after a card has been written for qdiff checkpoints."""
     # A part of a larger repository (subfolder=...) has no card of its own.
     if not kwargs.get("subfolder") and _is_quantized(Path(working_dir)):
         write_card(working_dir, repo_id)
@@ -93,7 +93,7 @@ def write_cards_on_upload(original: Any, self: Any, working_dir: Any, repo_id: s
 
 
 def _is_quantized(folder: Path) -> bool:
-    """Whether a checkpoint of ours lies there; a description without weights (``config.push_to_hub``) is none."""
+    """Whether a folder holds a qdiff checkpoint; a description without weights (``config.push_to_hub``) is none."""
     configs = (*folder.glob("config.json"), *folder.glob("*/config.json"))
     return any(says_quantized(path) and any(path.parent.glob("*.safetensors")) for path in configs)
 

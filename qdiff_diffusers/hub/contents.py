@@ -1,4 +1,4 @@
-"""What a card tells of a checkpoint's contents: facts, settings and tables."""
+"""A checkpoint's contents for its card: facts, settings and tables."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SHOWN_FORMATS = 2
 
 
 def layer_kind(name: str) -> str:
-    """What part of a block a layer is, for tables: ``transformer_blocks.3.attn1.to_q`` -> "attention, query key value"."""
+    """The kind of a layer for tables, such as "attention, query key value" for ``transformer_blocks.3.attn1.to_q``."""
     inner = re.split(r"\.\d+\.", name, maxsplit=1)[-1]
     return next((kind for kind, pattern in KINDS if re.search(pattern, inner)), "other")
 
 
 def kind_rows(info: CheckpointInfo) -> list[dict[str, Any]]:
-    """One row per kind of layer, the largest first: how it is stored, what it costs, how far its weights moved."""
+    """One row per kind of layer, the largest first: its formats, bits and size, and the error of its weights."""
     groups: dict[str, list[LayerInfo]] = defaultdict(list)
     for layer in info.layers:
         groups[layer_kind(layer.name)].append(layer)
@@ -63,7 +63,7 @@ def _row(kind: str, layers: list[LayerInfo]) -> dict[str, Any]:
 
 
 def legend(components: list[CheckpointInfo]) -> str:
-    """What the short names of the formats in use mean."""
+    """Explanation of the short names of the formats in use."""
     specs = [layer.spec for c in components for layer in c.config.layers.values()]
     formats = [spec.format for spec in specs]
     books = next((f for f in formats if isinstance(f, CodebookFormat)), None)
@@ -107,7 +107,7 @@ def facts(config: Quantization, components: list[CheckpointInfo]) -> list[tuple[
 
 
 def settings(config: Quantization) -> list[tuple[str, str]]:
-    """What differs from the method's defaults, and how it was made."""
+    """Settings that differ from the method's defaults, and how the checkpoint was made."""
     chosen = {key: value for key, value in config.settings().items() if key not in ("method", "compute_dtype", "overrides")}
     rows = [(key, f"`{value}`") for key, value in chosen.items()]
     for pattern, other in (config.overrides or {}).items():

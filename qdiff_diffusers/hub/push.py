@@ -1,4 +1,4 @@
-"""Uploading a checkpoint folder, in one commit, with a card; and what to say when the Hub refuses."""
+"""Uploading a checkpoint folder in one commit with a model card, and explanations of the Hub's errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .cards import CARD, base_card, is_handwritten, render_card
 
 UNSAFE = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "ssl", "socket")
-XET_TOKEN = "xet-write-token"  # what uploading asks the Hub for first, when hf_xet is installed
+XET_TOKEN = "xet-write-token"  # part of the first URL that an upload requests when hf_xet is installed
 FULL = ("storage", "quota", "space left", "payment")
 
 
@@ -37,16 +37,16 @@ def push_folder(
 ) -> CommitInfo:
     """Upload a quantized model or pipeline. The repository is created if needed; all files arrive in one commit, or none.
 
-    The folder is not changed: the card (unless it holds one that was written by hand) is made on the way. After a failure run it
-    again: huggingface_hub does not send files again that have arrived.
+    The folder is not changed: the card is made for the upload, unless the folder holds one that was written by hand. After a
+    failure call this again: huggingface_hub does not send files again that have arrived.
 
     Args:
-        folder: what ``save_pretrained`` or ``qdiff quantize`` wrote.
-        repo_id: "owner/name", or "name" for one of your own.
-        private: of a new repository; ``None``: as the owner's settings say.
-        revision: branch to commit to, made if needed; the main one if not given.
-        message: of the commit.
-        token: instead of the one that is logged in.
+        folder: the folder that ``save_pretrained`` or ``qdiff quantize`` wrote.
+        repo_id: "owner/name", or "name" for a repository of your own.
+        private: whether a new repository is private; ``None`` for the owner's default.
+        revision: branch to commit to, created if needed; by default the main one.
+        message: message of the commit.
+        token: token to use instead of the stored login.
         evaluation: output folder of ``qdiff eval`` with a row of this checkpoint: its scores and pictures go into the card.
 
     Raises:
@@ -77,7 +77,7 @@ def push_folder(
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Turns what goes wrong between us and the Hub into a :class:`HubError`."""
+    """A context that turns errors of requests to the Hub into a :class:`HubError`."""
     try:
         yield
     except Exception as error:
@@ -87,7 +87,7 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 
 def check_name(repo_id: str) -> None:
-    """Raises :class:`ConfigError` unless ``repo_id`` can be the name of a repository."""
+    """Raise a :class:`ConfigError` unless ``repo_id`` can be the name of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -98,7 +98,7 @@ def check_complete(folder: Path) -> Iterator[Path]:
     """The files of a checkpoint that is fit to share.
 
     Raises:
-        CheckpointError: it is not a qdiff checkpoint, some part is missing or damaged, or it holds pickles.
+        CheckpointError: the folder is no qdiff checkpoint, a part is missing or damaged, or it holds pickles.
     """
     inspect_components(folder)
     read_results(folder)
@@ -132,7 +132,7 @@ def _check_components(folder: Path) -> None:
 
 
 def explain(error: BaseException, repo_id: str) -> str | None:
-    """One sentence on what the Hub objects to and what to do; ``None`` for an error that has nothing to do with the Hub."""
+    """One sentence on what the Hub objects to and what to do; ``None`` for an error that does not come from the Hub."""
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, LocalTokenNotFoundError):
@@ -177,7 +177,7 @@ def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
 
 
 def _server_message(error: HfHubHTTPError) -> str:
-    """What the server said, without huggingface_hub's advice around it."""
+    """The server's message, without huggingface_hub's advice around it."""
     response: Any = error.response
     said = response.headers.get("X-Error-Message")
     if not said:

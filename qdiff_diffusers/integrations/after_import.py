@@ -1,4 +1,4 @@
-"""Act on a module when somebody imports it, without importing it first: PEFT alone takes seconds, and most never need it."""
+"""Run code when a module is imported, without importing it: PEFT alone takes seconds, and most programs never need it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Action = Callable[[], None]
 
 
 class ImportWatcher(MetaPathFinder):
-    """Lets every import through, and runs actions after those that it watches, each time they are executed (reloading is)."""
+    """A finder that runs actions after the modules it watches have been executed, reloading included. It finds nothing itself."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Action]] = {}
@@ -30,7 +30,7 @@ class ImportWatcher(MetaPathFinder):
 
 
 class _ActingLoader(Loader):
-    """A module's own loader, followed by the actions. They must not raise: the import is somebody else's."""
+    """A module's own loader, followed by the actions, which must not raise: an error would break the user's import."""
 
     def __init__(self, loader: Any, actions: list[Action]) -> None:
         self.loader = loader
@@ -46,7 +46,7 @@ class _ActingLoader(Loader):
             action()
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a loader can do, such as showing the source."""
+        """The other attributes of the module's own loader, such as ``get_source``."""
         if name == "loader":
             raise AttributeError(name)
         return getattr(self.loader, name)

@@ -3,7 +3,7 @@
 diffusers refuses every ``model.to(dtype=...)`` of a quantized model, even those that its own ``load_ip_adapter`` (the model's
 dtype, for the layers just added) and ``save_lora_adapter`` (``None``) make. Here only another dtype is refused.
 
-Of a pipeline diffusers casts one component after the other until it meets a quantized one, and raises: half of the pipeline is
+In a pipeline diffusers casts one component after the other until it meets a quantized one, and raises: half of the pipeline is
 cast by then. ``from_pipe`` ends the same way, even if nothing would have to be cast. Here it is all or nothing: a pipeline whose
 quantized components have the dtype already casts the others, any other is refused before its first component is touched.
 """
@@ -28,7 +28,7 @@ def model_to(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if dtype is None or (dtype == self.dtype and not self._keep_in_fp32_modules):
         args, kwargs = _without_dtype(args, kwargs)
         original(self, *args, **kwargs)
-        return self if dtype is None else nn.Module.to(self, dtype)  # packed tensors keep theirs
+        return self if dtype is None else nn.Module.to(self, dtype)  # packed tensors keep their dtype
     return original(self, *args, **kwargs)
 
 

@@ -1,5 +1,5 @@
-"""Checks around what the libraries do with files: they trust an index blindly, of a damaged file they only say that it cannot be
-read, they know nothing of the scales of 8-bit weights, and they write pickles of layers that cannot be read back from them."""
+"""Checks of checkpoint files that diffusers and transformers do not make: they trust an index blindly, do not say what is wrong
+with a damaged file, know nothing of the scales of 8-bit weights, and write packed layers as pickles that cannot be read back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIX = ".safetensors"
 
 
 def shard_files(original: Any, name: Any, index_filename: Any, *args: Any, **kwargs: Any) -> Any:
-    """The function that reads an index; those of our checkpoints are checked first. Others are left alone."""
+    """The libraries' function that reads an index, after a check of qdiff checkpoints. Other checkpoints are left alone."""
     path = Path(index_filename)
     if path.is_file() and says_quantized(path.parent / "config.json"):
         # Of a local folder all shards must be there; from the Hub they are fetched after this.
@@ -27,7 +27,7 @@ def shard_files(original: Any, name: Any, index_filename: Any, *args: Any, **kwa
 
 
 def state_dict(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
-    """The function that reads a file; the header of our safetensors files is checked first. Others are left alone."""
+    """The libraries' function that reads a file, after a check of the header of qdiff's files. Other files are left alone."""
     if not (isinstance(file, str | Path) and str(file).endswith(SUFFIX) and says_quantized(Path(file).parent / "config.json")):
         return original(file, *args, **kwargs)
     read_header(file)
@@ -38,9 +38,9 @@ def state_dict(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def decode_sources(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """The function of transformers that takes over a state dict: a quantizer of ours applies the scales of 8-bit weights first.
+    """transformers' function that loads a state dict, after qdiff's quantizer has applied the scales of 8-bit weights.
 
-    Our errors are raised, which transformers turns into lines of its report.
+    qdiff's errors are raised; transformers would turn them into lines of its report.
     """
     quantizer = _quantizer_in((*args, *kwargs.values()))
     if quantizer is None:
@@ -54,13 +54,13 @@ def decode_sources(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _quantizer_in(arguments: Iterable[Any]) -> Any:
-    """The quantizer of ours that a function of transformers was given, by itself or in its settings."""
+    """qdiff's quantizer among the arguments of a function of transformers, or in its settings; ``None`` if there is none."""
     candidates = (found for argument in arguments for found in (argument, getattr(argument, "hf_quantizer", None)))
     return next((found for found in candidates if hasattr(found, "read_source")), None)
 
 
 def refuse_pickles(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``save_pretrained``: a quantized model is written as safetensors or not at all. Others are left alone."""
+    """``save_pretrained``, which writes a quantized model as safetensors or not at all. Other models are left alone."""
     bound = inspect.signature(original).bind(self, *args, **kwargs).arguments
     asked = bound | bound.get("kwargs", {})
     wrong = "safe_serialization=False" if not asked.get("safe_serialization", True) else None

@@ -1,7 +1,7 @@
-"""Models that start as a copy of a quantized one.
+"""ControlNets and other models that start as a copy of a quantized model.
 
 diffusers' ControlNets and motion models copy their base's blocks through state dicts, some with ``strict=False``: packed layers
-would be skipped without a word and the copy keep its random weights. They get the dense equivalent instead.
+would be skipped silently and the copy would keep its random weights. They get the dense equivalent instead.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .patches import MARKER, wrap
 logger = logging.get_logger(__name__)
 
 FROM_DENSE = f"{__name__}:from_dense"
-OTHER_CONSTRUCTORS = ("from_pretrained", "from_config", "from_single_file", "from_pipe")  # that take no model
+OTHER_CONSTRUCTORS = ("from_pretrained", "from_config", "from_single_file", "from_pipe")  # constructors that take no model
 
 
 def install(model_mixin: Any) -> None:
-    """Wrap the copying constructors of every subclass of ``model_mixin``, now and to come; calling it again changes nothing."""
+    """Wrap the copying constructors of every subclass of ``model_mixin``, existing and future; calling it again changes nothing."""
     original = vars(model_mixin).get("__init_subclass__")
     if hasattr(original, MARKER):
         return
@@ -44,7 +44,7 @@ def install(model_mixin: Any) -> None:
 
 
 def install_in_package(package: ModuleType) -> None:
-    """Wrap those of the classes in a package's modules that are no whole models."""
+    """Wrap the copying constructors of those classes in a package's modules that are parts of models."""
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{package.__name__}.") and module is not None:
             for value in list(vars(module).values()):
@@ -53,7 +53,7 @@ def install_in_package(package: ModuleType) -> None:
 
 
 def wrap_constructors(kind: type) -> None:
-    """Let the copying constructors that ``kind`` itself defines take quantized models for the dense ones they are equivalent to."""
+    """Let the copying constructors that ``kind`` itself defines accept quantized models, as their dense equivalents."""
     for name, method in list(vars(kind).items()):
         if copies(name, method):
             wrap(kind, name, FROM_DENSE, lambda: from_dense)
@@ -82,7 +82,7 @@ def _subclasses(kind: type) -> list[type]:
 
 
 def from_dense(construct: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """A constructor that copies models; it gets dense ones."""
+    """A constructor that copies models, called with the dense equivalents of quantized ones."""
     args = tuple(dense_equivalent(value) for value in args)
     return construct(cls, *args, **{name: dense_equivalent(value) for name, value in kwargs.items()})
 
@@ -102,7 +102,7 @@ def dense_equivalent(value: Any) -> Any:
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Take the hooks of accelerate and diffusers off a copy: those of diffusers would go on calling the original's ``forward``."""
+    """Remove accelerate's and diffusers' hooks from a copy: those of diffusers would keep calling the original's ``forward``."""
     if any("_hf_hook" in module.__dict__ for module in model.modules()):
         from accelerate.hooks import remove_hook_from_module
 

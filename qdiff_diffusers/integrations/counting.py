@@ -1,7 +1,7 @@
-"""``model.num_parameters()`` of quantized models: that of the dense model, whatever each weight is packed into.
+"""``model.num_parameters()`` of quantized models: the number of parameters of the dense model.
 
-diffusers and transformers count the elements of parameters, which of packed layers are bytes of codes; they unpack those of
-bitsandbytes alone. ``get_memory_footprint()`` counts bytes, and is right as it is.
+diffusers and transformers count the elements of parameters, which in packed layers are bytes of codes; only for bitsandbytes
+they convert the number. ``get_memory_footprint()`` counts bytes, and is right as it is.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ..layers import PackedLayer
 
 
 def num_parameters(original: Any, self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """``num_parameters`` of a model, which counts packed weights as dense ones."""
+    """``num_parameters`` of a model, with packed weights counted as dense ones."""
     count = int(original(self, only_trainable, exclude_embeddings))
     layers = {id(m.codes): m for m in self.modules() if isinstance(m, PackedLayer)}.values()  # tied layers count once
     return count + sum(_missing(layer, only_trainable, exclude_embeddings) for layer in layers)
 
 
 def _missing(layer: PackedLayer, only_trainable: bool, exclude_embeddings: bool) -> int:
-    """What a layer has more weights than bytes of codes, so far as the codes were counted."""
+    """Number of weights of a layer minus the bytes of its codes that were counted."""
     if only_trainable and not layer.codes.requires_grad:
         return 0
     without = exclude_embeddings and isinstance(layer, nn.Embedding)

@@ -1,4 +1,4 @@
-"""The diffusers quantizer: what diffusers' loader asks of a backend, while it reads a model."""
+"""The diffusers quantizer: the methods that diffusers' loader calls on a backend while it reads a model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class QDiffQuantizer(KeepsRecord, DiffusersQuantizer):  # type: ignore[misc]
 
     @classmethod
     def of_model(cls, model: nn.Module, config: QDiffConfig) -> QDiffQuantizer:
-        """A quantizer for a model that is already in memory, its layers chosen. :meth:`take` completes it."""
+        """A quantizer for a model in memory, with the layers to pack chosen. Call :meth:`attach` once they are packed."""
         quantizer = cls(config, pre_quantized=False)
         quantizer.update_torch_dtype(next(p.dtype for p in model.parameters() if p.is_floating_point()))
         keep = [name for name in getattr(model, "_keep_in_fp32_modules", None) or () if name]
@@ -59,8 +59,8 @@ class QDiffQuantizer(KeepsRecord, DiffusersQuantizer):  # type: ignore[misc]
         quantizer._select(model, keep)
         return quantizer
 
-    def take(self, model: nn.Module) -> None:
-        """Make ``model``, whose layers have been packed, what loading a quantized checkpoint would have made it."""
+    def attach(self, model: nn.Module) -> None:
+        """Bring ``model``, whose layers have been packed, into the state in which loading a quantized checkpoint leaves a model."""
         model.is_quantized = True  # type: ignore[assignment]
         model.quantization_method = self.quantization_config.quant_method  # type: ignore[assignment]
         model.hf_quantizer = self  # type: ignore[assignment]
@@ -91,7 +91,7 @@ class QDiffQuantizer(KeepsRecord, DiffusersQuantizer):  # type: ignore[misc]
         return 8 if self.pre_quantized else max(2, round(16 / (self.quantization_config.bits or 4)))
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """First sight of the checkpoint's files: check every packed tensor's name, shape and dtype before reading data."""
+        """Check every packed tensor's name, shape and dtype in the checkpoint's files before data is read."""
         if self.pre_quantized:
             self.headers = headers = read_headers(checkpoint_files)
             check_tensors(self.quantization_config.layers, headers)
@@ -111,7 +111,7 @@ class QDiffQuantizer(KeepsRecord, DiffusersQuantizer):  # type: ignore[misc]
         return state_dict
 
     def _check_single_file(self, state_dict: dict[str, Any]) -> None:
-        """from_single_file always claims "pre-quantized"; see whether it is, and keep our names out of its converters."""
+        """Find out whether a single file is quantized, as from_single_file always claims; hide packed names from its converters."""
         layers = self.quantization_config.layers
         self.pre_quantized = any(key.endswith(".codes") for key in state_dict)
         if not self.pre_quantized:
@@ -131,7 +131,7 @@ class QDiffQuantizer(KeepsRecord, DiffusersQuantizer):  # type: ignore[misc]
         state_dict.update({f"{name}.weight": torch.empty(0) for name in layers})
 
     def _give_back(self, state_dict: dict[str, Any]) -> None:
-        """Undo what ``_check_single_file`` did to a quantized file's tensors."""
+        """Restore the names that ``_check_single_file`` hid from the converters."""
         for name in self.quantization_config.layers:
             del state_dict[f"{name}.weight"]
         state_dict.update(self.__dict__.pop("held_back"))

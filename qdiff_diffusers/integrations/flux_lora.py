@@ -10,7 +10,7 @@ from ..model.packing import packed_layers
 
 
 def expand_without_packed(expand: Any, cls: Any, transformer: nn.Module, lora_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keep packed layers out of the step that widens adapters.
+    """diffusers' step that widens LoRA adapters, with packed layers left out of it.
 
     That step is for adapters of a Control model on a base model, which differ in the embedder, a layer outside the blocks.
     """

@@ -1,4 +1,4 @@
-"""The methods by which models, pipelines and PEFT's tuners load, fuse and save, made safe for quantized models that are offloaded.
+"""Methods of models, pipelines and PEFT's tuners that load, fuse or save, made safe for offloaded quantized models.
 
 Nothing here imports PEFT: it takes seconds, and may not be installed.
 """
@@ -21,10 +21,11 @@ FUSING = ("fuse_lora", "merge_adapter", "_unload_and_optionally_merge")
 
 
 def on_offloaded(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A method of models, pipelines or tuners, ``original`` by its name. What never had packed layers is left alone.
+    """The method ``original`` of a model, pipeline or tuner, with offloading suspended where it needs the tensors.
 
-    All adapters are checked before the first is fused. Offloading in groups, which holds on to every tensor, is off meanwhile. An
-    adapter that accelerate offloads is there to be read and replaced; a whole model that it offloads is not, and is not saved.
+    All adapters are checked before the first is fused. Group offloading, which keeps references to every tensor, is off meanwhile.
+    Adapters that accelerate offloads are fetched; a whole model that it offloads is not, and saving it is refused. Models that
+    never had packed layers are left alone.
     """
     name = original.__name__
     saving = name == "save_pretrained"
@@ -70,7 +71,7 @@ def _parts_of_adapters(model: nn.Module) -> list[nn.Module]:
 
 
 def _models_of(owner: Any, components: list[str] | None) -> list[nn.Module]:
-    """The models that a method of ``owner`` is about: a pipeline's ``components``, a tuner's model, or itself."""
+    """The models that a method of ``owner`` acts on: a pipeline's ``components``, a tuner's model, or ``owner`` itself."""
     if isinstance(owner, nn.Module):
         return [owner.model if hasattr(type(owner), "inject_adapter") else owner]  # type: ignore[list-item]
     parts = [getattr(owner, name, None) for name in components or ()]

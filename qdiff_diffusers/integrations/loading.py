@@ -6,8 +6,8 @@ and transformers switches the tying of weights off. A second thread that starts 
 settings, takes them for what was there before, and leaves them for good: tensors stay on the meta device, buffers get another
 model's dtype, text encoders lose their embedding. Quantized and dense models are hit alike, and by each other.
 
-Here, what can be a thread's own is made that (where parameters go, whether weights are tied), and for the rest models are
-constructed one after the other. Downloading, reading and quantizing, which take the time, still run side by side.
+Here the device of new parameters and the tying of weights become settings of each thread, and because of the other settings
+models are constructed one after the other. Downloading, reading and quantizing, which take the time, still run side by side.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 from ..config import is_ours
 from .patches import MARKER, require
 
-# Held by the thread that changes settings of the process. Reentrant: a model may construct others.
+# Held by the thread that changes settings of the process. Reentrant, as a model may construct others.
 _constructing = threading.RLock()
 
 if hasattr(os, "register_at_fork"):  # a forked process must not inherit it from a thread that it does not have
@@ -57,7 +57,7 @@ _scopes = _Scopes()
 
 
 def from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``ModelMixin.from_pretrained``, which sets the default dtype and sets it back in the middle, unless something goes wrong."""
+    """``ModelMixin.from_pretrained``, after which this thread holds no lock, whatever went wrong."""
     if is_ours(kwargs.get("quantization_config")):
         require("diffusers")
     _scopes.dtypes.append([])
@@ -85,7 +85,7 @@ def read_weights(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _release() -> None:
-    """Let other threads construct models again, if this one keeps them from it."""
+    """Release the lock that keeps other threads from constructing models, if this thread holds it."""
     while _scopes.dtypes and _scopes.dtypes[-1]:
         _scopes.dtypes[-1].pop()
         _constructing.release()
@@ -103,7 +103,7 @@ _tying: ContextVar[bool] = ContextVar("whether weights are tied", default=True)
 
 
 class _Registration:
-    """``nn.Module.register_parameter`` while any thread is in ``init_on_device``; it moves the parameters of those threads only."""
+    """``nn.Module.register_parameter`` while any thread is in ``init_on_device``; moves the parameters of those threads only."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -142,7 +142,7 @@ _registration = _Registration()
 
 @contextmanager
 def init_on_device(original: Any, device: torch.device, include_buffers: bool | None = None) -> Iterator[Any]:
-    """The context of accelerate and of PEFT in which new parameters go to ``device``: those of this thread."""
+    """accelerate's and PEFT's context in which new parameters go to ``device``, restricted to this thread."""
     if include_buffers or os.environ.get("ACCELERATE_INIT_INCLUDE_BUFFERS"):  # for which torch has a context of the thread's own
         with original(device, include_buffers=include_buffers) as value:
             yield value
@@ -153,7 +153,7 @@ def init_on_device(original: Any, device: torch.device, include_buffers: bool | 
 
 @contextmanager
 def skip_init_on_device(original: Any) -> Iterator[None]:
-    """PEFT's context that suspends :func:`init_on_device`: in this thread."""
+    """PEFT's context that suspends :func:`init_on_device`, restricted to this thread."""
     token = _device.set(None)
     try:
         yield
@@ -163,7 +163,7 @@ def skip_init_on_device(original: Any) -> Iterator[None]:
 
 @contextmanager
 def no_tie_weights(original: Any) -> Iterator[None]:
-    """The context in which transformers ties no weights: in this thread."""
+    """transformers' context in which no weights are tied, restricted to this thread."""
     tie = sys.modules["transformers.modeling_utils"].PreTrainedModel.tie_weights
     if not hasattr(tie, MARKER):
         with original():
@@ -192,13 +192,13 @@ def _moved(parameter: Any, device: torch.device) -> Any:
 
 
 def _peft_skips() -> bool:
-    """Whether code of PEFT that was bound before :func:`skip_init_on_device` stood in its place is in that context."""
+    """Whether PEFT is in its own ``skip_init_on_device``, which code may have bound before it was wrapped."""
     peft = sys.modules.get("peft.utils.integrations")
     return bool(getattr(getattr(peft, "_init_on_device", None), "_skip", False))
 
 
 def _without_leftovers(register: Any) -> Any:
-    """What threads that were in ``init_on_device`` before it was wrapped may have left for good, taken off."""
+    """``register_parameter`` without what threads left behind that entered ``init_on_device`` before it was wrapped."""
     while getattr(register, "__name__", "") == "register_empty_parameter":
         names, cells = register.__code__.co_freevars, register.__closure__
         register = cells[names.index("old_register_parameter")].cell_contents

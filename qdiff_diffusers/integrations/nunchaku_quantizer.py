@@ -1,4 +1,4 @@
-"""``from_pretrained`` of a ``nunchaku_lite`` folder into our layers, exactly, where the user passes a config of ours.
+"""``from_pretrained`` of a ``nunchaku_lite`` folder, exactly, into qdiff's layers if a qdiff config is passed.
 
 diffusers merges the config that is stored with the one that is passed, and lets the stored one decide; here the passed one chooses
 the backend. Without it diffusers' own NunchakuLite loads the folder, where it runs.
@@ -28,7 +28,7 @@ from .passed_config import obey_or_refuse
 
 
 class NunchakuImport(QuantizationConfigMixin):
-    """What a ``nunchaku_lite`` folder stores, to be loaded by us."""
+    """The stored config of a ``nunchaku_lite`` folder that is to be loaded into qdiff's layers."""
 
     quant_method = QDiffMethod.NUNCHAKU  # type: ignore[assignment]
 
@@ -42,7 +42,7 @@ class NunchakuImport(QuantizationConfigMixin):
 
 
 def merge_configs(merge: Any, cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
-    """``merge_quantization_configs`` of diffusers' auto quantizer, obeying a config of ours."""
+    """``merge_quantization_configs`` of diffusers' auto quantizer, in which a qdiff config that is passed chooses the backend."""
     if isinstance(quantization_config_from_args, QDiffConfig | Quantization) and is_lite(quantization_config):
         _check_passed(quantization_config_from_args)
         stored = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
@@ -51,7 +51,7 @@ def merge_configs(merge: Any, cls: Any, quantization_config: Any, quantization_c
 
 
 def _check_passed(config: QDiffConfig | Quantization) -> None:
-    """The weights are quantized already: settings could only be ignored."""
+    """Refuse settings in a config that is passed: the weights are quantized already."""
     if config.settings() != {"method": SVDQuantConfig.method_name}:
         settings = ", ".join(f"{key}={value!r}" for key, value in config.settings().items())
         raise ConfigError(
@@ -71,7 +71,7 @@ class NunchakuQuantizer(QDiffQuantizer):
         super().__init__(SVDQuantConfig(compute_dtype=dtype), pre_quantized=True)  # type: ignore[call-arg]
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """The names that the tensors will have in our layers."""
+        """Names that the tensors will have in qdiff's layers."""
         self.source = Source(map(Path, checkpoint_files))
         if lost := sorted(set(loaded_keys) - self.source.infos.keys()):
             raise CheckpointError(f"no file holds {', '.join(lost[:5])}, which the index lists; the checkpoint is incomplete")
@@ -99,7 +99,7 @@ class NunchakuQuantizer(QDiffQuantizer):
         model.register_to_config(quantization_config=self.quantization_config)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Put our tensors in the place of Nunchaku's, layer by layer: all of a layer with the file that has its codes."""
+        """Replace Nunchaku's tensors by qdiff's, layer by layer: all of a layer's once the file with its codes is read."""
         reader = Reader(self.imported, self.source)
         for target in self.imported.plan.targets:
             codes_here = f"{target.module}.qweight" in state_dict

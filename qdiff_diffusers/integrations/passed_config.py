@@ -1,4 +1,4 @@
-"""A config that is passed for a model that is quantized already."""
+"""Handling of a qdiff config that is passed to ``from_pretrained`` for a model that is quantized already."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..config import QDiffConfig, is_ours
 
 
 def obey_or_refuse(merge: Any, cls: Any, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any) -> Any:
-    """``merge_quantization_configs`` of a library's auto quantizer, where a config of ours is passed for a quantized model.
+    """``merge_quantization_configs`` of a library's auto quantizer, where a qdiff config is passed for a quantized model.
 
-    The same settings go without a word, others with a warning that names both; those for another backend's model are refused, which
-    the libraries would load as it is.
+    Equal settings pass silently, and different ones with a warning that names both. Settings for another backend's model are
+    refused; the libraries would ignore them.
     """
     passed = quantization_config_from_args
     if not isinstance(passed, QDiffConfig | Quantization):

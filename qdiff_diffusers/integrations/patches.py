@@ -1,7 +1,7 @@
-"""How names of other libraries are wrapped: once for all, each alone, and only after the user's program has imported them.
+"""How functions of other libraries are wrapped: each independently of the others, after the program has imported the library.
 
-A :class:`Patch` says which name, what stands in its place, and what stops working without it. Where the name is gone or has changed
-its kind, that one feature is off: one warning says so, everything else goes on, and so does the import that led here.
+A :class:`Patch` says which function, what wraps it, and which feature needs it. If a later version of the library lacks the
+function, that one feature is off and one warning says so; everything else works, and the import goes on.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from .after_import import after_import
 
 logger = logging.get_logger(__name__)
 
-MARKER = "of_qdiff"  # attribute of every function that we have put in another's place: the bodies around it
+MARKER = "of_qdiff"  # attribute of every wrapper: names of the bodies that it has been given
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One name of another library that is wrapped.
+    """One function of another library that is wrapped.
 
     Attributes:
-        module: that holds the name. Nothing happens before it has been imported, nor if it never is.
-        path: of the name in ``module``, ``"function"`` or ``"Class.method"``. Both parts may be patterns (``"*.from_unet"``): then
-            every function is meant that fits, in the class or module that defines it.
+        module: module that holds the function. Nothing happens until the program imports it.
+        path: the function in ``module``, as ``"function"`` or ``"Class.method"``. Both parts may be patterns (``"*.from_unet"``),
+            which stand for all functions that match, in the class or module that defines them.
         body: ``"module:function"`` of this package, imported at the first call. It gets the original function, then the arguments.
-        feature: what is off without it.
-        essential: whether nothing works without it: using the library with qdiff is an error then.
-        upstream: what would make the row unnecessary: a change that is proposed, or wanted, or has been made.
-        versions: of the library that need it (PEP 440), all by default.
+        feature: the feature that is off if the function cannot be wrapped.
+        essential: whether qdiff cannot work with the library without it; using the two together is an error then.
+        upstream: the change in the library that would make the row unnecessary.
+        versions: versions of the library that need it (PEP 440), by default all.
     """
 
     module: str
@@ -68,11 +68,11 @@ class Patch:
         return not self.versions or installed is None or SpecifierSet(self.versions).contains(installed, prereleases=True)
 
     def install(self, module: ModuleType) -> None:
-        """Do it; doing it again changes nothing.
+        """Wrap the function; calling this again changes nothing.
 
         Raises:
             AttributeError: the name does not exist.
-            TypeError: it is no function.
+            TypeError: the name is no function.
         """
         for owner, name in _find(module, self.path):
             self._wrap(owner, name)
@@ -81,7 +81,7 @@ class Patch:
         wrap(owner, name, self.body, self._body)
 
     def _body(self) -> Callable[..., Any] | None:
-        """What stands in the name's place; ``None``, after a warning, where importing it fails."""
+        """The wrapping function; ``None``, after a warning, if importing it fails."""
         try:
             return load(self.body)
         except Exception as error:
@@ -90,10 +90,10 @@ class Patch:
 
 
 def wrap(owner: Any, name: str, body: str, resolve: Callable[[], Callable[..., Any] | None]) -> None:
-    """Put a function, found by ``resolve`` at each call, around ``owner.name``; the same ``body`` a second time changes nothing.
+    """Wrap ``owner.name`` in the function that ``resolve`` finds at each call; the same ``body`` a second time changes nothing.
 
     Raises:
-        TypeError: it is no function.
+        TypeError: ``owner.name`` is no function.
     """
     static = inspect.getattr_static(owner, name)
     original = static.__func__ if isinstance(static, classmethod | staticmethod) else static
@@ -114,7 +114,7 @@ def wrap(owner: Any, name: str, body: str, resolve: Callable[[], Callable[..., A
 
 @dataclass(frozen=True)
 class Setup(Patch):
-    """Something done to a class, or to the module itself where ``path`` is empty: ``body`` is called with it once it is there."""
+    """An action on a class, or on the module if ``path`` is empty: ``body`` is called with it once it has been imported."""
 
     def install(self, module: ModuleType) -> None:
         load(self.body)(functools.reduce(getattr, filter(None, self.path.split(".")), module))
@@ -122,7 +122,7 @@ class Setup(Patch):
 
 @dataclass(frozen=True)
 class Entry(Patch):
-    """A value that is put into a dictionary of another library: ``path`` is the dictionary, ``body`` the value."""
+    """An entry in a dictionary of another library: ``path`` is the dictionary, ``body`` the value."""
 
     key: str = ""
 
@@ -136,11 +136,11 @@ class Entry(Patch):
 
 
 class State(NamedTuple):
-    """What has become of a row.
+    """State of a row of the table.
 
     Attributes:
         name: "active", "off", "waiting" (for the library to be imported) or "not needed" (by the installed version).
-        reason: why it is off.
+        reason: why the row is off.
     """
 
     name: str
@@ -161,12 +161,12 @@ def apply(rows: Iterable[Patch]) -> None:
 
 
 def state(row: Patch) -> State:
-    """What has become of a row of the table."""
+    """State of a row of the table."""
     return _states.get(row) or State("waiting" if row.is_needed() else "not needed")
 
 
 def examine(rows: Iterable[Patch]) -> dict[Patch, State]:
-    """What becomes of every row whose library is installed, its module imported now."""
+    """State of every row whose library is installed; the libraries' modules are imported for it."""
     found = {}
     for row in rows:
         if importlib.util.find_spec(row.library) is None:
@@ -184,7 +184,7 @@ def require(library: str) -> None:
     """Make sure that ``library`` knows qdiff.
 
     Raises:
-        QDiffError: an essential row of it is off.
+        QDiffError: an essential row of the library is off.
     """
     for row, found in _states.items():
         if row.essential and row.library == library and found.name == "off":
@@ -195,7 +195,7 @@ def require(library: str) -> None:
 
 
 def load(name: str) -> Any:
-    """The object that ``"module:name"`` means."""
+    """Import the object that ``"module:name"`` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -239,10 +239,10 @@ def _switch_off(row: Patch, error: Exception) -> None:
 
 
 def _find(module: ModuleType, path: str) -> list[tuple[Any, str]]:
-    """The classes or modules that hold what ``path`` means, and its name there.
+    """The classes or modules that hold the functions which ``path`` names, and the functions' names in them.
 
     Raises:
-        AttributeError: nothing fits.
+        AttributeError: nothing matches.
     """
     first, _, last = path.rpartition(".")
     owners = [value for name, value in vars(module).items() if fnmatchcase(name, first)] if first else [module]

@@ -14,7 +14,7 @@ from ..layers.adapters import PACKED
 
 
 def create_new_module(create: Any, lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
-    """What PEFT's ``LoraModel`` puts around a layer; around a packed one, a layer that fuses into its branch."""
+    """PEFT's LoRA layer for ``target``; for a packed layer one that fuses into its low-rank branch."""
     module = create(lora_config, adapter_name, target, **kwargs)
     if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), PackedLayer):
         packed_class = PACKED.get(cast("type[nn.Module]", type(module)))
@@ -26,7 +26,7 @@ def create_new_module(create: Any, lora_config: Any, adapter_name: str, target: 
 
 
 def refuse_to_fuse(replace_module: Any, self: Any, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
-    """Adapters other than LoRA (LoKr, LoHa, OFT, ...) run beside a packed layer; fused, they would be lost without a word."""
+    """Adapters other than LoRA (LoKr, LoHa, OFT, ...) run beside a packed layer; fusing, which would lose them, is refused."""
     replace_module(self, parent, child_name, new_module, child)
     if isinstance(new_module, BaseTunerLayer) and isinstance(new_module.get_base_layer(), PackedLayer):
         new_module.merge = functools.partial(_refuse, type(self).__name__)  # type: ignore[method-assign]

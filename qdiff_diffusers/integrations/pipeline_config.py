@@ -1,4 +1,4 @@
-"""Which parts of a pipeline a config without a list of components means."""
+"""Choice of a pipeline's components where a ``PipelineQuantizationConfig`` lists none."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def leave_decoders(original: Any, self: Any, is_diffusers: bool = True, module_n
 
 
 def from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """``DiffusionPipeline.from_pretrained``, which tells of patterns once all of its components are there."""
+    """``DiffusionPipeline.from_pretrained``, which warns of patterns without effect once all components are loaded."""
     with one_config_for_all():
         return original(cls, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The one class that diffusers and transformers want for a backend's configs."""
+"""The class that diffusers and transformers look up for a backend's config; each backend has only one."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ..config import QDiffConfig, is_ours
 
 
 class _TakesBoth(type):
-    """Makes configs and records alike instances of a class that is neither's base."""
+    """Makes requests (``QDiffConfig``) and records (``Quantization``) instances of a class that is neither's base."""
 
     def __instancecheck__(cls, value: Any) -> bool:
         return not isinstance(value, dict) and is_ours(value)
 
 
 class RegisteredConfig(metaclass=_TakesBoth):
-    """Stands under "qdiff" in the libraries' tables: a user's settings make a :class:`QDiffConfig`, what config.json holds of a
-    quantized model is read as its :class:`Quantization`."""
+    """The class under "qdiff" in the libraries' tables. A user's settings become a :class:`QDiffConfig`, the
+    ``quantization_config`` of a quantized model's config.json a :class:`Quantization`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return QDiffConfig(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Makes diffusers and transformers know ``quant_method: qdiff``, and whatever else ``integrations/table.py`` lists."""
+"""Registers ``quant_method: qdiff`` with diffusers and transformers, and everything else that ``table.py`` lists."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 class Refusal:
-    """In the place of a config. Without it, an old transformers only warns, and fills a text encoder with random numbers."""
+    """Registered instead of a config class where transformers is too old, which would fill a text encoder with random numbers."""
 
     @classmethod
     def from_dict(cls, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``from_single_file`` of our files: a self-contained one needs no settings, and a damaged one is said to be that."""
+"""``from_single_file`` of qdiff's files: a self-contained one needs no settings, and a damaged one is reported as damaged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DescribedTensors(dict[str, Any]):
 
 
 def load_state_dict(original: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
-    """The function that reads a single file: the header is checked, and what the metadata say of the weights is handed on."""
+    """diffusers' function that reads a single file, which checks its header and keeps its metadata with the tensors."""
     tensors = state_dict(original, file, *args, **kwargs)
     if isinstance(file, str | Path) and str(file).endswith(".safetensors"):
         with safe_open(file, "pt") as opened:
@@ -68,7 +68,7 @@ def from_single_file(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def should_convert(original: Any, model_state_dict: dict[str, Any], checkpoint_state_dict: dict[str, Any]) -> bool:
-    """Before 0.42 diffusers shows a quantizer a single file only after it was converted, and takes packed ones for foreign."""
+    """Whether to convert a single file. diffusers before 0.42 takes packed tensors for another program's layout."""
     is_packed = any(key.endswith(".codes") for key in checkpoint_state_dict)
     if not is_packed and _quantizing.get():
         defer_source_tensors(checkpoint_state_dict)
@@ -76,7 +76,7 @@ def should_convert(original: Any, model_state_dict: dict[str, Any], checkpoint_s
 
 
 def _read_local(source: Any) -> None:
-    """What is wrong with the header of a local file, as an error; nothing if it is in order or somewhere else."""
+    """Check the header of a file, if it is local, and raise what is wrong with it."""
     if isinstance(source, str | Path) and Path(source).is_file():
         read_header(source)
 

@@ -1,4 +1,4 @@
-"""Every name of another library that qdiff wraps or registers under. ``qdiff doctor`` shows which are active."""
+"""Every function of another library that qdiff wraps, and every entry that it registers. ``qdiff doctor`` shows their states."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tokens that are added to a text encoder whose table is packed: by ``resize_token_embeddings``, and with it by diffusers'
+"""Adding tokens to a text encoder with a packed token table, by ``resize_token_embeddings`` or diffusers'
 ``load_textual_inversion``.
 
-Both write into the table, and what is written into a decoded copy is lost without a word. So the table becomes dense first.
+Both write into the table. Writing into a decoded copy would be lost silently, so the table becomes dense first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 
 def resize_token_embeddings(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``PreTrainedModel.resize_token_embeddings``, before which packed tables become dense."""
+    """``PreTrainedModel.resize_token_embeddings``, for which packed token tables are made dense first."""
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     if given.get("new_num_tokens") is None and given.get("pad_to_multiple_of") is None:  # only looks at the table
         return original(self, *args, **kwargs)
@@ -40,10 +40,10 @@ def packed_tables(model: Any) -> list[str]:
 
 
 def make_dense(model: Any, tables: list[str]) -> None:
-    """Make packed layers of a text encoder dense, and those that share their weight, and let it be saved like that.
+    """Make packed token tables dense, with all layers that share their weight, so that the text encoder can be saved so.
 
     Raises:
-        QDiffError: ``model`` is only a part of what was quantized, or an adapter hangs on a table; nothing was changed.
+        QDiffError: ``model`` is only a part of the quantized model, or a table has an adapter; nothing was changed.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or not hasattr(quantizer, "make_dense"):

@@ -1,4 +1,4 @@
-"""The transformers quantizer, for text encoders: what transformers' loader asks of a backend, while it reads a model."""
+"""The transformers quantizer, for text encoders: methods that transformers' loader calls on a backend while it reads a model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..model.packing import (
     release_checkpoint,
 )
 from ..model.selection import select_layers
-from ..model.tied_weights import leader, tie, tie_dense, untie
+from ..model.tied_weights import tie, tie_dense, untie, weight_holder
 from .record_keeping import KeepsRecord
 
 
@@ -97,14 +97,14 @@ class QDiffTransformersQuantizer(KeepsRecord, HfQuantizer):  # type: ignore[misc
         keep = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) or []
         targets, self.quantization_config.skipped = select_layers(model, self.quantization_config.config, list(keep))
         self.quantization_config.provenance = new_provenance(type(model).__name__) | (origin_of(files[0]) if files else {})
-        # Of layers that share a weight the file holds one.
-        self.targets = {leader(model, name): config for name, config in targets.items()}
+        # The file holds a shared weight once.
+        self.targets = {weight_holder(model, name): config for name, config in targets.items()}
         for name in self.targets:
             self.quantization_config.skipped.pop(name, None)
         self._untie(model, self.targets)
 
     def read_source(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """What transformers is to load instead of a dense checkpoint's ``tensors``; ``guards.decode_sources`` asks for it."""
+        """What transformers loads instead of a dense checkpoint's ``tensors``; called by ``checkpoint_checks.decode_sources``."""
         if self.pre_quantized:
             return tensors
         if self.source is None:  # from_pretrained(None, state_dict=...)
@@ -146,7 +146,7 @@ class QDiffTransformersQuantizer(KeepsRecord, HfQuantizer):  # type: ignore[misc
         return model
 
     def _missing(self, model: Any) -> list[str]:
-        """What was not in the files. transformers only logs it, and fills it with random numbers."""
+        """Names of tensors that the files lack. transformers only logs them, and fills them with random numbers."""
         if not self.pre_quantized:
             return sorted(f"{name}.weight" for name in set(self.targets) - set(self.quantization_config.layers))
         ignored = model._keys_to_ignore_on_load_missing or []
@@ -155,7 +155,7 @@ class QDiffTransformersQuantizer(KeepsRecord, HfQuantizer):  # type: ignore[misc
         return sorted(name for name in unread if not any(re.search(pattern, name) for pattern in ignored))
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """What is saved: layers that share a packed weight once."""
+        """Tensors and metadata to save; a packed weight that layers share is saved once."""
         tied = {name for names in self.tied.values() for name in names}
         if not tied:
             return None, {}
@@ -163,18 +163,16 @@ class QDiffTransformersQuantizer(KeepsRecord, HfQuantizer):  # type: ignore[misc
 
     def make_dense(self, model: Any, names: list[str]) -> None:
         """Make some packed layers dense, together with those that share their weight; the others stay packed."""
-        sources = {name: source for source, followers in self.tied.items() for name in followers}
+        sources = {name: source for source, tied in self.tied.items() for name in tied}
         for name in dict.fromkeys(sources.get(name, name) for name in names):
-            followers = self.tied.pop(name, [])
-            layers = {
-                id(layer): layer for layer in map(model.get_submodule, (name, *followers))
-            }  # transformers may have merged them
+            tied = self.tied.pop(name, [])
+            layers = {id(layer): layer for layer in map(model.get_submodule, (name, *tied))}  # transformers may have merged them
             for layer in layers.values():
                 dense_layer(layer)
-            tie_dense(model, name, followers)
+            tie_dense(model, name, tied)
             del self.packed[name]
             self.quantization_config.layers.pop(name)
-            self.quantization_config.skipped |= dict.fromkeys((name, *followers), "made dense to add tokens")
+            self.quantization_config.skipped |= dict.fromkeys((name, *tied), "made dense to add tokens")
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         with without_group_offloading(model):

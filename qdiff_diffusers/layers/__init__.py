@@ -1,4 +1,4 @@
-"""Modules that hold packed tensors and call one op."""
+"""Packed layers: modules that hold packed tensors and call one op."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def unsupported_reason(module: nn.Module) -> str | None:
 
 
 def pack_layer(module: nn.Module, spec: LayerSpec, compute_dtype: torch.dtype, tensors: dict[str, Tensor]) -> PackedLayer:
-    """Convert a supported layer in place. ``tensors`` are those of ``spec.tensors(shape)``."""
+    """Convert a supported layer in place. ``tensors`` are named as in ``spec.tensors(shape)``."""
     if reason := decoded.reason(spec):
         _say_once(reason)
     cls = next(packed for dense, packed in PACKED.items() if isinstance(module, dense))

@@ -1,7 +1,7 @@
 """LoRA adapters on packed layers, exact where PEFT would add to a dense weight that is not there.
 
-PEFT fuses an adapter by ``base_layer.weight.data += delta``. A packed layer's ``weight`` is made at each access, so the sum would
-be lost without a word; here the adapter's factors are appended to the layer's low-rank branch instead, and saved with it.
+PEFT fuses an adapter by ``base_layer.weight.data += delta``. A packed layer's ``weight`` is decoded at each access, so the sum
+would be lost silently; here the adapter's factors are appended to the layer's low-rank branch instead, and saved with it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .offloading import away_between_calls, changing, fetch, follow_class
 
 
 class Fused(NamedTuple):
-    """What fusing one adapter did to a layer."""
+    """Changes that fusing one adapter made to a layer, to be undone by ``unmerge``."""
 
     name: str
     rank: int
     scaling: float
-    extras_dtype: str  # that the layer's branch had before
-    bias: Tensor | None  # that the layer had before, if it was changed
+    extras_dtype: str  # dtype of the layer's branch before
+    bias: Tensor | None  # bias of the layer before, if it was changed
 
 
 class Factors(NamedTuple):
@@ -108,7 +108,7 @@ class PackedLora:
         """Make sure that DoRA and other variants of LoRA, which read the layer under them between its calls, find it there.
 
         Raises:
-            QDiffError: its tensors are elsewhere between its calls, or in another dtype.
+            QDiffError: offloading or casting keeps that layer's tensors elsewhere, or in another dtype, between its calls.
         """
         variants = getattr(self, "lora_variant", {})
         if variants and not self.disable_adapters and not self.merged and away_between_calls(self.get_base_layer()):
@@ -134,7 +134,7 @@ class PackedLora:
                 )
 
     def follow_dense_base(self: Any) -> None:
-        """Be PEFT's own class again, over a layer that has become dense."""
+        """Turn back into PEFT's own class, over a layer that has become dense."""
         packed_class = type(self)
         self.__class__ = next(dense for dense, packed in PACKED.items() if packed is packed_class)
         self.__dict__.pop("fused", None)
@@ -210,7 +210,7 @@ def check_fusable(model: nn.Module, adapter_names: list[str] | None = None) -> N
     """Make sure that the adapters of ``model``, the active ones by default, can be fused into its packed layers.
 
     Raises:
-        QDiffError: one cannot.
+        QDiffError: an adapter cannot be fused.
     """
     for adapter in packed_adapters(model).values():
         if isinstance(adapter, PackedLora):
@@ -226,13 +226,13 @@ def packed_adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def check_dense_base(name: str, adapter: Any) -> None:
-    """Raise a :class:`QDiffError` if ``adapter`` could not go on once the layer ``name`` under it is dense."""
+    """Raise a :class:`QDiffError` if ``adapter`` would not work on the layer ``name`` once that is dense."""
     if isinstance(adapter, PackedLora):
         adapter.check_dense_base(name)
 
 
 def follow_dense_base(adapter: Any) -> None:
-    """Make an adapter PEFT's own again, whose layer has become dense."""
+    """Turn an adapter whose layer has become dense back into PEFT's own class."""
     if isinstance(adapter, PackedLora):
         adapter.follow_dense_base()
     else:

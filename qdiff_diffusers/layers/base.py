@@ -1,4 +1,4 @@
-"""What packed layers share: their tensors, the logical weight and protection from dtype casts."""
+"""Base of the packed layers: their tensors, the logical weight, and protection from dtype casts."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def op_arguments(
     timestep: Tensor | None = None,
     exact_inputs: bool = False,
 ) -> tuple[Any, ...]:
-    """A packed weight of logical ``shape`` and its extras in the order of the kernels' arguments.
+    """A packed weight of logical ``shape``, its bias, low-rank branch and input transforms, in the order of the kernels' arguments.
 
     Args:
-        timestep: ``[1]``, for scales of inputs that depend on it.
-        exact_inputs: do not quantize them.
+        timestep: ``[1]``, chooses among activation scales that depend on the timestep.
+        exact_inputs: leave the inputs in 16 bits.
     """
-    extras = (bias, *(tensors.get(name) for name in ("low_rank_down", "low_rank_up", "smooth")))
+    others = (bias, *(tensors.get(name) for name in ("low_rank_down", "low_rank_up", "smooth")))
     packed = spec.format.op_arguments(tensors, math.prod(shape[1:]))
     kind, scale = ("none", None) if exact_inputs else (spec.activations, input_scale(tensors, timestep))
-    return (*packed, *extras, spec.rotation, kind, tensors.get("shift"), scale)
+    return (*packed, *others, spec.rotation, kind, tensors.get("shift"), scale)
 
 
 def input_scale(tensors: dict[str, Tensor], timestep: Tensor | None) -> Tensor | None:
-    """The stored scale ``[1]`` of the step nearest to ``timestep [1]``, if scales are stored; by default the largest."""
+    """The stored activation scale ``[1]`` of the timestep nearest to ``timestep [1]`` (else the largest), if there are any."""
     if (scales := tensors.get("input_scales")) is None:
         return None
     if (steps := tensors.get("input_steps")) is None or timestep is None:
@@ -59,8 +59,8 @@ def input_scale(tensors: dict[str, Tensor], timestep: Tensor | None) -> Tensor |
 def set_tensor(module: nn.Module, name: str, tensor: Tensor, persistent: bool = True) -> None:
     """Make ``tensor`` the parameter or buffer ``name`` of a module: codes and dense weights are parameters, the rest are buffers.
 
-    Past ``register_parameter`` and ``register_buffer``, which belong to the whole process: accelerate and PEFT replace them for a
-    while, in every thread, so that what is registered meanwhile ends on the meta device.
+    It avoids ``register_parameter`` and ``register_buffer``, which accelerate and PEFT replace at times for the whole process:
+    what any thread registers meanwhile ends on the meta device.
     """
     if name in PARAMETERS:
         module._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
@@ -85,7 +85,7 @@ class PackedLayer(nn.Module):
     codes: Tensor
     low_rank_down: Tensor
     low_rank_up: Tensor
-    timestep: Tensor | None = None  # [1], what the model was last told; see timesteps.py
+    timestep: Tensor | None = None  # [1], the model's latest timestep; see timesteps.py
     exact_inputs: bool = False  # whether inputs are left in 16 bits for now
 
     @property
@@ -106,7 +106,7 @@ class PackedLayer(nn.Module):
         return module
 
     def describe(self, spec: LayerSpec) -> None:
-        """Take ``spec``, and the names of its tensors, which a traced forward pass had better not work out."""
+        """Set ``spec`` and the names of its tensors, which a traced forward pass must not compute."""
         self.spec, self.tensor_names = spec, tuple(spec.tensors(self.weight_shape))
         load_shared_codebooks(spec.format)
 
@@ -138,7 +138,7 @@ class PackedLayer(nn.Module):
         return self.dequantize()
 
     def restore_dense_parts(self) -> None:
-        """Bring in order what the dense class holds besides its weight, before the layer becomes one again."""
+        """Restore what the dense class holds besides its weight, before the layer becomes dense again."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -156,14 +156,14 @@ class PackedLayer(nn.Module):
         name = next((name for name in choices if _fits(down, name) and _fits(up, name)), "float32")
         self._cast_extras(name)
         for dim, (key, factor) in enumerate({"low_rank_down": down, "low_rank_up": up}.items()):
-            # A copy, or training or swapping the adapter would change what was fused, without a word.
+            # A copy: training or swapping the adapter must not change what was fused.
             factor = factor.to(self.codes.device, EXTRAS_DTYPES[name], copy=True).contiguous()
             old = getattr(self, key, None)
             set_tensor(self, key, factor if old is None else torch.cat([old, factor], dim))
         self.describe(replace(self.spec, rank=spec.rank + len(down)))
 
     def drop_branch(self, rank: int, extras_dtype: str) -> None:
-        """Undo the last :meth:`append_branch`, which added ``rank`` and found the branch in ``extras_dtype``."""
+        """Undo the last :meth:`append_branch`, which added ``rank`` to a branch of ``extras_dtype``."""
         left = self.spec.rank - rank
         self.describe(replace(self.spec, rank=left))
         if left:
@@ -181,18 +181,18 @@ class PackedLayer(nn.Module):
         self.describe(replace(self.spec, extras_dtype=name))
 
     def check_channels(self, given: int, expected: int) -> None:
-        """Refuse inputs of another width: the kernels know only the packed bytes, which widths that round up alike share."""
+        """Refuse inputs with another number of channels, which the kernels cannot always tell from the packed bytes."""
         if given != expected:
             raise ValueError(f"{type(self).__name__} takes {expected} input channels, got {given}")
 
     def op_arguments(self) -> tuple[Any, ...]:
-        """Packed weight and extras in the order of the kernels' arguments."""
+        """This layer's arguments for its op, in the op's order; see the function of this name."""
         return op_arguments(self.spec, self.packed_tensors(), self.weight_shape, self.bias, self.timestep, self.exact_inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         packed = {id(t) for t in self.packed_tensors().values()}
         dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        if dtype.itemsize > 1:  # nothing computes in float8, in which layerwise casting parks a layer between uses
+        if dtype.itemsize > 1:  # nothing computes in float8, in which layerwise casting stores a layer between uses
             self.compute_dtype = dtype
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class PackedLayer(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Float8 tensors as bytes: torch writes pickles of them that it cannot read."""
+        """State for pickling, with float8 tensors as bytes: torch cannot read its own pickles of them."""
         state = self.__dict__.copy()
         eight = {n: t for n, t in self._buffers.items() if t is not None and t.dtype == torch.float8_e4m3fn}
         state["_buffers"] = self._buffers | {name: tensor.view(torch.int8) for name, tensor in eight.items()}

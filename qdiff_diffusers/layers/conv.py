@@ -32,7 +32,7 @@ class QDiffConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
         return CONV2D_OPS[self.spec.format.kind](input, *self.op_arguments(), *window)
 
     def _decode_and_convolve(self, x: Tensor) -> Tensor:
-        """Columns in kernel order are known to no fused kernel; for an image's thousands of pixels decoding hardly counts."""
+        """Decode a weight with columns in kernel order, which no fused kernel reads; it hardly counts at thousands of pixels."""
         tensors = self.packed_tensors()
         matrix = self.spec.format.dequantize(tensors, matrix_shape(self.weight_shape)[1], x.dtype)
         branch = (tensors["low_rank_down"], tensors["low_rank_up"]) if self.spec.rank else None

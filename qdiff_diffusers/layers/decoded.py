@@ -21,7 +21,7 @@ Branch = tuple[Tensor, Tensor] | None  # down [rank, columns] and up [rows, rank
 
 
 def reason(spec: LayerSpec) -> str | None:
-    """What makes a layer fall back to decoding its weight at each call, or ``None`` if a fused kernel multiplies it."""
+    """Why a layer decodes its weight at each call, or ``None`` if a fused kernel multiplies it."""
     if spec.kernel_vectors:
         return "convolutions with kernel_vectors"
     if spec.shift:

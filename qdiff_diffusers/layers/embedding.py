@@ -1,4 +1,4 @@
-"""Lookup in a packed table."""
+"""Embedding with a packed table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCALED = "ScaledWordEmbedding"  # how transformers ends the names of its tables 
 
 
 def is_table(module: nn.Module) -> bool:
-    """A plain embedding, or one of transformers' that multiply by a constant; others do something else with the rows."""
+    """Whether a module is a plain embedding, or one of transformers' that multiply its rows by a constant."""
     return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and type(module).__name__.endswith(SCALED))
 
 
@@ -21,7 +21,7 @@ class QDiffEmbedding(PackedLayer, nn.Embedding):  # type: ignore[misc, override]
     """``nn.Embedding`` whose table ``[num_embeddings, embedding_dim]`` stays packed: only the rows asked for are decoded."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for convolutions: PEFT constructs its adapters as ``type(base_layer)(...)``."""
+        """Packed layers are converted, never constructed; PEFT constructs its adapters as ``type(base_layer)(...)``."""
         return nn.Embedding(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
     @property
@@ -30,7 +30,7 @@ class QDiffEmbedding(PackedLayer, nn.Embedding):  # type: ignore[misc, override]
 
     @property
     def factor(self) -> float | None:
-        """What the dense class multiplies its rows by. Its buffer is no source: transformers fills it by the class it knows."""
+        """Factor by which the dense class multiplies its rows. It is not read from the buffer, which transformers may not fill."""
         factor = getattr(self, "scalar_embed_scale", getattr(self, "embed_scale", None))
         return None if factor is None else float(factor)
 
@@ -42,7 +42,7 @@ class QDiffEmbedding(PackedLayer, nn.Embedding):  # type: ignore[misc, override]
         return found.reshape(*input.shape, self.embedding_dim)
 
     def dense_bias(self) -> None:
-        """A table has none."""
+        """``None``: an embedding has no bias."""
 
     def restore_dense_parts(self) -> None:
         if isinstance(getattr(self, "embed_scale", None), Tensor):

@@ -8,7 +8,7 @@ from .base import LINEAR_OPS, PackedLayer
 
 
 class QDiffLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
-    """``nn.Linear`` whose weight stays packed. Being a subclass, PEFT, group offloading and layerwise casting recognise it."""
+    """``nn.Linear`` whose weight stays packed. PEFT, group offloading and layerwise casting recognise it as the subclass it is."""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Tensors that offloading keeps elsewhere between uses, for code that reads or changes them outside of a forward pass.
 
-Of a layer offloaded by accelerate only the meta device is left, of one offloaded to disk by diffusers a tensor of the right shape
-with nothing in it: whoever computes with those gets an error at best, a wrong result without a word at worst.
+accelerate leaves tensors on the meta device in an offloaded layer, and diffusers' offloading to disk leaves empty tensors of the
+right shape: computing with them is an error at best, and a wrong result without any message at worst.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ GROUP_HOOKS = (GROUPS, "layer_execution_tracker", "lazy_prefetch_group_offloadin
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether accelerate or diffusers hung a hook on ``module``: on most there is none, and nothing here has to be asked."""
+    """Whether accelerate or diffusers has put a hook on ``module``; most have none, and need nothing of this file."""
     return "_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of ``module`` itself, those of its children left out."""
+    """The parameters and buffers of ``module`` itself, without its children's."""
     return {name: tensor for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
 
 
@@ -49,7 +49,7 @@ def fetch(module: nn.Module) -> dict[str, Tensor]:
 
 
 def diffusers_hook(module: nn.Module, name: str) -> Any:
-    """The hook of this name that diffusers hung on ``module``, or ``None``."""
+    """diffusers' hook of this name on ``module``, or ``None``."""
     registry = module.__dict__.get("_diffusers_hook")
     return None if registry is None else registry.get_hook(name)
 
@@ -71,10 +71,10 @@ def away_between_calls(module: nn.Module) -> bool:
 
 @contextmanager
 def changing(module: nn.Module) -> Iterator[None]:
-    """Around what replaces, adds or removes tensors of ``module`` itself: they are there, and offloading learns of the new ones.
+    """A context for replacing, adding or removing tensors of ``module``: they are fetched, and offloading learns of new ones.
 
     Raises:
-        QDiffError: diffusers offloads ``module`` in a way that notes each tensor; see :func:`without_group_offloading`.
+        QDiffError: ``module`` is in diffusers' group offloading, which notes each tensor; see :func:`without_group_offloading`.
     """
     group = getattr(diffusers_hook(module, GROUPS), "group", None)
     if group is not None and (group.offload_to_disk_path or group.stream is not None):
@@ -96,7 +96,7 @@ def changing(module: nn.Module) -> Iterator[None]:
 
 
 def _remember(hook: Any, tensors: dict[str, Tensor]) -> None:
-    """Make ``tensors`` the ones that accelerate's ``hook`` brings from now on. Of those that it took away already it has them."""
+    """Make accelerate's ``hook`` fetch ``tensors`` from now on. Those that it has offloaded already it keeps."""
     kept = {name: hook.weights_map[name] if tensor.is_meta else tensor.detach().to("cpu") for name, tensor in tensors.items()}
     hook.weights_map = kept
     hook.original_devices = {name: tensor.device for name, tensor in kept.items()}
@@ -114,7 +114,7 @@ def changing_all(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def without_group_offloading(model: nn.Module) -> Iterator[None]:
-    """Takes diffusers' group offloading off a model and puts it on again, as diffusers does itself around adapters."""
+    """A context in which a model has no group offloading; diffusers itself suspends it so around adapters."""
     hooks = (diffusers_hook(module, GROUPS) for module in model.modules())
     hook = next((hook for hook in hooks if hook is not None), None)
     if hook is None:
@@ -154,10 +154,10 @@ def _read_back(group: Any) -> None:
 
 
 def check_forward(name: str, module: nn.Module) -> None:
-    """Make sure that :func:`follow_class` knows everything that hangs on the ``forward`` of layer ``name``.
+    """Make sure that only hooks known to :func:`follow_class` wrap the ``forward`` of layer ``name``.
 
     Raises:
-        QDiffError: something else replaced it.
+        QDiffError: something else replaced ``forward``.
     """
     own = module.__dict__.get("forward")
     known = own is None or "_old_forward" in module.__dict__ or "_diffusers_hook" in module.__dict__
@@ -169,7 +169,7 @@ def check_forward(name: str, module: nn.Module) -> None:
 
 
 def follow_class(module: nn.Module, before: type[nn.Module]) -> None:
-    """After ``module`` took another class than ``before``: let hooks that wrapped its ``forward`` call the new one.
+    """Let hooks that wrapped the ``forward`` of ``module`` call the new one, now that its class is no longer ``before``.
 
     accelerate and diffusers hold on to the bound method, and leave it on the module when they are taken off.
     """

@@ -1,4 +1,4 @@
-"""Scales of inputs that were fitted to timesteps: how a layer learns the step, which only the whole model is told."""
+"""Activation scales per timestep: how layers learn the timestep, which is an argument of the whole model only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TimestepHook:
     """A forward hook that passes a model's timestep on to its layers. It can be copied and pickled with the model.
 
     The layers get the tensor as it is, without a look at its value: nothing waits for a GPU, and ``torch.compile`` sees plain
-    assignments. Of a batch the first element counts.
+    assignments. In a batch the first element counts.
     """
 
     def __init__(self, model: nn.Module, layers: list[PackedLayer]) -> None:
@@ -35,7 +35,7 @@ def follow_timesteps(model: nn.Module) -> None:
     """Let the layers of ``model`` that store a scale per timestep know which one it is, from the next call on.
 
     Raises:
-        ConfigError: the model is never told a timestep.
+        ConfigError: the model's ``forward`` takes no timestep.
     """
     hooks = model._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, TimestepHook)]:

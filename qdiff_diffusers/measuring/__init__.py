@@ -1,1 +1,1 @@
-"""What quality and speed are measured with alike: the machine, and other packages' quantizers."""
+"""Shared by the measurements of quality and speed: facts about the machine, and other packages' quantizers."""

@@ -1,4 +1,4 @@
-"""Who runs: a contender turns a dense layer into one of its own kind."""
+"""Contenders of a benchmark: each converts a dense layer into its own kind of layer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Contender:
     """One row of a benchmark.
 
     Attributes:
-        name: unique.
-        family: "torch", "ours" or the peer's distribution; what ``--only`` selects by.
-        convert: dense bf16 layer, which it may use up -> layer to time. Raises where the peer cannot do it.
+        name: unique name.
+        family: "torch", "ours" or the peer's distribution, by which ``--only`` selects.
+        convert: function from a dense bf16 layer, which it may change, to the layer to time. It raises where the peer cannot do it.
         bits: nominal bits per weight, of the codes alone.
-        install: what to ``pip install`` for it.
-        modules: what it imports; one that is not found is "not installed".
+        install: arguments of ``pip install`` for the peer.
+        modules: modules that it imports; the peer is "not installed" if one is missing.
         devices: device types that it runs on.
         layers: kinds of layer that it converts.
         compiled: whether to run it under ``torch.compile``.
-        note: what a reader of its row has to know.
+        note: remark that a reader of its row needs.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Contender:
     note: str = ""
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why it cannot run on ``device`` in this environment, or ``None``."""
+        """Why this contender cannot run on ``device`` in this environment; ``None`` if it can."""
         if device.type not in self.devices:
             return f"does not run on {device.type}"
         missing = [name for name in self.modules if not _found(name)]
@@ -69,7 +69,7 @@ def compiled(module: nn.Module) -> nn.Module:
 
 
 def plain() -> list[Contender]:
-    """torch without quantization. The eager row is a second copy of the baseline: its distance from 1 is the noise."""
+    """Contenders of plain torch. The eager row is a second copy of the baseline, whose distance from 1 is the noise."""
     both = (nn.Linear, nn.Conv2d)
     return [
         Contender("torch", "torch", lambda layer: layer, 16, layers=both, note="a second copy of the baseline"),
@@ -78,10 +78,10 @@ def plain() -> list[Contender]:
 
 
 def select(contenders: Sequence[Contender], only: Iterable[str] | None) -> list[Contender]:
-    """Those whose family is asked for, or whose name matches a word of ``only``, which may hold ``*``.
+    """The contenders whose family is in ``only``, or whose name matches a word of it, which may hold ``*``.
 
     Raises:
-        ConfigError: a word fits none.
+        ConfigError: a word matches no contender.
     """
     if only is None:
         return list(contenders)
@@ -136,7 +136,7 @@ def resident_bytes(module: nn.Module) -> int:
 
 
 def describe_failure(error: BaseException) -> str:
-    """One line that says what went wrong."""
+    """A one-line description of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 

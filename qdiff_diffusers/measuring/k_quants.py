@@ -1,7 +1,7 @@
 """An encoder for GGUF's K-quants: the ``gguf`` package decodes these types but does not quantize to them.
 
 A super-block of 256 weights has sub-blocks with a small integer scale each (Q4_K and Q2_K: a minimum too), and one or two float16
-factors of those integers. The byte layouts are ggml's. The search is our own: scales and minima that are the least-squares ones
+factors of those integers. The byte layouts are ggml's. The search is qdiff's own: scales and minima that are the least-squares ones
 of a sub-block, then codes chosen anew for the factors as stored. On Gaussian weights the squared errors are 0.0052 (Q4_K), 0.0209
 (Q3_K) and 0.071 (Q2_K); llama.cpp's quantizer without an importance matrix has 0.0051 and 0.0227 for the first two.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 SUPER_BLOCK = 256
 SHRINK = torch.linspace(0.6, 1.1, 21)  # candidate ranges of a sub-block, as parts of its full range
-CHUNK = 1 << 14  # super-blocks that are encoded at a time
+CHUNK = 1 << 14  # super-blocks encoded at a time
 
 
 def quantize(weight: Tensor, kind: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Facts about the machine and the software of a measurement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def package_version(name: str) -> str | None:
 
 
 def processor_name() -> str:
-    """The CPU's marketing name where the system tells it."""
+    """The CPU's marketing name, where the system has it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
@@ -56,7 +56,7 @@ def machine_facts(device: torch.device) -> dict[str, str | int]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that this package lies in, with a + if there are changes; ``None`` for an installed package."""
+    """Commit of the checkout that contains this package, with a + if there are changes; ``None`` for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

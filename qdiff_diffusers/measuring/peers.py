@@ -1,7 +1,7 @@
-"""The peers, each through its public interface and at its own defaults unless the row's name says otherwise.
+"""Other packages' quantizers as contenders, through their public interfaces, at their defaults unless the name says otherwise.
 
-Nothing here is imported until a row is built; a peer that is missing, or that cannot do what its row asks, raises there and
-becomes a line in the report.
+A peer is imported only when a row is built; one that is missing, or that cannot do what its row needs, raises then and becomes a
+line in the report.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def contenders(device: torch.device) -> list[Contender]:
 
 
 def distributions() -> list[str]:
-    """What the peers are called on the package index."""
+    """Names of the peers on the package index."""
     return sorted({c.install for c in contenders(torch.device("cpu"))} | {"numba", "triton"})
 
 
@@ -43,7 +43,7 @@ def _within(layer: nn.Module, change: Callable[[nn.Module], Any]) -> nn.Module:
 
 
 def _require_change(layer: nn.Module) -> None:
-    """A peer that does not take a shape leaves the layer alone, and would be timed as itself."""
+    """Raise if a peer left the layer unchanged, which would be timed in its place."""
     weight = getattr(layer, "weight", None)
     if type(layer) in LINEAR_AND_CONV and type(weight) is nn.Parameter and weight.is_floating_point():
         raise UnchangedError("left the layer as it was")
@@ -250,7 +250,7 @@ def _gpu_only() -> list[Contender]:
         return getattr(gemlite.helper, helper)(device=str(layer.weight.device)).from_linear(layer)
 
     def gemlite_groups(layer: nn.Module, bits: int, group: int = 64) -> nn.Module:
-        """Its narrow formats take the codes of another quantizer: round-to-nearest, ``w = (code - zero) * scale``."""
+        """A gemlite layer in a narrow format, which takes another quantizer's codes: rounded, ``w = (code - zero) * scale``."""
         from gemlite.helper import A16Wn
 
         assert isinstance(layer, nn.Linear)

@@ -1,1 +1,1 @@
-"""What is done to a whole model: which layers are packed and at how many bits, packing them and undoing it."""
+"""Operations on a whole model: choosing its layers and their bits, packing them, and making them dense again."""

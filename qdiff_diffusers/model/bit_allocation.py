@@ -1,4 +1,4 @@
-"""Bits where they count: which width each layer gets when only their mean is given."""
+"""Mixed precision: how many bits each layer gets where only the model's mean is given."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ WIDTH_EXPONENT = 4
 
 
 class Choice(NamedTuple):
-    """One width, or rank, that a layer can have.
+    """One bit width, or rank, that a layer can have.
 
     Attributes:
-        stored: bits per weight, everything counted.
-        loss: that the model would have from this layer.
-        settings: of its config, one of ``config.alternatives()``.
+        stored: stored bits per weight, everything counted.
+        loss: what this layer would add to the model's loss.
+        settings: changes to the layer's config, one of ``config.alternatives()``.
     """
 
     stored: float
@@ -55,24 +55,27 @@ class Choice(NamedTuple):
 
 
 def kind_of(name: str) -> str:
-    """The kind of a layer, from its full name."""
+    """Kind of a layer (a key of ``SENSITIVITY``) by its full name."""
     return next((kind for kind, pattern in KINDS.items() if pattern.search(name)), "other")
 
 
 def width_of(shape: tuple[int, ...]) -> int:
-    """Channels of the level of a model that a weight ``[out, in, ...]`` belongs to."""
+    """Channels of the resolution level that a weight ``[out, in, ...]`` belongs to: the fewer of its outputs and inputs."""
     return min(shape[:2])
 
 
 def spread_by_kind(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, QDiffConfig]:
-    """Other widths for layers whose config asks for ``by_kind``, so that their mean stays what the configs ask for.
+    """Choose bit widths by kind of layer where ``config.by_kind`` is set; their mean stays what the configs ask for.
 
-    The squared error of a weight is taken to fall fourfold with each bit, and to count as its kind and its width do.
+    The model assumes that a weight's squared error falls to a quarter with each bit and is weighted by ``SENSITIVITY`` of the
+    layer's kind and by the layer's width.
 
     Args:
         targets: config of each layer.
-        shapes: of their weights.
+        shapes: shape of each layer's weight.
 
+    Returns:
+        ``targets`` with other ``bits``.
     """
     chosen = {name: config for name, config in targets.items() if config.by_kind}
     choices, budget = {}, 0.0
@@ -83,11 +86,11 @@ def spread_by_kind(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tupl
         offers = {bits: method_of(config).stored_bits(replace(config, bits=bits), shapes[name]) for bits in config.widths}
         choices[name] = [Choice(stored, unit * 4**-bits, {"bits": bits}) for bits, stored in offers.items()]
         budget += offers[float(config.bits or 0)] * sizes[name]
-    return with_settings(targets, spend(choices, sizes, budget))
+    return with_settings(targets, allocate_bits(choices, sizes, budget))
 
 
 def with_settings(targets: Mapping[str, QDiffConfig], settings: Mapping[str, dict[str, Any]]) -> dict[str, QDiffConfig]:
-    """Configs with other settings; those that have them already, and those of other layers, are the very same."""
+    """``targets`` with ``settings`` applied; a config that would not change is the same object."""
     return {
         name: config if has_settings(config, settings.get(name, {})) else replace(config, **settings[name])
         for name, config in targets.items()
@@ -98,16 +101,16 @@ def has_settings(config: QDiffConfig, settings: Mapping[str, Any]) -> bool:
     return all(getattr(config, key) == value for key, value in settings.items())
 
 
-def spend(choices: Mapping[str, Sequence[Choice]], sizes: Mapping[str, int], budget: float) -> dict[str, dict[str, Any]]:
-    """Give every layer the fewest bits, then more where they lower the expected loss most per stored bit.
+def allocate_bits(choices: Mapping[str, Sequence[Choice]], sizes: Mapping[str, int], budget: float) -> dict[str, dict[str, Any]]:
+    """Start every layer at its fewest bits, then add bits where they lower the expected loss most per stored bit.
 
     Args:
-        choices: of each layer, in any order.
-        sizes: weights of each layer.
-        budget: stored bits of all weights together.
+        choices: what each layer can have, in any order.
+        sizes: number of weights of each layer.
+        budget: stored bits of all weights together. The fewest bits are given even where they exceed it.
 
     Returns:
-        the settings of each layer's choice.
+        the settings of the choice made for each layer.
     """
     choices = {name: sorted(offers, key=lambda choice: choice[:2]) for name, offers in choices.items()}
     level = dict.fromkeys(choices, 0)
@@ -115,7 +118,7 @@ def spend(choices: Mapping[str, Sequence[Choice]], sizes: Mapping[str, int], bud
     queue: list[tuple[float, str, int]] = []
 
     def offer(name: str) -> None:
-        """The step up, however long, that gains most per bit from where the layer is."""
+        """Queue the layer's next step up, of any length: the one that lowers the loss most per added bit."""
         here = choices[name][level[name]]
         steps = [
             ((here.loss - there.loss) / ((there.stored - here.stored) * sizes[name]), i)

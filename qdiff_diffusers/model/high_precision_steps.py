@@ -16,16 +16,16 @@ from ..layers import PackedLayer
 
 @contextmanager
 def high_precision_steps(pipe: Any, count: int, denoiser: nn.Module | None = None, component: str | None = None) -> Iterator[None]:
-    """In this context, every run of ``pipe`` takes its first ``count`` steps at higher precision.
+    """A context in which every run of ``pipe`` takes its first ``count`` steps at higher precision.
 
     Steps are counted by the pipeline's scheduler, so calls that belong to one step (guidance in two passes) stay together.
 
     Args:
         pipe: a pipeline with a quantized denoiser.
-        count: steps, of each run.
-        denoiser: what takes them: the full-precision model, or one with more bits, on the same device. It costs its own memory.
-            Without one the packed weights are used with unquantized inputs, which costs none.
-        component: name of the pipeline's denoiser; its quantized transformer or UNet by default (without ``denoiser`` all of them).
+        count: number of steps at the beginning of each run.
+        denoiser: model for these steps, the full-precision one or one with more bits, on the same device; it needs memory of its
+            own. Without it the packed weights are used with unquantized inputs, which needs none.
+        component: name of the pipeline's denoiser; by default its quantized transformer or UNet (without ``denoiser`` all of them).
 
     Raises:
         ConfigError: the pipeline has no scheduler or no such component, or nothing would change.
@@ -51,7 +51,7 @@ def high_precision_steps(pipe: Any, count: int, denoiser: nn.Module | None = Non
 
 
 class _Dispatch:
-    """Calls of ``model`` go to ``other`` while switched on. A plain flag, which a compiled caller sees two values of."""
+    """Sends calls of ``model`` to ``other`` while switched on, by a plain flag, for whose two values a caller is compiled."""
 
     def __init__(self, model: nn.Module, other: nn.Module) -> None:
         self.model, self.on = model, False
@@ -82,7 +82,7 @@ def _switch_inputs(name: str, model: nn.Module) -> Callable[[bool], None]:
 
 
 def _count(scheduler: Any, count: int, switches: list[Callable[[bool], None]], stack: ExitStack) -> None:
-    """Let a scheduler's own calls set the switches: on at the start of a run, off after ``count`` steps."""
+    """Set the switches from the scheduler's own calls: on at the start of a run, off after ``count`` steps."""
     done = 0
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
@@ -111,7 +111,7 @@ def _count(scheduler: Any, count: int, switches: list[Callable[[bool], None]], s
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of one instance is another; what it was before, or its class has, comes back."""
+    """A context in which an attribute of one instance has another value; afterwards its former one, or the class's, is back."""
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:

@@ -1,4 +1,4 @@
-"""Model-level steps that both loaders share: pack one layer, prepare packed layers for a checkpoint, undo it all."""
+"""Steps that the loaders of diffusers and transformers share: pack a layer, prepare a model for packed tensors, make it dense."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, uns
 from ..layers.offloading import CASTING, check_forward, diffusers_hook, fetch, without_group_offloading
 from ..methods import quantize_weight
 
-ALIGNMENT = 64  # bytes, of memory that torch allocates on the CPU
+ALIGNMENT = 64  # bytes, alignment of the memory that torch allocates on the CPU
 
 
 def quantize_layer(module: nn.Module, name: str, weight: Tensor, config: QDiffConfig, compute_dtype: torch.dtype) -> StoredLayer:
@@ -57,7 +57,7 @@ def check_compute_dtype(dtype: torch.dtype) -> None:
 
 
 def pack_finished(model: nn.Module, layers: dict[str, tuple[StoredLayer, dict[str, Tensor]]], compute_dtype: torch.dtype) -> None:
-    """Convert the named layers in place to what was made of them: their spec and tensors. A bias takes up the inputs' shift."""
+    """Convert the named layers in place to packed ones with these specs and tensors. The bias absorbs a shift of the inputs."""
     for name, (stored, tensors) in layers.items():
         layer = pack_layer(model.get_submodule(name), stored.spec, compute_dtype, tensors)
         check_magnitude(name, layer)
@@ -68,7 +68,7 @@ def pack_finished(model: nn.Module, layers: dict[str, tuple[StoredLayer, dict[st
 
 
 def check_magnitude(name: str, layer: PackedLayer) -> None:
-    """Refuse weights that a layer's compute dtype cannot hold, as a dense layer's would be infinite.
+    """Refuse weights beyond a layer's compute dtype; in a dense layer they would be infinite.
 
     Raises:
         QDiffError: names the layer.
@@ -104,11 +104,11 @@ def prepare_packed_layers(model: nn.Module, layers: dict[str, StoredLayer], comp
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Make sure that every packed layer has its codes, and numbers to multiply them by that its compute dtype holds.
+    """Make sure that every packed layer was loaded, with scales that its compute dtype can hold.
 
     Raises:
-        CheckpointError: names the first layer that was not filled, or whose scales of inputs are no positive numbers.
-        QDiffError: names the first layer with weights beyond float16 that is to compute in it.
+        CheckpointError: names the first layer that was not filled, or whose activation scales are no positive numbers.
+        QDiffError: names the first layer that computes in float16 and has weights beyond it.
     """
     for name, module in model.named_modules():
         if not isinstance(module, PackedLayer):
@@ -131,7 +131,7 @@ def _check_scales(name: str, values: Tensor, positive: bool) -> None:
 
 
 def release_checkpoint(model: nn.Module) -> None:
-    """Copy everything but codes out of the memory that a checkpoint file was mapped into.
+    """Copy all tensors but the codes out of a memory-mapped checkpoint file.
 
     A single tensor left there keeps a whole dense checkpoint resident. Besides, its alignment follows from the length of the
     file's header, and matrix products of float32 tensors that are aligned differently differ in the last bit.
@@ -165,7 +165,7 @@ def dequantize_model(model: nn.Module) -> None:
     """Turn every packed layer back into a dense one, in place. Adapters, hooks and offloading go on with the dense layers.
 
     Raises:
-        QDiffError: something hangs on a layer that could not follow it; nothing was changed.
+        QDiffError: a hook or adapter of a layer could not be kept; nothing was changed.
     """
     layers, adapters = packed_layers(model), _checked_adapters(model)
     for name, module in (*layers.items(), *adapters.items()):
@@ -183,7 +183,7 @@ def dequantize_model(model: nn.Module) -> None:
 
 
 def _checked_adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """PEFT's adapters on packed layers, fit to go on with dense ones. Whoever has not imported PEFT has none."""
+    """PEFT's adapters on packed layers, checked to work on dense ones too; none if PEFT has not been imported."""
     if "peft.tuners.lora" not in sys.modules:
         return {}
     from ..layers.adapters import check_dense_base, packed_adapters
@@ -210,6 +210,6 @@ def _check_reachable(name: str, layer: PackedLayer) -> None:
 
 
 def _store_in_casting_dtype(layer: nn.Module) -> None:
-    """With layerwise casting, dense layers lie in another dtype than they compute in, from the first forward pass on."""
+    """Cast a dense layer to the dtype in which diffusers' layerwise casting stores it between forward passes."""
     if (hook := diffusers_hook(layer, CASTING)) is not None:
         layer.to(hook.storage_dtype)

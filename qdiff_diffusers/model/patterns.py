@@ -1,4 +1,4 @@
-"""Patterns that match nothing: parts of module names in a config that no layer has, or that never have a say."""
+"""Patterns without effect: parts of module names in a config that match no layer, or that earlier patterns shadow."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..config import QDiffConfig
 
 logger = logging.get_logger(__name__)
 
-Pattern = tuple[str, str]  # the field that it stands in, and its text
-Unmatched = dict[Pattern, str]  # what is wrong with those that have no effect
+Pattern = tuple[str, str]  # field of the config, and the pattern in it
+Unmatched = dict[Pattern, str]  # a message for each pattern without effect
 
 
 class Checked(NamedTuple):
-    """What became of a config's patterns in one model."""
+    """Effect of a config's patterns on one model."""
 
     patterns: list[Pattern]
     unmatched: Unmatched
@@ -29,13 +29,13 @@ _gathering: ContextVar[list[Checked] | None] = ContextVar("gathering over severa
 
 
 def check_patterns(config: QDiffConfig, modules: Collection[str], layers: Collection[str], where: str) -> None:
-    """Warn of each pattern of a config that has no effect on a model, once and with the names that come nearest.
+    """Warn once of each pattern of a config that has no effect on a model, and name the most similar module names.
 
     Args:
-        config: with its ``modules_to_not_convert`` and ``overrides``.
+        config: config whose ``modules_to_not_convert`` and ``overrides`` are checked.
         modules: names of all of the model's modules.
-        layers: names of those that have a weight to quantize.
-        where: what the model is called.
+        layers: names of the modules that have a weight to quantize.
+        where: name of the model for the message.
     """
     found = unmatched(config, modules, layers, where)
     gathered = _gathering.get()
@@ -47,7 +47,7 @@ def check_patterns(config: QDiffConfig, modules: Collection[str], layers: Collec
 
 @contextmanager
 def one_config_for_all() -> Iterator[None]:
-    """Several models are quantized here, perhaps with one config: a pattern that has an effect on one of them is no mistake."""
+    """A context for quantizing several models with one config: only a pattern without effect on all of them is warned of."""
     if _gathering.get() is not None:
         yield
         return
@@ -68,7 +68,7 @@ def _patterns(config: QDiffConfig) -> list[Pattern]:
 
 
 def unmatched(config: QDiffConfig, modules: Collection[str], layers: Collection[str], where: str) -> Unmatched:
-    """The patterns that match no module, and those of ``overrides`` that never come first."""
+    """A message for each pattern that matches no module, and for each of ``overrides`` that earlier patterns shadow."""
     skips, overrides = config.modules_to_not_convert or [], list(config.overrides or {})
     out: Unmatched = {}
     for field, pattern in _patterns(config):

@@ -25,15 +25,15 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
     """Choose the layers to pack.
 
     Args:
-        model: the model's skeleton.
-        config: with its skip patterns and overrides.
-        keep: name parts that the model class itself wants in float32.
+        model: the model; its weights may be on the meta device, only shapes matter.
+        config: settings, with skip patterns and overrides.
+        keep: parts of module names that the model class keeps in float32.
 
     Returns:
         ``{module name: config}`` for the layers to pack and ``{module name: reason}`` for those left as they are.
 
     Raises:
-        ConfigError: names the first layer that cannot be quantized as its config asks. Only shapes are looked at.
+        ConfigError: names the first layer whose shape cannot be quantized as its config asks.
     """
     targets: dict[str, QDiffConfig] = {}
     skipped: dict[str, str] = {}
@@ -71,7 +71,7 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
 
 
 def check_layers(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Whether each layer can be quantized as its config asks, from its shape alone.
+    """Check from shapes alone that each layer can be quantized as its config asks.
 
     Raises:
         ConfigError: names the first layer that cannot.

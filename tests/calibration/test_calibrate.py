@@ -31,7 +31,7 @@ from qdiff_diffusers.calibration.store import Store
 from qdiff_diffusers.calibration.trajectories import call_model, record
 from qdiff_diffusers.calibration.tuning import guided_loss
 from qdiff_diffusers.layers import PackedLayer
-from qdiff_diffusers.model.bit_allocation import Choice, spend
+from qdiff_diffusers.model.bit_allocation import Choice, allocate_bits
 
 CONFIG = AQConfig(num_codebooks=2, codebook_bits=4, vector_size=4, codebook="layer", keep_outer_layers=True)
 FEW = {"class_labels": [0, 1], "samples": 4, "steps": 3, "batch_size": 2, "guidance_scale": 1.0}
@@ -112,8 +112,10 @@ def test_calibrating_beats_quantizing_by_itself_and_is_saved_and_reloaded_exactl
 def test_tuning_that_could_move_no_codes_is_refused_before_any_work(config, assignments):
     pipe = dit()
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("work has begun"))
-    with pytest.raises(ConfigError, match=f'assignments="{assignments}" moves no codes of method {config.method_name}'):
+    with pytest.raises(ConfigError, match=f'assignments="{assignments}" moves no codes of method {config.method_name}') as refused:
         quantize(pipe, config, calibration=Calibration(**FEW, tuning=Tuning(steps=2, assignments=assignments)))
+    offered = str(refused.value).partition("choose one of ")[2].split(", ")
+    assert offered == [name for name in ("pv", "candidates", "rounding", "fixed") if config.moves_by(name)]
     mixed = VQConfig(bits=2, overrides={"attn": FPConfig(bits=4)})
     quantize(dit(), mixed, calibration=Calibration(**FEW, hessian=False, tuning=Tuning(steps=1, assignments=assignments)))
 
@@ -378,7 +380,7 @@ def test_bits_are_spent_where_they_gain_most():
     costs = {name: [Choice(stored, loss, {"bits": bits}) for stored, loss, bits in offers] for name, offers in offered.items()}
 
     def spent(budget: float) -> dict[str, float]:
-        return {name: chosen["bits"] for name, chosen in spend(costs, {"loud": 10, "quiet": 10}, budget).items()}
+        return {name: chosen["bits"] for name, chosen in allocate_bits(costs, {"loud": 10, "quiet": 10}, budget).items()}
 
     assert spent(40) == {"loud": 2, "quiet": 2}
     assert spent(50) == {"loud": 4, "quiet": 1}

@@ -13,7 +13,7 @@ from qdiff_diffusers.evaluation import Statistics, feature_statistics, frechet_d
 from qdiff_diffusers.evaluation.demo import DEMO_MODEL
 from qdiff_diffusers.evaluation.intervals import bootstrap, mean_estimate
 from qdiff_diffusers.evaluation.metrics import precision_recall, relative_error
-from qdiff_diffusers.evaluation.scores import Judge
+from qdiff_diffusers.evaluation.scores import Scorer
 
 
 class TestPrecisionAndRecall:
@@ -88,19 +88,19 @@ def test_relative_error_is_that_of_each_sample_averaged():
     assert relative_error(reference, reference) == 0
 
 
-class TestJudge:
+class TestScorer:
     def test_scores_of_the_bundled_classifier(self):
         generator = torch.Generator().manual_seed(0)
         reference = torch.rand(12, 1, 32, 32, generator=generator)
-        judge = Judge(reference, 5, [0] * 12, DEMO_MODEL / "classifier")
-        scores = judge.scores((reference + 0.1).clamp(0, 1), False)
+        scorer = Scorer(reference, 5, [0] * 12, DEMO_MODEL / "classifier")
+        scores = scorer.scores((reference + 0.1).clamp(0, 1), False)
         assert 20 <= scores["psnr"][0] < 22 and 0 < scores["ssim"][0] < 1
         assert scores["frechet"][0] > scores["frechet_16bit"][0] > 0
         assert {"precision", "recall", "precision_16bit", "recall_16bit", "accuracy"} <= set(scores)
-        own = judge.scores(reference, True)
+        own = scorer.scores(reference, True)
         assert "psnr" not in own and "frechet_16bit" not in own and own["frechet"][0] > 0
 
     def test_a_score_that_does_not_apply_is_left_out(self):
         reference = torch.rand(3, 3, 8, 8)
-        scores = Judge(reference, 3, None, None).scores(reference.clone(), False)
+        scores = Scorer(reference, 3, None, None).scores(reference.clone(), False)
         assert scores == {"psnr": None, "ssim": None, "lpips": None}  # infinite, too small, no weights

@@ -168,6 +168,7 @@ def test_the_command_line_names_it_in_help_and_errors(signs):
 
     said = qdiff("quantize", "--help").stdout
     assert "signs: the sign of each weight and a scale per row" in said and "signs: 1" in said
+    assert "rounding (svdquant, fp, rtn, signs only)" in said and "Rank of the low-rank branch (svdquant)" in said
     wrong = qdiff("quantize", "nowhere", "-o", "out", "-m", "sings")
     assert wrong.returncode == 2 and "signs" in wrong.stderr
 

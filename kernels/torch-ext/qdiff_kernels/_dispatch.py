@@ -1,8 +1,8 @@
 """Which implementation of an op runs on which device.
 
 Every op has a torch implementation, which is its specification. Faster ones register beside it under their own name and are
-preferred in the order of ``PREFERENCE``; one that does not take a call's dtypes or shapes returns ``NotImplemented`` and the next
-one is asked. ``use("torch")`` forces one, for debugging and for measuring.
+preferred in the order of ``PREFERENCE``; one that does not support a call's dtypes or shapes returns ``NotImplemented``, and the
+next one is tried. ``use("torch")`` forces one, for debugging and for measuring.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def chosen(op: str, device_type: str) -> str:
 
 
 def run(op: str, device_type: str, *args: Any) -> Any:
-    """Run ``op`` with the first implementation for ``device_type`` that takes these arguments."""
+    """Run ``op`` with the first implementation for ``device_type`` that supports these arguments."""
     available = _implementations[op]
     if (forced := _forced.get()) is not None:
         result = available[chosen(op, device_type)](*args)
@@ -67,7 +67,7 @@ def implementations() -> dict[str, dict[str, str]]:
 def use(name: str | None) -> Iterator[None]:
     """Force one implementation ("torch", "triton", "cpu") while the context lasts; ``None`` restores the choice by device.
 
-    In this thread or asynchronous task only; threads that it starts choose by device.
+    It holds in this thread or asynchronous task only; threads that it starts choose by device.
     """
     token = _forced.set(name)
     try:

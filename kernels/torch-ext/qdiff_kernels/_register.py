@@ -19,7 +19,7 @@ from .reference import Extras, Window
 
 GIVEN_SCHEMA = "Tensor? bias, Tensor? low_rank_down, Tensor? low_rank_up, Tensor? smooth, int rotation, str activations"
 EXTRAS_SCHEMA = f"{GIVEN_SCHEMA}, Tensor? shift, Tensor? input_scale"
-TRAILING_EXTRAS_SCHEMA = f"{GIVEN_SCHEMA}, Tensor? shift=None, Tensor? input_scale=None"  # a default needs a place at the end
+TRAILING_EXTRAS_SCHEMA = f"{GIVEN_SCHEMA}, Tensor? shift=None, Tensor? input_scale=None"  # arguments with defaults must come last
 WINDOW_SCHEMA = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 Decoder = Callable[..., Tensor]
 

@@ -1,4 +1,4 @@
-"""Quantization of activations: the integers or fp8 numbers a low-precision matrix unit sees, and their scales."""
+"""Quantization of activations: the integers or fp8 numbers that a low-precision matrix unit multiplies, and their scales."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ GROUPS = {"int4": INT4_GROUP, "nvfp4": NVFP4_GROUP}
 FP8_MAX = 448.0
 INT4_MAX, UINT4_MAX = 7, 15
 UINT8_MAX = 255
-UFP8_MAX = 496.0  # of unsigned E4M4 with E4M3's bias: the sign's bit goes to the mantissa, and no code is spent on NaN
-UFP8_SMALLEST = 2.0**-6  # of its normal numbers
+UFP8_MAX = 496.0  # largest number of unsigned E4M4 with E4M3's bias: the sign bit joins the mantissa, and no code stands for NaN
+UFP8_SMALLEST = 2.0**-6  # least of its normal numbers
 E2M1_MAX = 6.0
 
 
@@ -24,10 +24,10 @@ def quantize_activations(x: Tensor, kind: str, shift: Tensor | None = None, scal
         x: floating ``[..., channels]``, the shift already added.
         kind: "int8" or "fp8" (E4M3), one scale per token; "int4", one scale per token and group of 64 channels (the last
             group may be short); "nvfp4", E2M1 with an E4M3 scale per token and group of 16 channels.
-        shift: ``[channels]`` or ``None``. The "int4" groups in which it is positive hold numbers from 0 up, such as what a GELU
-            gives: they are quantized to 0 .. 15, and what is below 0 to 0.
-        scale: one number, of "int8" or "fp8", for all tokens; what exceeds the largest code becomes it. With a shift codes are
-            unsigned: 0 .. 255, or E4M4 numbers up to 496.
+        shift: ``[channels]`` or ``None``. The "int4" groups in which it is positive hold numbers from 0 up, such as a shifted
+            GELU's: they are quantized to 0 .. 15, and numbers below 0 to 0.
+        scale: one number for all tokens, for "int8" and "fp8"; larger numbers are clamped to the largest code. With a shift codes
+            are unsigned: 0 .. 255, or E4M4 numbers up to 496.
 
     Returns:
         codes ``[..., channels]`` (int8, or float8_e4m3fn for "fp8"; unsigned ones uint8 and float32; for "nvfp4" twice the E2M1
@@ -60,7 +60,7 @@ def dequantize_activations(codes: Tensor, scales: Tensor, kind: str = "int4") ->
 
 def _quantize_static(x: Tensor, kind: str, scale: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
     units = x / scale
-    scales = scale + 0 * units.abs().amax(-1, keepdim=True)  # of tokens that hold NaN or infinity NaN, which integers cannot be
+    scales = scale + 0 * units.abs().amax(-1, keepdim=True)  # NaN for tokens with NaN or infinity, which integers cannot hold
     if kind == "int8":
         codes = units.round().clamp(0, UINT8_MAX).to(torch.uint8) if unsigned else units.round().clamp(-127, 127).to(torch.int8)
     elif kind == "fp8" and unsigned:

@@ -1,4 +1,4 @@
-"""What a packed layer computes, in plain torch. This is the specification that every kernel is tested against.
+"""The computation of a packed layer in plain torch: the specification that every kernel is tested against.
 
 With ``W`` the dequantized weight, ``R`` the rotation, ``s`` the smoothing vector and ``Q`` the activation quantizer:
 
@@ -23,7 +23,7 @@ from .hadamard import rotate, unrotate
 
 
 class Extras(NamedTuple):
-    """What a layer adds to its packed weight. Field order is the order of the ops' trailing arguments."""
+    """Bias, low-rank branch and input transforms: what a layer has beside its packed weight, in the order of the ops' arguments."""
 
     bias: Tensor | None  # [out]
     low_rank_down: Tensor | None  # [rank, columns]
@@ -45,7 +45,7 @@ class Window(NamedTuple):
 
 
 def compute_dtype(x: Tensor, extras: Extras) -> torch.dtype:
-    """Dtype in which the reference wants the dequantized weight."""
+    """Dtype that the reference needs the dequantized weight in."""
     if extras.activations == "none":
         return x.dtype
     return torch.promote_types(x.dtype, torch.float32)
@@ -136,7 +136,7 @@ def conv2d_output_size(size: int, kernel: int, stride: int, padding: int, dilati
 
 
 def _transform(x: Tensor, extras: Extras) -> Tensor:
-    if extras.activations != "none":  # what is about to be rounded to few levels is not rounded to another dtype before
+    if extras.activations != "none":  # inputs that will be rounded to few levels are not rounded to another dtype first
         x = x.to(torch.promote_types(x.dtype, torch.float32))
     if extras.shift is not None:
         x = x + extras.shift.to(x.dtype)

@@ -1,6 +1,6 @@
 """Implementation "cpu" of the ops: compiled with numba where it is installed, else absent.
 
-Nothing here imports numba before the first call that uses it; float64 and whatever else the kernels do not take runs on torch.
+Nothing here imports numba before the first call that uses it; float64 and whatever else the kernels do not support runs on torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .operations import lookup_operations
 
 __all__ = ["lookup_operations"]
 
-ARGUMENTS = {"codebook": 4, "minifloat": 5, "integer": 5}  # of a packed weight
+ARGUMENTS = {"codebook": 4, "minifloat": 5, "integer": 5}  # number of arguments of a packed weight
 EXTRAS = len(Extras._fields)
 
 
@@ -40,28 +40,28 @@ def _register(kind: str, count: int) -> None:
     @implementation(f"{kind}_linear", "cpu")
     def linear(x: Tensor, *args: Any) -> Any:
         from ._linear import linear as run
-        from ._linear import takes, transforms
+        from ._linear import supports, supports_transforms
         from ._weights import decode
 
         extras = Extras(*args[count:])
-        if not takes(x, extras) or (weight := weight_of(args, x.shape[-1])) is None:
+        if not supports(x, extras) or (weight := weight_of(args, x.shape[-1])) is None:
             return NotImplemented
-        if not transforms(extras):
+        if not supports_transforms(extras):
             return reference.linear(x, decode(weight, reference.compute_dtype(x, extras)), extras)
         return run(x, weight, extras)
 
     @implementation(f"{kind}_conv2d", "cpu")
     def conv2d(x: Tensor, *args: Any) -> Any:
         from ._conv2d import conv2d as run
-        from ._linear import takes, transforms
+        from ._linear import supports, supports_transforms
         from ._weights import decode
 
         extras = Extras(*args[count : count + EXTRAS])
         window = Window(*(tuple(pair) for pair in args[count + EXTRAS :]))
         columns = x.shape[1] * window.kernel_size[0] * window.kernel_size[1]
-        if not takes(x.movedim(1, -1), extras) or (weight := weight_of(args, columns)) is None:
+        if not supports(x.movedim(1, -1), extras) or (weight := weight_of(args, columns)) is None:
             return NotImplemented
-        if not transforms(extras):
+        if not supports_transforms(extras):
             return reference.conv2d(x, decode(weight, reference.compute_dtype(x, extras)), window, extras)
         return run(x, weight, window, extras)
 

@@ -60,7 +60,7 @@ BFLOAT16, FLOAT16 = KINDS[torch.bfloat16], KINDS[torch.float16]
 
 
 class Operands(NamedTuple):
-    """Quantized tokens: what is multiplied, and what the sums are to be multiplied by."""
+    """Quantized tokens: the operands of the product, and the scales of its sums."""
 
     values: Tensor  # [tokens, columns padded with zeros], bfloat16, float32 or int8
     scales: Tensor | None  # float32 [tokens]
@@ -70,10 +70,10 @@ def prepare(x: Tensor, extras: Extras, dtype: torch.dtype, pad: int = 1, fold: b
     """Operands of a product with tokens ``x [tokens, columns]``.
 
     Args:
-        extras: ``smooth``, ``rotation``, ``activations`` (of "int4" the group scales are multiplied into the operands) and
+        extras: ``smooth``, ``rotation``, ``activations`` (group scales of "int4" are multiplied into the operands) and
             ``input_scale``.
-        dtype: of the operands: bfloat16 or float32, or int8 for "int8". pad: columns are padded to a multiple of this.
-        fold: multiply the scales of tokens into the operands too.
+        dtype: dtype of the operands: bfloat16 or float32, or int8 for "int8". pad: columns are padded to a multiple of this.
+        fold: multiply the tokens' scales into the operands too.
     """
     columns = x.shape[1]
     padded = -(-columns // pad) * pad
@@ -160,7 +160,7 @@ def transform_token(values: Any, count: Any, smooth: Any, signs: Any, block: Any
 
 @helper
 def step_of(values: Any, first: Any, last: Any, limit: Any, given: Any) -> Any:
-    """Largest magnitude over ``limit``, 1 where that is zero; or the number at ``given``. Not a number where any value is not."""
+    """Step of a token: its largest magnitude over ``limit``, 1 if that is zero; or the number at ``given``. NaN if any value is."""
     largest = np.int32(0)
     for i in range(first, last):
         largest = max(largest, float_bits(read_f32(values, i)) & np.int32(0x7FFFFFFF))  # ordered like magnitudes, NaN last
@@ -179,7 +179,7 @@ def round_e4m3(value: Any) -> Any:
 
 
 def split_bytes(x: Tensor, extras: Extras, codes: bool) -> Operands:
-    """Tokens ``[tokens, columns]`` as the high and low bytes of :mod:`._bytes`, and the steps they count in.
+    """Tokens ``[tokens, columns]`` as the high and low bytes of :mod:`._bytes`, and their steps.
 
     ``codes``: INT8 activations, whose codes are the low bytes.
     """
@@ -189,7 +189,7 @@ def split_bytes(x: Tensor, extras: Extras, codes: bool) -> Operands:
 def split_vectors(x: Tensor, extras: Extras, vector_size: int, lanes: int, integer: bool) -> Operands:
     """Tokens ``[tokens, columns]`` as vectors of ``lanes`` numbers for :mod:`._sums`: ``[tokens, vectors, lanes]``, flat.
 
-    ``integer``: int16 numbers and the steps they count in, else float32.
+    ``integer``: int16 numbers and their steps, else float32.
     """
     width = (-(-x.shape[1] // vector_size) + 7) * lanes
     activations = "int8" if extras.activations == "int8" else ("vectors" if integer else "none")
@@ -199,7 +199,7 @@ def split_vectors(x: Tensor, extras: Extras, vector_size: int, lanes: int, integ
 
 @helper
 def place_vectors(values: Any, count: Any, size: Any, lanes: Any, target: Any, integer: Any) -> None:
-    """``size`` numbers to each vector of ``lanes``."""
+    """Copy a token's numbers to vectors of ``lanes``, ``size`` to each."""
     for first in range(0, count, size):
         at, to = values + 4 * first, first // size * lanes
         for i in range(min(size, count - first)):

@@ -2,7 +2,7 @@
 
 Levels that are small integers times a scale are looked up as bytes. A token is written as ``step * (256 * high + low)`` with bytes
 ``high`` and ``low``: 15 bits below its largest magnitude, finer than bfloat16 sums need. The instruction multiplies unsigned by
-signed bytes, so levels are stored plus 128, and 128 times the token's sum is taken off again.
+signed bytes, so levels are stored plus 128, and 128 times the token's sum is subtracted again.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from ._simd import (
 from ._vector import horizontal_sum
 
 COLUMNS = 64  # columns in a block
-BLOCK_BYTES = 192  # of a token: high bytes, low bytes, corrections of the sums of four columns (int32)
+BLOCK_BYTES = 192  # bytes of a token's block: high bytes, low bytes, corrections of the sums of four columns (int32)
 SUMS_BYTES = 512
 OFFSET = 128  # added to levels to make them unsigned
 
 
 def available() -> bool:
-    """Whether the host has the instructions."""
+    """Whether the host has the AVX-512 instructions that these kernels need."""
     return {"avx512f", "avx512bw", "avx512vbmi", "avx512vnni"} <= host_features()
 
 

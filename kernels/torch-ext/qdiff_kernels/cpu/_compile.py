@@ -1,11 +1,11 @@
-"""How kernels are compiled and kept: once per machine, under a key that changes with any of their sources.
+"""Compiling and caching of kernels: once per machine, under a key that changes with any of their sources.
 
 numba's own key covers the file of the cached function, not the files of what it calls. So only whole kernels are cached, and each
 holds a digest of this folder in its closure, which is part of the key.
 
 Functions made by one factory need names of their own. numba calls a compiled function by its name, its types and how many functions
-its process had compiled before, so what one process has kept can bear the name of something else that another has kept, and a third
-process that loads both runs one of them in place of the other. So the values that a function closes over are part of its name.
+its process had compiled before, so functions that two processes have cached can bear one name, and a third process
+that loads both runs one of them in place of the other. So the values that a function closes over are part of its name.
 
 numba numbers the files of its cache without a lock: of two processes that store their first kernels at the same time, one can leave
 an index that points to the other's code, and every later process would multiply by the wrong kernel. So one process compiles or
@@ -52,7 +52,7 @@ def kernel(function: Callable[[Any], None]) -> Any:
 
 
 def _named(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Put the numbers and words that a function closes over into its name."""
+    """Put the numbers and texts that a function closes over into its name."""
     values = inspect.getclosurevars(function).nonlocals
     assert all(isinstance(value, int | float | str) for value in values.values()), "another process could not tell these apart"
     parts = [f"{name}_{value}" for name, value in values.items() if value != SOURCE]

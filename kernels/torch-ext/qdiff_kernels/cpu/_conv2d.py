@@ -18,7 +18,7 @@ POINTWISE = Window((1, 1), (1, 1), (0, 0), (1, 1))
 
 
 def conv2d(x: Tensor, weight: Weight, window: Window, extras: Extras) -> Any:
-    """x ``[batch, in, height, width]`` that the kernels take -> ``[batch, out, h, w]``, or ``NotImplemented``."""
+    """x ``[batch, in, height, width]`` that the kernels support -> ``[batch, out, h, w]``, or ``NotImplemented``."""
     pixels = x.movedim(1, -1)
     if window._replace(dilation=(1, 1)) == POINTWISE:
         return linear(pixels, weight, extras).movedim(-1, 1).contiguous()
@@ -36,7 +36,7 @@ def conv2d(x: Tensor, weight: Weight, window: Window, extras: Extras) -> Any:
 
 
 def _inputs(x: Tensor, pixels: Tensor, extras: Extras) -> Tensor:
-    """What is convolved: x smoothed, rotated and quantized along channels."""
+    """Inputs of the convolution: x smoothed, rotated and quantized along channels."""
     if extras.smooth is None and not extras.rotation and extras.activations == "none":
         return x
     flat = pixels.reshape(-1, x.shape[1])

@@ -1,4 +1,4 @@
-"""Integer sums of an INT8 product -> results: token scale, row scale, bias and rounding in one pass."""
+"""From the integer sums of an INT8 product to results: token scale, row scale, bias and rounding in one pass."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ZEROS = 14  # address, or 0
 TABLE = 15  # address of the levels or codebooks
 TARGET = 16  # address of the dense weight
 TARGET_STRIDE = 17  # bytes
-ROW_SCALES = 18  # address of float32, what an int8 row is to be multiplied by
+ROW_SCALES = 18  # address of float32 [rows], scales of int8 rows, written
 SCRATCH = 19  # address
 SCRATCH_BYTES = 20  # per thread
 TOKENS = 21  # 0: write the dense weight; else multiply by this many tokens
@@ -33,10 +33,10 @@ Y_KIND = 25
 BIAS = 26  # address of float32 [rows], or 0
 TOKEN_SCALES = 27  # address of float32 [tokens], or 0
 ADDEND = 28  # address of float32 [tokens, rows], or 0
-VECTOR_SIZE = 29  # of codebook entries
+VECTOR_SIZE = 29  # numbers in a codebook entry
 LENGTH = 30
 
-# How scales are stored, and results.
+# Number formats of stored scales, and of results.
 FLOAT32, FLOAT16, BFLOAT16, BYTE, E4M3 = range(5)
 
 ROW_BLOCK = 4  # rows decoded and multiplied together

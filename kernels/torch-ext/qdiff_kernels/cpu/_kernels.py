@@ -25,7 +25,7 @@ SLACK = 256  # bytes past a decoded row that a vector may write to
 
 @helper
 def scale_room(groups: Any) -> Any:
-    """Bytes for one float32 per group, and a vector more."""
+    """Bytes for one float32 per group, plus one vector."""
     return groups * 4 + 64
 
 
@@ -99,7 +99,7 @@ def decode_level_row(
 
 @inlined
 def row_scales(job: Any, row: Any, scales: Any, zero_values: Any, zeros: Any, out: Any, top: Any) -> None:
-    """A row's scales and zeros in float32; for int8 rows divided by the number they are stored to be multiplied by."""
+    """A row's scales and zeros in float32; for int8 rows divided by the row's scale."""
     kind, groups, table, first = job[J.SCALE_KIND], job[J.GROUPS], job[J.SCALE_TABLE], row * job[J.SCALE_STRIDE]
     fill_scales(kind, job[J.SCALES], first, groups, table, scales)
     if zeros:
@@ -114,7 +114,7 @@ def levels_kernel(bits: int, two: bool, zeros: bool, out: str) -> Any:
     """Kernel of a weight whose codes are levels of a table: integers and minifloats of up to 8 bits.
 
     Args:
-        bits: of a code; two: whether the sign of a scale picks one of two tables; zeros: whether groups have zeros.
+        bits: width of a code; two: whether the sign of a scale picks one of two tables; zeros: whether groups have zeros.
         out: "bfloat16", "float32", "float16" or "int8", what rows are decoded to.
     """
     simd = fast_lookup() and bits + two <= 8
@@ -150,7 +150,7 @@ def codebook_kernel(bits: int, num_codebooks: int, lanes: int, integer: bool, ou
     """Kernel of a weight whose vectors are sums of codebook entries.
 
     Args:
-        bits: of a code, up to 16.
+        bits: width of a code, up to 16.
         num_codebooks: entries in a sum.
         lanes: vector size, padded to a power of two: the tables' last dimension.
         integer: whether the tables are int16 (from int8 codebooks) rather than float32.

@@ -1,4 +1,4 @@
-"""``<format>_linear`` on the CPU: which way a product is taken, by the number of tokens and the kind of activations.
+"""``<format>_linear`` on the CPU: the strategy follows from the number of tokens and the activations' number format.
 
 - Few tokens: the packed weight is decoded four rows at a time into the first-level cache and multiplied there.
 - INT8 activations: chunks of the weight are decoded to INT8 with a scale per row and multiplied by ``torch._int_mm``, at twice
@@ -23,26 +23,26 @@ from ._thresholds import few_tokens, integer_tokens
 from ._weights import KINDS as DTYPES
 from ._weights import NAMES, Weight, decode, run_bytes, run_sums, run_weight, scales_per_block
 
-CHUNK_BYTES = 8 << 20  # of decoded weight between the decoder and the product: small enough to stay in a shared cache
-CACHED_NUMBERS = 3 << 17  # of tokens that the packed product reads again for every four rows: 768 KB of second-level cache
-SUM_BYTES = 1 << 19  # of INT32 sums between the product and what scales them: small enough to stay in the second-level cache
-LEAST_ROWS = 512  # in a chunk: shorter products are slower
-LEAST_TOKENS = 128  # likewise
+CHUNK_BYTES = 8 << 20  # bytes of weight decoded before each product: few enough to stay in a shared cache
+CACHED_NUMBERS = 3 << 17  # numbers in the tokens, which the packed product reads for every four rows: 768 KB of second-level cache
+SUM_BYTES = 1 << 19  # bytes of INT32 sums before they are scaled: few enough to stay in the second-level cache
+LEAST_ROWS = 512  # rows in a chunk: shorter products are slower
+LEAST_TOKENS = 128  # tokens in a tile, for the same reason
 ROUNDED_BITS = 6  # widest weights that may be rounded to INT8 once more
 
 
-def linear(x: Tensor, weight: Weight, extras: Extras, way: str | None = None) -> Tensor:
-    """x ``[..., columns]`` that the kernels take -> ``[..., rows]``. ``way``: see :func:`way_of`, which chooses it by default."""
+def linear(x: Tensor, weight: Weight, extras: Extras, strategy: str | None = None) -> Tensor:
+    """Product of supported inputs, ``x [..., columns]`` -> ``[..., rows]``, by a strategy (:func:`choose_strategy` by default)."""
     tokens = x.reshape(-1, weight.columns)
     y = torch.empty(tokens.shape[0], weight.codes.shape[0], dtype=x.dtype, device="cpu")
-    WAYS[way or way_of(tokens, weight, extras)](tokens, weight, extras, y)
+    STRATEGIES[strategy or choose_strategy(tokens, weight, extras)](tokens, weight, extras, y)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def way_of(x: Tensor, weight: Weight, extras: Extras) -> str:
-    """How ``x [tokens, columns]`` is multiplied: by the packed weight in "integers" or "bfloat16", or "decoded" for torch."""
+def choose_strategy(x: Tensor, weight: Weight, extras: Extras) -> str:
+    """How to multiply ``x [tokens, columns]``: by the packed weight in "integers" or "bfloat16", or "decoded", by torch."""
     tokens, activations = x.shape[0], extras.activations
-    if tokens <= integer_tokens(weight.kind, activations) and takes_integers(x, weight, extras):
+    if tokens <= integer_tokens(weight.kind, activations) and supports_integers(x, weight, extras):
         return "integers"
     in_cache = tokens * weight.columns <= CACHED_NUMBERS
     if in_cache and tokens <= few_tokens(weight.kind, weight.bits_per_weight, activations):
@@ -50,8 +50,8 @@ def way_of(x: Tensor, weight: Weight, extras: Extras) -> str:
     return "decoded"
 
 
-def takes_integers(x: Tensor, weight: Weight, extras: Extras) -> bool:
-    """Whether there is a kernel in integers. They hold what bfloat16 and float16 do, but not float32 inputs."""
+def supports_integers(x: Tensor, weight: Weight, extras: Extras) -> bool:
+    """Whether a kernel multiplies in integers. Integers represent bfloat16 and float16 inputs well enough, but not float32."""
     if extras.activations not in ("none", "int8"):
         return False
     if weight.sums is not None and not weight.sums.integer:
@@ -60,8 +60,8 @@ def takes_integers(x: Tensor, weight: Weight, extras: Extras) -> bool:
     return exact_enough and (weight.sums is not None or scales_per_block(weight) > 0)
 
 
-def takes(x: Tensor, extras: Extras) -> bool:
-    """Whether the kernels take this input."""
+def supports(x: Tensor, extras: Extras) -> bool:
+    """Whether the kernels accept this input's dtype, device and activations."""
     channels = x.shape[-1]
     return bool(
         x.dtype in DTYPES
@@ -72,13 +72,13 @@ def takes(x: Tensor, extras: Extras) -> bool:
     )
 
 
-def transforms(extras: Extras) -> bool:
-    """Whether there is a kernel for what becomes of the inputs; else torch transforms and multiplies, with the decoded weight."""
+def supports_transforms(extras: Extras) -> bool:
+    """Whether a kernel transforms inputs as ``extras`` asks; else torch does, and multiplies by the decoded weight."""
     return extras.activations in LIMITS and extras.shift is None
 
 
 def operand_dtype(x: Tensor, activations: str) -> torch.dtype:
-    """bfloat16 for bfloat16 inputs and for quantized ones, whose codes it holds exactly; else float32."""
+    """Dtype of the operands: bfloat16 for bfloat16 inputs and for quantized ones, whose codes it holds exactly; else float32."""
     return torch.bfloat16 if x.dtype == torch.bfloat16 or activations != "none" else torch.float32
 
 
@@ -107,7 +107,7 @@ def _multiply_in_bfloat16(x: Tensor, weight: Weight, extras: Extras, y: Tensor) 
 
 
 def _product(x: Tensor, operands: Operands, extras: Extras, y: Tensor) -> dict[str, Any]:
-    """The fields of a job that multiplies operands, and the tensors that they are addresses of."""
+    """Fields of the job (``_job.py``) that multiplies ``operands``; tensors stand for the addresses of their data."""
     branch = _branch(x, extras)
     addend = None if branch is None else F.linear(*branch).float()
     bias = None if extras.bias is None else extras.bias.float().contiguous()
@@ -172,7 +172,7 @@ def _multiply_floats(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> No
         torch.mm(operands.values, part.t(), out=out[:, first : first + len(part)])
     if operands.scales is not None:
         out.mul_(operands.scales[:, None])
-    if y.dtype.itemsize > out.dtype.itemsize:  # what is added is not rounded to the operands' dtype
+    if y.dtype.itemsize > out.dtype.itemsize:  # branch and bias are not rounded to the operands' dtype
         out = y.copy_(out)
     branch = _branch(x, extras)
     if branch is not None:
@@ -183,4 +183,4 @@ def _multiply_floats(x: Tensor, weight: Weight, extras: Extras, y: Tensor) -> No
         y.copy_(out)
 
 
-WAYS = {"integers": _multiply_in_integers, "bfloat16": _multiply_in_bfloat16, "decoded": _multiply_decoded}
+STRATEGIES = {"integers": _multiply_in_integers, "bfloat16": _multiply_in_bfloat16, "decoded": _multiply_decoded}

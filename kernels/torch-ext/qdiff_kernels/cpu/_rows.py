@@ -37,7 +37,7 @@ def fill_scales(kind: Any, source: Any, first: Any, count: Any, table: Any, targ
 
 @helper
 def rescale_to_int8(scales: Any, zeros: Any, count: Any, span: Any, top: Any) -> Any:
-    """Divide a row's scales (and zeros) so that its levels become int8; returns what was divided by.
+    """Divide a row's scales (and zeros) so that its levels become int8; returns the divisor.
 
     ``span``: the largest level over 127, or the unit of which all levels are multiples. ``top``: the largest code, with zeros.
     """

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import config, types
 from numba.extending import intrinsic as numba_intrinsic
 
-intrinsic: Any = numba_intrinsic  # what it makes is called without the typing context, which type checkers do not know
+intrinsic: Any = numba_intrinsic  # its functions are called without the typing context, which type checkers do not know
 I1, I8, I16, I32, I64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
 
@@ -34,7 +34,7 @@ class _BFloat(ir.types._BaseFloatType):
 
 _BFloat._create_instance()
 BF16 = _BFloat()
-# How a kernel's results are stored. The numbers are part of a job's description.
+# Number formats of a kernel's results. These numbers are part of a job.
 STORED = {"float32": F32, "bfloat16": BF16, "float16": ir.HalfType(), "int8": I8}
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
@@ -94,7 +94,7 @@ def element(builder: Any, address: Any, index: Any, kind: ir.Type) -> Any:
 
 
 def to_stored(builder: Any, value: Any, out: str) -> Any:
-    """float32 scalar or vector -> what is stored; int8 by rounding half to even, saturated."""
+    """Convert a float32 scalar or vector to the stored type; int8 by rounding half to even, saturated."""
     kind = STORED[out]
     count = value.type.count if isinstance(value.type, ir.VectorType) else 0
     if out == "float32":
@@ -104,7 +104,7 @@ def to_stored(builder: Any, value: Any, out: str) -> Any:
     if out != "int8":
         return builder.fptrunc(value, vector(kind, count) if count else kind)
     suffix = f"v{count}f32" if count else "f32"
-    for name, limit in (("minnum", 127.0), ("maxnum", -128.0)):  # not a number becomes 127: its row's scale says what it was
+    for name, limit in (("minnum", 127.0), ("maxnum", -128.0)):  # NaN becomes 127: its row's scale is NaN
         bound = ir.Constant(vector(F32, count), [limit] * count) if count else F32(limit)
         value = call(builder, f"llvm.{name}.{suffix}", value.type, value, bound)
     rounded = call(builder, f"llvm.rint.{suffix}", value.type, value)
@@ -113,7 +113,7 @@ def to_stored(builder: Any, value: Any, out: str) -> Any:
 
 @intrinsic
 def fetch_add(typingctx: Any, address: Any, amount: Any) -> Any:
-    """Atomically add to the int64 at an address and return what it was."""
+    """Atomically add to the int64 at an address and return its former value."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], I64.as_pointer())

@@ -1,6 +1,6 @@
 """Runs a compiled function on torch's own OpenMP threads.
 
-A second thread pool beside torch's would fight it for the cores: idle OpenMP threads spin for a while before they sleep. So the
+A second thread pool beside torch's would compete for the cores: idle OpenMP threads spin for a while before they sleep. So the
 compiled kernels are entered through ``GOMP_parallel`` of the very library that torch computes with. It takes about two
 microseconds, may be called from several Python threads at once, and follows ``torch.set_num_threads``.
 """

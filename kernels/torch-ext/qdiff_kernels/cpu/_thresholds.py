@@ -1,4 +1,4 @@
-"""At how many tokens another way of multiplying is faster: the measured table in configs/cpu.json."""
+"""At how many tokens another strategy for the product becomes faster: the measured table in configs/cpu.json."""
 
 from __future__ import annotations
 

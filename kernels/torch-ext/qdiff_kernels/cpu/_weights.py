@@ -1,4 +1,4 @@
-"""From the ops' arguments to a kernel and its job: what a packed weight is to the compiled code."""
+"""From the ops' arguments to a kernel and its job: packed weights as the compiled code reads them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Sums(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A packed weight as the kernels take it."""
+    """A packed weight as the kernels read it."""
 
     kind: str  # name of the format
     kernel: Callable[[str], Any]  # compiled kernel for rows of a type
@@ -58,15 +58,15 @@ class Weight(NamedTuple):
     table: Tensor  # levels or codebooks, as the kernel reads them
     int8: Callable[[], tuple[float, bool]]  # a scale times this is the unit of an int8 row; whether such rows are exact
     zeros: Tensor | None = None
-    factor: float = 1.0  # of all scales
+    factor: float = 1.0  # factor of all scales
     vector_size: int = 1
-    bytes: ByteLevels | None = None  # if the levels are small integers
-    sums: Sums | None = None  # of a codebook with a scale per row
-    centered: Callable[[], tuple[Weight, Tensor]] | None = None  # integers with a zero per row: without it, and float32 [rows or 1]
+    bytes: ByteLevels | None = None  # byte levels, if the levels are small integers
+    sums: Sums | None = None  # for a codebook with a scale per row
+    centered: Callable[[], tuple[Weight, Tensor]] | None = None  # for a zero per row: the weight without, and zeros [rows or 1]
 
 
 def run_weight(weight: Weight, out: str, **fields: Any) -> None:
-    """Run the weight's kernel for rows of a type. ``fields``: of the job by name; tensors give their addresses."""
+    """Run the weight's kernel for rows of a type. ``fields``: fields of the job by name; tensors stand for their addresses."""
     table = _scale_table(weight.scales.dtype, weight.factor, weight.int8()[0] if out == "int8" else 0.0)
     scratch = scratch_bytes(weight.columns, weight.scales.shape[1], weight.codes.shape[1])
     _run(weight, weight.kernel(out), table, weight.table, scratch, fields)
@@ -90,7 +90,7 @@ def run_sums(weight: Weight, **fields: Any) -> None:
 
 
 def scales_per_block(weight: Weight) -> int:
-    """Scales for 64 columns that the byte dot products read, 0 if they do not take the weight."""
+    """Number of scales that the byte dot products read for 64 columns; 0 if they do not support the weight."""
     columns, groups, size = weight.columns, weight.scales.shape[1], weight.group_size
     if weight.bytes is None or columns % 64 or not bytes_available():
         return 0
@@ -151,7 +151,7 @@ def decode(
 ) -> Tensor:
     """Dense rows ``first .. first + count - 1``, ``[count, columns]``, at the start of ``target`` if given.
 
-    An int8 result goes with ``row_scales`` (float32 ``[count]``, written), which its rows are to be multiplied by.
+    An int8 result needs ``row_scales`` (float32 ``[count]``, written), the scales of its rows.
     """
     part = weight if count is None else rows_of(weight, first, count)
     rows = part.codes.shape[0]
@@ -175,7 +175,7 @@ def rows_of(weight: Weight, first: int, count: int) -> Weight:
 
 @lru_cache(maxsize=256)
 def _scale_table(dtype: torch.dtype, factor: float, span: float) -> tuple[Tensor, int]:
-    """Float32 ``[258]``: value of each scale byte, the factor of other scales, the int8 span. And the kind of scales."""
+    """Table float32 ``[258]`` (value of each scale byte, factor of other scales, int8 span) and the kind of scales."""
     with torch.inference_mode(False):
         values = torch.zeros(258, dtype=torch.float32, device="cpu")
         kind = J.E4M3 if dtype == torch.float8_e4m3fn else KINDS.get(dtype, J.BYTE)
@@ -196,7 +196,7 @@ def _check_bytes(codes: Tensor, count: int, bits: int) -> None:
 
 
 def integer_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int) -> Weight | None:
-    """Arguments of ``integer_dequantize``; ``None`` if the kernels do not take them."""
+    """The weight for the arguments of ``integer_dequantize``; ``None`` if the kernels do not support them."""
     if not 1 <= bits <= 8 or (zeros is not None and (zeros.shape != scales.shape or zeros.dtype != scales.dtype)):
         return None
     _check_bytes(codes, columns, bits)
@@ -246,7 +246,7 @@ def _byte_levels(bits: int, values: list[int], two: bool, unit: float, lookup: b
 def minifloat_weight(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, encodings: str, group_size: int, columns: int
 ) -> Weight | None:
-    """Arguments of ``minifloat_dequantize``; ``None`` if the kernels do not take them."""
+    """The weight for the arguments of ``minifloat_dequantize``; ``None`` if the kernels do not support them."""
     names = encodings.split(",")
     bits = 1 + sum(encoding_bits(names[0]))
     scales, tensor_scale = fold_row_scale(scales, tensor_scale)
@@ -299,7 +299,7 @@ def _level_table(tables: tuple[tuple[float, ...], ...]) -> Tensor:
 
 
 def codebook_weight(codes: Tensor, codebooks: Tensor, scales: Tensor, group_size: int, columns: int) -> Weight | None:
-    """Arguments of ``codebook_dequantize``; ``None`` if the kernels do not take them."""
+    """The weight for the arguments of ``codebook_dequantize``; ``None`` if the kernels do not support them."""
     num_codebooks, entries, vector_size = codebooks.shape
     bits = entries.bit_length() - 1
     integer = codebooks.dtype == torch.int8
@@ -313,7 +313,7 @@ def codebook_weight(codes: Tensor, codebooks: Tensor, scales: Tensor, group_size
         table = torch.nn.functional.pad(table, (0, lanes - vector_size))
 
     def int8() -> tuple[float, bool]:
-        largest = float(codebooks.float().abs().amax(1).sum(0).max())  # of a sum, should one vector have the largest entries
+        largest = float(codebooks.float().abs().amax(1).sum(0).max())  # largest sum, if one vector has the largest entries
         exact = integer and scales.shape[1] == 1 and largest <= SATURATED
         return 1.0 if exact else largest / 127, exact
 

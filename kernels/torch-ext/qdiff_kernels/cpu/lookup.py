@@ -123,7 +123,7 @@ def add_full(codes: Any, tables: Any, sums: Any, row: Any) -> None:
 
 @helper
 def add_rest(codes: Any, tables: Any, count: Any, sums: Any, row: Any) -> None:
-    """The same for the last tables."""
+    """Add the last ``count`` tables, fewer than a block, to one row's sum."""
     total = np.float32(0)
     for j in range(count):
         total += read_f32(tables, j * ENTRIES + read_u8(codes, j))

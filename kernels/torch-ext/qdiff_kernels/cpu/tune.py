@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..bitpack import packed_bytes
 from ..reference import Extras
-from ._linear import linear, takes_integers
+from ._linear import linear, supports_integers
 from ._thresholds import table
 from ._weights import WEIGHTS, Weight
 
@@ -24,7 +24,8 @@ REPEATS = 12
 def measure_thresholds(size: int = SIZE, repeats: int = REPEATS) -> dict[str, Any]:
     """Contents for configs/cpu.json: for each table entry the largest number of tokens at which the packed product is ahead.
 
-    A time is the least of ``repeats``, the ways taking turns; takes about two minutes on two cores at the default size.
+    Every strategy runs ``repeats`` times, in turn with the others, and its least time counts. The default size needs about two
+    minutes on two cores.
     """
     few: dict[str, dict[str, dict[str, int]]] = {"int8": {}, "other": {}}
     integers: dict[str, dict[str, int]] = {"int8": {}, "other": {}}
@@ -45,8 +46,8 @@ def _thresholds(weight: Weight, extras: Extras, size: int, repeats: int) -> tupl
     ahead = True
     for tokens in TOKENS:
         x = torch.randn(tokens, size).bfloat16()
-        ways = ["bfloat16", "decoded", *(["integers"] if takes_integers(x, weight, extras) else [])]
-        times = _times({way: partial(linear, x, weight, extras, way) for way in ways}, repeats)
+        strategies = ["bfloat16", "decoded", *(["integers"] if supports_integers(x, weight, extras) else [])]
+        times = _times({strategy: partial(linear, x, weight, extras, strategy) for strategy in strategies}, repeats)
         fewest = min(times["bfloat16"], times.get("integers", times["bfloat16"]))
         ahead = ahead and times.get("integers", float("inf")) <= times["bfloat16"]
         if ahead:
