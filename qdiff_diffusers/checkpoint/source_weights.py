@@ -169,7 +169,7 @@ class SourceWeights:
         self._unread = set(self.scales)
 
     def defer(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Replace 8-bit weights by :class:`EightBit` and remove companions, in place; ``tensors`` may be a part of the checkpoint."""
+        """Replace 8-bit weights by :class:`EightBit` and remove companions, in place, in all or some of its tensors."""
         for name in self.companions & tensors.keys():
             del tensors[name]
         for name in self._coded & tensors.keys():

@@ -41,7 +41,7 @@ def describe_assignments() -> str:
     offers: dict[str, list[str]] = {}
     for method in default_first():
         with suppress(ConfigError):  # a method may have no default settings
-            config = method.config()
+            config = make_config(method.name, {})
             offers[method.name] = [name for name in ASSIGNMENTS if config.moves_by(name)]
     return _with_owners(offers)
 
