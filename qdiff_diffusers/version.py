@@ -11,7 +11,7 @@ UNKNOWN = "0+unknown"  # PEP 440: a copy of the package without what it was buil
 
 
 def package_version(package: Path = Path(__file__).parent) -> str:
-    """Of a clone (ComfyUI runs one that nobody has installed) that of its pyproject.toml, else what was installed.
+    """Version of this package: in a clone (ComfyUI may run one) that of its pyproject.toml, else the installed one.
 
     Args:
         package: folder of the package.

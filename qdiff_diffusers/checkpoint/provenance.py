@@ -1,4 +1,4 @@
-"""Where a model comes from: its Hub name, its licence and what it does, from cards that lie beside it or on the Hub."""
+"""Provenance of a model: its Hub name, licence and task, from model cards beside it or on the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 INHERITED = (*LICENSE_KEYS, "pipeline_tag")
 GENERIC = "unconditional-image-generation"
 
-# Parts of pipeline and model class names, in this order, and the Hub's name of what they do.
+# Parts of pipeline and model class names, in order of precedence, and the Hub's name of their task.
 TASKS = (
     (("Inpaint", "Img2Img", "InstructPix2Pix", "Kontext", "Edit", "Upscale", "Fill", "Redux"), "image-to-image"),
     (("ImageToVideo", "Image2Video", "I2V", "StableVideoDiffusion"), "image-to-video"),
@@ -34,13 +34,13 @@ def _hub_name(path: str | Path) -> str | None:
 
 
 def origin_of(checkpoint_file: str | Path) -> dict[str, str]:
-    """What a checkpoint's provenance tells of the model that it was made from: name on the Hub, licence and task."""
+    """Hub name, licence and task of the model that a checkpoint file belongs to, as far as they are known."""
     name = _hub_name(checkpoint_file)
     return ({"base_model": name} if name else {}) | local_card(checkpoint_file)
 
 
 def origin_of_model(name_or_path: str) -> dict[str, str]:
-    """The same of a model in memory, from the name or folder that it was loaded by ("" if nobody knows)."""
+    """Hub name, licence and task of a model in memory, from the name or folder that it was loaded from ("" if unknown)."""
     if is_hub_name(name_or_path) and not Path(name_or_path).exists():
         return {"base_model": name_or_path}
     return origin_of(Path(name_or_path, "config.json")) if name_or_path else {}
@@ -55,7 +55,7 @@ def local_card(checkpoint_file: str | Path) -> dict[str, str]:
 
 
 def hub_card(base_model: str | None) -> dict[str, str]:
-    """The same of a model on the Hub; empty if its card cannot be had."""
+    """Licence and task according to a model's card on the Hub; empty if the card cannot be read."""
     if not is_hub_name(base_model):
         return {}
     try:
@@ -65,7 +65,7 @@ def hub_card(base_model: str | None) -> dict[str, str]:
 
 
 def is_hub_name(name: Any) -> bool:
-    """Whether it may stand as ``base_model`` in a card: ``owner/name``."""
+    """Whether ``name`` has the form ``owner/name``, as ``base_model`` in a card must."""
     if not isinstance(name, str) or name.count("/") != 1:
         return False
     try:
@@ -100,6 +100,6 @@ def _read_card(path: str | Path) -> dict[str, str]:
 
 
 def new_provenance(model_class: str) -> dict[str, str]:
-    """What a checkpoint says about where it comes from."""
+    """The first facts of a checkpoint's provenance: package and model class."""
 
     return {"package": f"qdiff-diffusers {package_version()}", "model_class": model_class}

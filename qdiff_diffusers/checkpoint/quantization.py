@@ -1,4 +1,4 @@
-"""What became of a model when it was quantized: the ``quantization_config`` of its config.json, see docs/format.md."""
+"""The record of a quantized model: the ``quantization_config`` of its config.json, see docs/format.md."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Quantization(QuantizationConfigMixin):
     The settings that were asked for can be read here as on the config: ``quantization.bits``.
 
     Args:
-        config: what was asked for.
+        config: the settings that were asked for.
         layers: the packed layers by module name: spec, logical shape and error of each.
-        skipped: of the layers that were left as they are, by module name, why.
-        provenance: package, model class, base model, licence and how it was calibrated, as far as they are known.
+        skipped: reasons for which layers were left as they are, by module name.
+        provenance: package, model class, base model, licence and calibration, as far as they are known.
     """
 
     quant_method: ClassVar[QDiffMethod] = QDiffMethod.QDIFF  # type: ignore[misc, assignment]
@@ -45,7 +45,7 @@ class Quantization(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, value: QDiffConfig | Quantization) -> Quantization:
-        """A record of one's own: a new one of what is asked for, or a copy."""
+        """A new record for a config, or a copy of a record."""
         if isinstance(value, Quantization):
             return cls(value.config, value.layers, value.skipped, value.provenance)
         return cls(value)
@@ -54,13 +54,13 @@ class Quantization(QuantizationConfigMixin):
         """A new record for a model that is to be quantized by the same settings.
 
         Raises:
-            ConfigError: this release no longer takes them.
+            ConfigError: this release no longer accepts the settings.
         """
         return Quantization(QDiffConfig(**self.config.settings()))
 
     @property
     def layers(self) -> dict[str, StoredLayer]:
-        """The packed layers as they are now: those of a model in memory may have taken up adapters since they were quantized."""
+        """The packed layers as they are now: those of a model in memory may have had adapters fused since they were quantized."""
         for name, layer in self._packed.items():
             if name in self._layers and isinstance(layer, PackedLayer):
                 self._layers[name] = self._layers[name]._replace(spec=layer.spec)
@@ -70,7 +70,7 @@ class Quantization(QuantizationConfigMixin):
     def compute_dtype(self) -> str | None:
         """Dtype of the model's other parameters, which may have been cast since it was quantized."""
         dtypes = [dtype_name(layer.compute_dtype) for layer in self._packed.values() if isinstance(layer, PackedLayer)]
-        known = [dtype for dtype in dtypes if dtype in COMPUTE_DTYPES]  # layerwise casting parks layers in float8 between uses
+        known = [dtype for dtype in dtypes if dtype in COMPUTE_DTYPES]  # layerwise casting stores layers in float8 between uses
         return known[-1] if known else self.config.compute_dtype
 
     @compute_dtype.setter
@@ -78,7 +78,7 @@ class Quantization(QuantizationConfigMixin):
         self.config = self.config.computing_in(dtype)
 
     def follow(self, packed: Mapping[str, PackedLayer]) -> None:
-        """Describe these layers of a model, by module name, as they are whenever somebody asks. They are not kept alive."""
+        """Describe these layers of a model, by module name, in their state at each access. They are not kept alive."""
         self._packed = WeakValueDictionary(packed)
 
     def __getattr__(self, name: str) -> Any:
@@ -97,7 +97,7 @@ class Quantization(QuantizationConfigMixin):
     __hash__ = None  # type: ignore[assignment]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles have: they follow no layers until their own quantizer says which."""
+        """State for copies and pickles, which follow no layers until their own quantizer calls :meth:`follow`."""
         config = self.config.computing_in(self.compute_dtype)
         return dict(Quantization(config, self.layers, self.skipped, self.provenance).__dict__, _packed=None)
 
@@ -114,7 +114,7 @@ class Quantization(QuantizationConfigMixin):
             out["provenance"] = dict(self.provenance)
         return out
 
-    to_diff_dict = to_dict  # the base class prints itself with it but does not define it
+    to_diff_dict = to_dict  # the base class's __repr__ calls this but does not define it
 
     def __iter__(self) -> Any:
         return iter(self.to_dict().items())
@@ -126,7 +126,7 @@ class Quantization(QuantizationConfigMixin):
 
         Raises:
             CheckpointError: the version, the method or a layer's spec is unknown or malformed.
-            ConfigError: a setting is.
+            ConfigError: a setting is unknown or malformed.
         """
         data = dict(config_dict) | kwargs
         read = QDiffConfig.from_dict(data)

@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from .writing import write_text
 
 RESULTS = "qdiff_results.json"
-SAMPLES = "samples"  # folder of pictures that a card shows
+SAMPLES = "samples"  # folder of images that a card shows
 DENSE_SUFFIX = "-16bit"  # ends the name of the full-precision model's picture
 TEXTS = ("protocol", "command", "machine", "date")
 
@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The value with its margin, to the second digit of that."""
+        """The value with its margin, rounded to the margin's second digit."""
         if not self.margin:
             return f"{self.value:.4g}"
         digits = max(0, 1 - math.floor(math.log10(self.margin)))
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What was measured, on which data and how."""
+    """Measured numbers, with their dataset and protocol."""
 
     results: list[Result]
     dataset_id: str
@@ -74,7 +74,7 @@ def write_results(folder: str | Path, results: Results) -> None:
 
 
 def results_text(results: Results) -> str:
-    """What ``qdiff_results.json`` holds."""
+    """Content of ``qdiff_results.json``."""
     data = {
         "protocol": results.protocol,
         "dataset": {"id": results.dataset_id, "name": results.dataset_name},

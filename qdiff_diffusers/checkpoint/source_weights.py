@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint that is to be quantized mean: 8-bit weights with scales of their own, and what is no weight.
+"""Reading a checkpoint that is to be quantized: 8-bit weights with their scales, and tensors that are no weights.
 
 A weight in 8 bits is ``numbers * scale``. The scale lies beside it in a tensor of its own, one number for the tensor, for each row
 or for each block of 128 x 128; ComfyUI, DeepSeek, Black Forest Labs, bitsandbytes and compressed-tensors name it differently. A
@@ -25,17 +25,17 @@ from .stand_ins import StandIn
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BLOCK = 128
-BITSANDBYTES_UNIT = 127  # its SCB is the largest absolute value of a row
+BITSANDBYTES_UNIT = 127  # bitsandbytes' SCB is the largest absolute value of a row
 # Names of scales: those that go with any tensor end it, those of a module's weight stand beside it.
 SUFFIXES = ("_scale", "_scale_inv")
 BESIDE = ("scale_weight", "SCB")
 LEAVES = ("weight_scale", "weight_scale_inv", *BESIDE)
-OF_INPUTS = ("scale_input", "input_scale", "activation_scale")  # here inputs stay in 16 bits
+OF_INPUTS = ("scale_input", "input_scale", "activation_scale")  # not used: inputs stay in 16 bits
 MARKER, COMFY, COMFY_METADATA = "scaled_fp8", "comfy_quant", "_quantization_metadata"
 COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 COMFY_HARMLESS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")
 START = "start from the model in 16 or 32 bits"
-# Tensors by which other ways of storing weights are known: what it is, all of these must be there, and the way out.
+# Names of tensors by which other formats are recognised: the format, tensors that must all be there, and what to do instead.
 FOREIGN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("qdiff's", (r"\.codes",), "load its folder, whose config.json says how to read it"),
     ("bitsandbytes' 4-bit", (r"\.weight\.(absmax|quant_map|quant_state\..+)",), START),
@@ -50,7 +50,7 @@ FOREIGN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("SDNQ's", (r"\.svd_(up|down)",), START),
     ("ModelOpt's smoothed", (r"\.pre_quant_scale",), START),
 )
-# What else may lie beside a weight in few bits and change its meaning.
+# Further tensors beside a weight that change its meaning.
 MEANINGFUL = ("scale", "scales", "zero_point", "zeros", "svd_up", "svd_down", "smooth", "weight_shape", "g_idx", "lut")
 Read = Callable[[list[str]], Mapping[str, Tensor]]  # tensors of a checkpoint by name
 
@@ -59,10 +59,10 @@ class Rows(NamedTuple):
     """Rows ``start .. stop - 1`` of an 8-bit weight.
 
     Attributes:
-        name: of the weight in the file.
+        name: name of the weight in the file.
         numbers: the whole weight, or a slice of safetensors, which is not read yet.
-        shape: of the whole weight.
-        scale: float32, one for the tensor, for each row or for each block; ``None`` if the numbers are the weight.
+        shape: shape of the whole weight.
+        scale: float32, one number for the tensor, for each row or for each block; ``None`` if the numbers are the weight.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Rows(NamedTuple):
         """The weights, float32.
 
         Raises:
-            CheckpointError: some are NaN or infinite.
+            CheckpointError: a weight is NaN or infinite.
         """
         out = self.numbers[self.start : self.stop].to(device).float()
         if self.scale is not None:
@@ -140,11 +140,11 @@ class SourceWeights:
     """The tensors of a checkpoint: which are 8-bit weights, and which only belong to them.
 
     Attributes:
-        infos: of all tensors.
-        companions: names of those that are no tensors of the model: scales, markers, descriptions.
+        infos: shapes and dtypes of all tensors.
+        companions: names of the tensors that are none of the model's: scales, markers, descriptions.
 
     Raises:
-        CheckpointError: weights are stored in a way that is not known here, or a scale is missing or does not fit.
+        CheckpointError: weights are stored in an unknown format, or a scale is missing or does not fit.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class SourceWeights:
         self._unread = set(self.scales)
 
     def defer(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """In ``tensors``, some or all of the checkpoint's: 8-bit weights become :class:`EightBit`, companions go. In place."""
+        """Replace 8-bit weights by :class:`EightBit` and remove companions, in place, in all or some of its tensors."""
         for name in self.companions & tensors.keys():
             del tensors[name]
         for name in self._coded & tensors.keys():
@@ -178,7 +178,7 @@ class SourceWeights:
         return tensors
 
     def defer_slices(self, slices: dict[str, Any]) -> dict[str, Any]:
-        """The same for what transformers loads: slices of safetensors, or tensors. A new dictionary."""
+        """:meth:`defer` for the slices of safetensors, or tensors, that transformers loads; returns a new dictionary."""
         coded = {name: EightBitSlice(self._rows(name, slices[name])) for name in self._coded & slices.keys()}
         return {name: coded.get(name, value) for name, value in slices.items() if name not in self.companions}
 
@@ -188,10 +188,10 @@ class SourceWeights:
         return Rows(name, numbers, shape, self.scales.get(name), 0, shape[0])
 
     def check_floating(self, model: nn.Module) -> None:
-        """Make sure that what is a number in the model is one here.
+        """Make sure that the tensors for the model's floating-point parameters are floating-point.
 
         Raises:
-            CheckpointError: names a tensor that is an integer, a truth value or complex here.
+            CheckpointError: names a tensor of integers, booleans or complex numbers.
         """
         for name, tensor in model.state_dict().items():
             info = self.infos.get(name)
@@ -200,10 +200,10 @@ class SourceWeights:
                 raise CheckpointError(f"{name} is {dtype} in {self.where}, {tensor.dtype} in the model; {START}")
 
     def check_read(self) -> None:
-        """Make sure that no weight went by without its scale.
+        """Make sure that no weight was read without its scale.
 
         Raises:
-            CheckpointError: names one.
+            CheckpointError: names such a weight.
         """
         if self._unread:
             raise CheckpointError(
@@ -235,7 +235,7 @@ class SourceWeights:
         return found[0] if found and (few_bits or found[0].rpartition(".")[2] in LEAVES) else None
 
     def _check_alone(self, scales: Mapping[str, str]) -> None:
-        """Scales of weights that are not there."""
+        """Refuse scales whose weights are missing."""
         known = set(scales.values())
         alone = [name for name in self.infos if name.rpartition(".")[2] in LEAVES and name not in known]
         if alone:
@@ -256,7 +256,7 @@ class SourceWeights:
         return formats
 
     def _check_numbers(self, scales: Mapping[str, str], formats: Mapping[str, str]) -> None:
-        """Refuse weights whose numbers mean nothing that is known."""
+        """Refuse weights whose numbers have an unknown meaning."""
         beside: dict[str, list[str]] = {}
         for name in self.infos:
             beside.setdefault(name.rpartition(".")[0], []).append(name)
@@ -283,10 +283,10 @@ class SourceWeights:
 
 
 def comfy_formats(infos: Mapping[str, TensorInfo], read: Read, metadata: Mapping[str, str], where: str) -> dict[str, str]:
-    """What ComfyUI says of modules, in tensors or in a file's metadata: the name of a format, and whatever is unusual about it.
+    """ComfyUI's descriptions of modules, in tensors or in a file's metadata: name of the format, and unusual settings.
 
     Raises:
-        CheckpointError: it is malformed.
+        CheckpointError: a description is malformed.
     """
     try:
         described: dict[str, Any] = dict(json.loads(metadata.get(COMFY_METADATA, "{}")).get("layers", {}))
@@ -305,7 +305,7 @@ def _check_scale(name: str, weight: TensorInfo, key: str, scale: TensorInfo) -> 
     """Make sure that a scale is one number for the tensor, for each row, or for each block of 128 x 128.
 
     Raises:
-        CheckpointError: it is not, or is no floating-point number.
+        CheckpointError: the scale has another shape, or is no floating-point number.
     """
     rows, shape = (weight.shape or (1,))[0], scale.shape
     per_row = shape[:1] == (rows,) and all(size == 1 for size in shape[1:])
@@ -327,7 +327,7 @@ def read_source_files(paths: Iterable[str | Path]) -> SourceWeights:
         paths: safetensors files, or pickles, all of one checkpoint.
 
     Raises:
-        CheckpointError: see :class:`SourceWeights`; or a file is damaged.
+        CheckpointError: a file is damaged; or see :class:`SourceWeights`.
     """
     files = [Path(path) for path in paths]
     places: dict[str, Path] = {}
@@ -365,13 +365,13 @@ def _infos(path: Path) -> dict[str, TensorInfo]:
 def _unpickled(path: Path, device: str) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # of many kinds, by what is wrong with the pickle
+    except Exception as error:  # its class depends on what is wrong with the pickle
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return loaded if isinstance(loaded, dict) else {}
 
 
 def tensor_infos(tensors: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """Shapes and dtypes of what is a tensor."""
+    """Shapes and dtypes of the values that are tensors."""
     return {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
@@ -379,7 +379,7 @@ def read_source_tensors(tensors: Mapping[str, Any], metadata: Mapping[str, str] 
     """The tensors of a state dict; see :class:`SourceWeights`.
 
     Raises:
-        CheckpointError: also if they came from a GGUF file.
+        CheckpointError: the tensors come from a GGUF file; or see :class:`SourceWeights`.
     """
     if any(type(value).__name__ == "GGUFParameter" for value in tensors.values()):
         raise CheckpointError(f"a GGUF file is quantized already; read it with `qdiff convert gguf`, or {START}")
@@ -387,10 +387,10 @@ def read_source_tensors(tensors: Mapping[str, Any], metadata: Mapping[str, str] 
 
 
 def defer_source_tensors(tensors: dict[str, Any]) -> SourceWeights:
-    """Read a state dict and :meth:`~SourceWeights.defer` its 8-bit weights, in place; once more, nothing is left to do.
+    """Read a state dict and :meth:`~SourceWeights.defer` its 8-bit weights, in place. A second call changes nothing.
 
     Args:
-        tensors: its attribute ``metadata``, if it has one, is that of the file that it was read from.
+        tensors: a state dict, whose attribute ``metadata``, if it has one, holds the metadata of its file.
 
     Raises:
         CheckpointError: see :func:`read_source_tensors`.
@@ -398,5 +398,5 @@ def defer_source_tensors(tensors: dict[str, Any]) -> SourceWeights:
     source = read_source_tensors(tensors, getattr(tensors, "metadata", None))
     source.defer(tensors)
     if hasattr(tensors, "metadata"):
-        tensors.metadata = {}  # which speaks of scales that are gone
+        tensors.metadata = {}  # it describes scales that are no longer there
     return source

@@ -1,4 +1,4 @@
-"""Tensors that stand for rows of stored ones.
+"""Stand-ins: tensors that represent rows of stored ones.
 
 diffusers' converters of single files rename tensors, and cut and join them along their rows. A stand-in takes part in that and
 remembers which rows of which stored tensors it is, so that nothing has to be read, let alone decoded, before it is needed.
@@ -35,7 +35,7 @@ class StandIn(torch.Tensor):
 
     @classmethod
     def of(cls, pieces: Sequence[Any], *row_shape: int) -> Any:
-        """A stand-in for these rows, each of ``row_shape``."""
+        """A stand-in that consists of these rows, each of ``row_shape``."""
         rows = sum(piece.stop - piece.start for piece in pieces)
         out = torch.empty(rows, *row_shape, device="meta", dtype=torch.float32).as_subclass(cls)
         out.pieces = list(pieces)
@@ -53,7 +53,7 @@ class StandIn(torch.Tensor):
 
     @classmethod
     def other(cls, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        """What a function that does not choose rows gives: nothing, unless a subclass can decode them.
+        """Result of a function that does not choose rows: an error, unless a subclass can decode them.
 
         Raises:
             CheckpointError: names the function.

@@ -1,4 +1,4 @@
-"""A quantized model as it lies on disk, read without building it: for programs with model classes of their own.
+"""A quantized model on disk, read without building it: for programs with model classes of their own.
 
 It is a folder with config.json and safetensors files, as ``save_pretrained`` writes it, or one self-contained safetensors file that
 carries config.json in its metadata, as :func:`write_stored_model` writes it.
@@ -29,7 +29,7 @@ RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 
 class StoredModel(NamedTuple):
-    """A model on disk. ``settings`` is its config.json, ``quantization`` the part of it that is ours, parsed."""
+    """A model on disk. ``settings`` is its config.json, ``quantization`` its ``quantization_config``, parsed."""
 
     path: Path
     settings: dict[str, Any]
@@ -78,7 +78,7 @@ def read_stored_model(path: str | Path) -> StoredModel:
 
 
 def _name_in_files(name: str, tensors: Mapping[str, TensorInfo]) -> str:
-    """The name that a packed layer's tensors have, where it is not the module's."""
+    """The prefix of a packed layer's tensors in the files, which may differ from the module's name."""
     for module, stored in RENAMED.items():
         renamed = name.replace(module, stored, 1) if name.startswith(module) else name
         if f"{name}.codes" not in tensors and f"{renamed}.codes" in tensors:
@@ -109,17 +109,17 @@ def write_stored_model(
     """Write a model folder that ``from_pretrained`` reads, whose only weight file is self-contained.
 
     Args:
-        folder: where to write; it must not exist, or be empty. It is there when everything is in it.
+        folder: folder to write, which must not exist or be empty. It appears only once it is complete.
         settings: config.json without ``quantization_config``.
-        quantization: with its table of layers.
-        tensors: name and tensor, as the model's own state dict would have them.
+        quantization: the record, with its table of layers.
+        tensors: names and tensors as in the model's own state dict.
 
     Returns:
         The weight file.
 
     Raises:
         CheckpointError: ``folder`` holds something already.
-        ConfigError: it cannot be written.
+        ConfigError: ``folder`` cannot be written.
         OutputError: there is no space left.
     """
     folder = Path(folder)

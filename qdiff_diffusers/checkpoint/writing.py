@@ -1,4 +1,4 @@
-"""Files that are never half-written, what the system says when they cannot be, and signals that end the program in good order."""
+"""Files that are never half-written, explanations of the system's errors, and an orderly end on signals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAYS_OUT = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "remove the links that lead to each other",
 }
-# How safetensors, which has errors of its own, and torch say that a file could not be written.
+# Messages of safetensors, which has errors of its own, and torch for a file that could not be written.
 UNWRITTEN = ("No space left", "Disk quota", "Read-only file system", "os error 28", "PytorchStreamWriter", "unexpected pos")
 
 
@@ -41,10 +41,10 @@ class EndedError(SystemExit):
 
 @contextmanager
 def written_file(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of ``path`` when the block ends without an error, and vanishes otherwise.
+    """A temporary path to write to, whose file replaces ``path`` if the block ends without an error, and is removed otherwise.
 
     Raises:
-        OutputError: it could not be written.
+        OutputError: the file could not be written.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -65,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(shown: Path, *paths: Path) -> Iterator[None]:
-    """Turns what goes wrong when ``paths`` are written into an :class:`OutputError` about ``shown``; other errors pass."""
+    """Turn errors when writing ``paths`` into an :class:`OutputError` about ``shown``; other errors pass."""
     try:
         yield
     except OSError as error:
@@ -86,7 +86,7 @@ def _is_unwritten(error: Exception) -> bool:
 
 
 def explained(shown: Path, error: OSError) -> str:
-    """What the system objects to, and what to do."""
+    """The system's reason, and what to do."""
     name, reason = str(shown), error.strerror or str(error)
     name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]} ..."
     return f"cannot write to {name}: {reason}; {WAYS_OUT.get(error.errno or 0, 'choose another folder')}"
@@ -94,7 +94,7 @@ def explained(shown: Path, error: OSError) -> str:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the program as exceptions do, so that it cleans up; where it has handlers of its own, those stay."""
+    """A context in which SIGTERM and SIGHUP raise an exception, so that the program cleans up. Its own handlers stay."""
     replaced = []
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]

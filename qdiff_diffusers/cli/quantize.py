@@ -38,10 +38,11 @@ def describe_activations() -> str:
 
 def describe_assignments() -> str:
     """Values of ``Tuning.assignments``, each with the methods whose default settings have it, for the help."""
-    offers = {}
+    offers: dict[str, list[str]] = {}
     for method in default_first():
         with suppress(ConfigError):  # a method may have no default settings
-            offers[method.name] = tuple(filter(method.config().moves_by, ASSIGNMENTS))
+            config = make_config(method.name, {})
+            offers[method.name] = [name for name in ASSIGNMENTS if config.moves_by(name)]
     return _with_owners(offers)
 
 

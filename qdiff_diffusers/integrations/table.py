@@ -255,8 +255,8 @@ WRAPPED = (
         "peft.tuners.tuners_utils",
         "BaseTuner._replace_module",
         f"{PACKAGE}.integrations.peft_lora:refuse_to_fuse",
-        feature="refusing to fuse LoKr, OFT and other adapters, which packed layers cannot take up",
-        upstream="PEFT asking the base layer to take up the difference",
+        feature="refusing to fuse LoKr, OFT and other adapters, which packed layers cannot absorb",
+        upstream="PEFT asking the base layer to absorb the difference",
     ),
     Patch(
         "diffusers.utils.hub_utils",

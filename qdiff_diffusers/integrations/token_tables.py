@@ -52,6 +52,6 @@ def make_dense(model: Any, tables: list[str]) -> None:
             "that: call resize_token_embeddings of that one, or dequantize() it"
         )
     if wrapped := [name for name in tables if name.endswith(".base_layer")]:
-        raise QDiffError(f"an adapter hangs on the packed token table {wrapped[0]}: unload it before tokens are added")
+        raise QDiffError(f"the packed token table {wrapped[0]} has an adapter: unload it before tokens are added")
     logger.warning(f"tokens are added to {type(model).__name__}: its packed token table {tables[0]} becomes dense")
     quantizer.make_dense(model, tables)

@@ -154,8 +154,8 @@ class PackedLoraLinear(PackedLora, Linear):  # type: ignore[misc]
     """PEFT's LoRA layer over a packed linear layer.
 
     Where nothing is trained, plain adapters are added by the product itself: PEFT's passes over the output, one to scale and one to
-    add, cost as much as the adapter's own arithmetic. That never calls the adapter's modules. Whatever hangs on one of them (an
-    offloading or casting hook, a user's hook, a parametrization) or makes it another class goes PEFT's way.
+    add, cost as much as the adapter's own arithmetic. That never calls the adapter's modules. If one of them has a hook (of
+    offloading, of casting, of a user), a parametrization or another class, PEFT's own code runs.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
