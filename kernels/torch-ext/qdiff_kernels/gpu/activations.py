@@ -16,8 +16,8 @@ from torch import Tensor
 from ..activations import FP8_MAX
 from ..activations import INT4_GROUP as GROUP
 from ..reference import Extras
-from .blocks import INT4_GROUP, INTERPRETED, padded_rank
-from .decode import minifloat_value
+from .blocks import INT4_GROUP, padded_rank
+from .decode import E4M3, INTERPRETED, minifloat_value
 from .linear import Inputs
 
 BLOCK_TOKENS = 16
@@ -184,7 +184,7 @@ def _codes(t, scale, CODE: tl.constexpr, LIMIT: tl.constexpr):
         codes = t.to(tl.int32)
     else:
         codes = _e4m3_code(t)
-        t = minifloat_value(codes, 4 * 16 + 3 * 2)
+        t = minifloat_value(codes, E4M3)
     return codes, t
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import (
+    EXACT,
     GROUP_SUM,
     INT4_GROUP,
     NATIVE,
@@ -41,6 +42,9 @@ OPERANDS = {
     torch.int8: tl.int8,
     torch.float8_e4m3fn: tl.float8e4nv,
 }
+
+
+BFLOAT16_BITS = 8  # of a number's significand, the leading one included
 
 
 class Inputs(NamedTuple):
@@ -93,12 +97,19 @@ def plan(weight: PackedWeight, given: torch.dtype, block: int, out_dtype: torch.
         scale_at = GROUP_SUM.value
     else:
         scale_at = WEIGHT.value
-    if given.itemsize > 1:
-        return Arithmetic(given, scale_at, weight.operand_unit(given) or 1.0 if scale_at != WEIGHT.value else 1.0)
     unit = weight.operand_unit(given)
-    if unit is not None and scale_at != WEIGHT.value and (given == torch.int8 or units.fp8):
+    if given.itemsize == 1 and unit is not None and scale_at != WEIGHT.value and (given == torch.int8 or units.fp8):
         return Arithmetic(given, scale_at, unit)
-    return Arithmetic(torch.float32 if out_dtype == torch.float32 else torch.bfloat16, scale_at, 1.0)
+    operand = given if given.itemsize > 1 else torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+    if scale_at == WEIGHT.value:
+        return on_weights(weight, operand)
+    return Arithmetic(operand, scale_at, weight.operand_unit(operand) or 1.0)
+
+
+def on_weights(weight: PackedWeight, operand: torch.dtype) -> Arithmetic:
+    """Scales multiplied into the weights: as bfloat16 numbers if those hold every product, else as float32 ones, then rounded."""
+    exact = operand == torch.bfloat16 and weight.significant_bits <= BFLOAT16_BITS
+    return Arithmetic(operand, EXACT.value if exact else WEIGHT.value, 1.0)
 
 
 def linear(
@@ -184,7 +195,7 @@ def _linear_kernel(
         if SCALE_AT == NATIVE:
             acc = multiply_scaled(w, rows, start, x, acc, LAYOUT.bits, BK)
         else:
-            tile = operand_tile(w, rows, start, unit, OPERAND, SCALE_AT, LAYOUT, True, BN, BK)
+            tile = operand_tile(w, rows, start, unit, OPERAND, SCALE_AT, LAYOUT, BK, BN, BK)
             if PARTS:
                 part = multiply(tile, x, tl.zeros([BN, BM], dtype=SUM), SUM, BK).to(tl.float32)
                 if SCALE_AT == GROUP_SUM:
