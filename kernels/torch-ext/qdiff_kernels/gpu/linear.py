@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
 
     values: Tensor  # [tokens, columns], floating, int8, or float8
     scales: Tensor | None  # float32 [tokens, 1], or [tokens, groups of 64]
-    sums: Tensor | None  # float32 [tokens]: of quantized values, scales multiplied in; zeros of rows multiply them
+    sums: Tensor | None  # float32, like scales: of quantized values, scales multiplied in; zeros of rows multiply them
     branch: Tensor | None  # [tokens, rank], the low-rank branch before its up-projection
 
 
@@ -201,8 +201,8 @@ def _linear_kernel(
                 if SCALE_AT == GROUP_SUM:
                     part *= group_scale(w.scales, w, rows, start // LAYOUT.group, LAYOUT)[:, None]
                 if X_SCALES == 2:
-                    at = inputs.scales + token.to(tl.int64) * x_groups + start // INT4_GROUP
-                    part *= tl.load(at, mask=token_inside, other=0.0)[None, :]
+                    at = token * x_groups + start // INT4_GROUP  # 64 times as many codes would not fit any device
+                    part *= tl.load(inputs.scales + at, mask=token_inside, other=0.0)[None, :]
                 acc += part
             else:
                 acc = multiply(tile, x, acc, SUM, BK)
@@ -219,7 +219,11 @@ def _linear_kernel(
         if w.zeros is not None and SCALE_AT == ROW:
             zeros = group_scale(w.zeros, w, rows, 0, LAYOUT)
             zeros += LAYOUT.midpoint * group_scale(w.scales, w, rows, 0, LAYOUT)
-            y += zeros[:, None] * tl.load(inputs.sums + token, mask=token_inside, other=0.0)[None, :]
+            groups = x_groups if X_SCALES == 2 else 1
+            sums = tl.zeros([BM], dtype=tl.float32)
+            for group in range(0, groups):
+                sums += tl.load(inputs.sums + token.to(tl.int64) * groups + group, mask=token_inside, other=0.0)
+            y += zeros[:, None] * sums[None, :]
         y = add_branch_and_bias(y, extras, token, token_inside, rows, TILE.rank)
     at = y_ptr + split.to(tl.int64) * tokens * w.rows + token.to(tl.int64)[None, :] * w.rows + row[:, None]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=token_inside[None, :] & (row < w.rows)[:, None])
