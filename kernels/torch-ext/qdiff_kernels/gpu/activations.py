@@ -27,6 +27,7 @@ BLOCK_TOKENS = 16
 BLOCK_COLUMNS = 128
 PROGRAMS_PER_PROCESSOR = 4
 HELD = 16384  # numbers that a program keeps in registers: 32 in each of 512 threads
+INT8_LIMIT, FP8_LIMIT, INT4_LIMIT = tl.constexpr(127.0), tl.constexpr(FP8_MAX), tl.constexpr(7.0)
 CODES = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
 
 
@@ -127,7 +128,6 @@ def prepare(x: Tensor, extras: Extras, down: Tensor | None) -> Inputs:
         tokens,
         pixels,
         CODE=CODES[activations],
-        LIMIT={"int8": 127.0, "int4": 7.0}.get(activations, FP8_MAX),
         ROTATION=rotation,
         RANK=padded_rank(rank),
         BM=parts.tokens,
@@ -146,7 +146,6 @@ def _prepare_kernel(
     tokens,
     pixels,  # of an image; as many as tokens without images
     CODE: tl.constexpr,
-    LIMIT: tl.constexpr,
     ROTATION: tl.constexpr,
     RANK: tl.constexpr,
     BM: tl.constexpr,
@@ -161,7 +160,7 @@ def _prepare_kernel(
     x_row += (token % pixels).to(tl.int64) * source.token_stride
     out_row = out.data + token.to(tl.int64) * columns
     if CODE == 1 or CODE == 2:
-        _quantize_tokens(source, transform, out, x_row, out_row, token, inside, CODE, LIMIT, ROTATION, BM, BK, WHOLE)
+        _quantize_tokens(source, transform, out, x_row, out_row, token, inside, CODE, ROTATION, BM, BK, WHOLE)
     else:
         branch = tl.zeros([BM, RANK if RANK else 16], dtype=tl.float32)
         split = tl.program_id(1)
@@ -181,8 +180,8 @@ def _prepare_kernel(
                 tl.store(out_row[:, None] + column[None, :], t.to(x.dtype), mask=inside[:, None] & present)
             else:
                 grouped = tl.reshape(t, [BM, BK // INT4_GROUP, INT4_GROUP])
-                scale = _scale(_largest(grouped, 2), LIMIT)
-                grouped = _round(tl.div_rn(grouped, scale[:, :, None] + tl.zeros_like(grouped)), LIMIT)
+                scale = _scale(_largest(grouped, 2), INT4_LIMIT)
+                grouped = _round(tl.div_rn(grouped, scale[:, :, None] + tl.zeros_like(grouped)), INT4_LIMIT)
                 codes = tl.reshape(grouped, [BM, BK])
                 tl.store(out_row[:, None] + column[None, :], codes.to(tl.int8), mask=inside[:, None] & present)
                 group = step * (BK // INT4_GROUP) + tl.arange(0, BK // INT4_GROUP)
@@ -206,13 +205,13 @@ def _quantize_tokens(
     token,
     inside,
     CODE: tl.constexpr,
-    LIMIT: tl.constexpr,
     ROTATION: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """INT8 or E4M3 codes with a scale per token, found or given."""
+    LIMIT: tl.constexpr = INT8_LIMIT if CODE == 1 else FP8_LIMIT
     columns = source.columns
     sums = tl.zeros([BM], dtype=tl.float32)
     if WHOLE:

@@ -123,7 +123,8 @@ def multiply_scaled(w, rows, start, x, acc, BITS: tl.constexpr, BK: tl.constexpr
     at = w.scales + rows[:, None] * w.scales_stride + group[None, :]
     scales = tl.load(at, mask=(group < w.groups)[None, :], other=0).to(tl.uint8, bitcast=True)
     FORMAT: tl.constexpr = "e2m1" if BITS == 4 else "e4m3"
-    return tl.dot_scaled(codes, scales, FORMAT, x, None, "bf16" if x.dtype == tl.bfloat16 else "e4m3", acc)
+    ones = tl.full([x.shape[1], BK // 32], 127, tl.uint8)  # without scales of both factors Triton multiplies in 16 bits
+    return tl.dot_scaled(codes, scales, FORMAT, x, ones, "e4m3", acc)
 
 
 @triton.jit

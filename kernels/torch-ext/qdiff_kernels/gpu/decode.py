@@ -194,7 +194,7 @@ def _scale_value(stored, LAYOUT: tl.constexpr):
 def _code_pairs(
     row_start, start, columns, codes_stride, BITS: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):
-    """Codes of columns ``start ..``, int32 ``[BN, BK // 2]``: in the lower half of a word an even column's, above it the next one's."""
+    """Codes of columns ``start ..``, int32 ``[BN, BK // 2]``: an even column's in a word's lower half, the next one's above."""
     if BITS == 4 and STEP % 2 == 0:
         held = _packed_bytes(row_start, start // 2, codes_stride, BK // 2)
         return (held | (held << 12)) & (0xF * BOTH)

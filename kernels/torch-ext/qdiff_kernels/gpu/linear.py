@@ -89,7 +89,7 @@ def plan(weight: PackedWeight, given: torch.dtype, block: int, out_dtype: torch.
         block: columns multiplied between two additions to the sums.
         units: what the device multiplies.
     """
-    if units.block_scaled and weight.block_scaled and given in (torch.bfloat16, torch.float8_e4m3fn):
+    if units.block_scaled and weight.block_scaled and given == torch.float8_e4m3fn:
         return Arithmetic(given, NATIVE.value, 1.0)
     if weight.row_scales and (weight.zeros is None or given.itemsize == 1):
         scale_at = ROW.value
