@@ -201,8 +201,8 @@ def _linear_kernel(
                 if SCALE_AT == GROUP_SUM:
                     part *= group_scale(w.scales, w, rows, start // LAYOUT.group, LAYOUT)[:, None]
                 if X_SCALES == 2:
-                    at = token * x_groups + start // INT4_GROUP  # 64 times as many codes would not fit any device
-                    part *= tl.load(inputs.scales + at, mask=token_inside, other=0.0)[None, :]
+                    at = inputs.scales + token.to(tl.int64) * x_groups + start // INT4_GROUP
+                    part *= tl.load(at, mask=token_inside, other=0.0)[None, :]
                 acc += part
             else:
                 acc = multiply(tile, x, acc, SUM, BK)
