@@ -154,6 +154,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
         return facts | {"matrix": "mfma" if "v_mfma" in compiled.asm["amdgcn"] else "-"}
     ptx = compiled.asm["ptx"]
     facts["matrix"] = next((name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx), "-")
+    facts["block_scaled"] = "block_scale" in ptx
     log = assembler_log(ptx)
     found = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes spill stores", log)

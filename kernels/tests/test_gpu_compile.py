@@ -39,7 +39,9 @@ def test_hopper_multiplies_with_its_matrix_units_and_spills_nothing(tmp_path, on
 def test_other_gpus_have_a_kernel_for_what_their_hardware_lacks_or_adds(tmp_path, target):
     rows = compiled(tmp_path, target, "FP4 A8")
     assert {row["kernel"] for row in rows} >= {"linear", "conv2d", "dequantize", "prepare"}
-    assert all(row["matrix"] == MATRIX[target] for row in rows if row["kernel"] == "linear")
+    products = [row for row in rows if row["kernel"] == "linear"]
+    assert all(row["matrix"] == MATRIX[target] for row in products)
+    assert all(row.get("block_scaled", False) == (target == "cuda:100") for row in products)
 
 
 def test_kernels_take_groups_of_arguments():

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import CODEBOOK, DENSE, INTEGER, minifloat_value, scale_tile, weight_tile
+from .decode import CODEBOOK, DENSE, E4M3, INTEGER, INTERPRETED, MINIFLOAT, minifloat_value, scale_tile, times, weight_tile
 
-# Where a weight's scale is multiplied: on the sums of a row, on the partial sums of a group, on each weight, or by the matrix
-# unit itself.
-ROW, GROUP_SUM, WEIGHT, NATIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# Where a weight's scale is multiplied: on the sums of a row, on the partial sums of a group, on each weight in float32, by the
+# matrix unit itself, or on each weight in bfloat16, which holds the products exactly (the scale of the tensor is left to the sums).
+ROW, GROUP_SUM, WEIGHT, NATIVE, EXACT = (tl.constexpr(i) for i in range(5))
 INT4_GROUP = tl.constexpr(64)
-# Triton's interpreter multiplies the bit patterns of bfloat16 numbers; float32 holds the same numbers.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class Epilogue(NamedTuple):
@@ -72,32 +69,37 @@ def operand_tile(
     OPERAND: tl.constexpr,
     SCALE_AT: tl.constexpr,
     LAYOUT: tl.constexpr,  # WeightLayout
-    ALIGNED: tl.constexpr,
+    STEP: tl.constexpr,  # start is always a multiple of this power of two
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Weights ``[BN, BK]`` as the matrix unit takes them, times ``unit``; scales are in them only if ``SCALE_AT`` is ``WEIGHT``."""
+    """Weights ``[BN, BK]`` as the matrix unit takes them, times ``unit``; scales are in them only if ``SCALE_AT`` is ``WEIGHT`` or
+    ``EXACT``."""
     if LAYOUT.kind == DENSE:
         column = start + tl.arange(0, BK)
         at = w.codes + rows.to(tl.int64)[:, None] * w.codes_stride + column[None, :]
         return tl.load(at, mask=(column < w.columns)[None, :], other=0.0)
     else:
         scales = tl.full([BN, BK], 1.0, tl.float32)
-        if SCALE_AT == WEIGHT:
-            scales = scale_tile(w.scales, w, rows, start, LAYOUT, BK) * unit
-        tile = weight_tile(w, rows, scales < 0, start, LAYOUT, ALIGNED, BN, BK)
-        if LAYOUT.kind == INTEGER:
-            tile -= LAYOUT.midpoint
-            if OPERAND != tl.int8:
-                tile = tile.to(tl.float32)
-        elif SCALE_AT != WEIGHT:
+        if SCALE_AT == WEIGHT or SCALE_AT == EXACT:
+            scales = scale_tile(w.scales, w, rows, start, LAYOUT, STEP, BN, BK)
+        # Levels in the operand's type where it holds them.
+        AS_IT_IS: tl.constexpr = OPERAND == tl.float8e4nv and LAYOUT.kind == MINIFLOAT and LAYOUT.encoding == E4M3
+        IN_BFLOAT16: tl.constexpr = OPERAND == tl.bfloat16 and LAYOUT.kind != CODEBOOK and SCALE_AT != WEIGHT
+        IN_INT8: tl.constexpr = OPERAND == tl.int8 and LAYOUT.kind == INTEGER
+        NUMBER: tl.constexpr = OPERAND if AS_IT_IS or IN_BFLOAT16 or IN_INT8 else tl.float32
+        tile = weight_tile(w, rows, scales < 0, start, NUMBER, LAYOUT, STEP, BN, BK)
+        if SCALE_AT == EXACT:
+            tile = times(tile, tl.abs(scales) if LAYOUT.second else scales)
+        elif SCALE_AT == WEIGHT:
+            scales *= unit
+            tile = tile * (tl.abs(scales) if LAYOUT.second else scales)
+            if w.zeros is not None:
+                tile += scale_tile(w.zeros, w, rows, start, LAYOUT, STEP, BN, BK) + scales * LAYOUT.midpoint
+        elif NUMBER == tl.float32 and LAYOUT.kind != INTEGER:
             tile *= unit
             if OPERAND == tl.int8 and LAYOUT.kind == CODEBOOK:
                 tile = tl.floor(tl.minimum(tl.maximum(tile, -127.0), 127.0) + 0.5)
-        if SCALE_AT == WEIGHT:
-            tile = tile * (tl.abs(scales) if LAYOUT.second else scales)
-            if w.zeros is not None:
-                tile += scale_tile(w.zeros, w, rows, start, LAYOUT, BK) + scales * LAYOUT.midpoint
         return tile.to(OPERAND)
 
 
@@ -121,14 +123,15 @@ def multiply_scaled(w, rows, start, x, acc, BITS: tl.constexpr, BK: tl.constexpr
     at = w.scales + rows[:, None] * w.scales_stride + group[None, :]
     scales = tl.load(at, mask=(group < w.groups)[None, :], other=0).to(tl.uint8, bitcast=True)
     FORMAT: tl.constexpr = "e2m1" if BITS == 4 else "e4m3"
-    return tl.dot_scaled(codes, scales, FORMAT, x, None, "bf16" if x.dtype == tl.bfloat16 else "e4m3", acc)
+    ones = tl.full([x.shape[1], BK // 32], 127, tl.uint8)  # without scales of both factors Triton multiplies in 16 bits
+    return tl.dot_scaled(codes, scales, FORMAT, x, ones, "e4m3", acc)
 
 
 @triton.jit
 def input_operand(x, OPERAND: tl.constexpr, FP8_BYTES: tl.constexpr):
     """Loaded inputs in the operand's type; FP8_BYTES: float8 numbers held as bytes, for GPUs without that type."""
     if FP8_BYTES:
-        return minifloat_value(x.to(tl.int32), 4 * 16 + 3 * 2).to(OPERAND)
+        return minifloat_value(x.to(tl.int32), E4M3).to(OPERAND)
     elif x.dtype == tl.int8 and OPERAND != tl.int8:
         return x.to(tl.float32).to(OPERAND)
     else:

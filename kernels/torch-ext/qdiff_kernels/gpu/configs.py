@@ -60,9 +60,11 @@ def rule(weight: str, inputs: str, tokens: int, rows: int, columns: int, multipr
     if inputs.startswith("conv"):
         return LinearConfig(128, 64, 64, warps=8, stages=2 if codebook else 3, two_pass=tokens >= 1024)
     by_group = " g" in weight
-    block_columns = 128 if inputs in ("int8", "fp8") and not by_group else 64
+    block_columns = 128 if inputs in ("int8", "fp8") and not by_group and not codebook else 64
+    # With a scale for each token and group beside each sum, 128 tokens are more than the registers of 10.0 hold.
+    block_tokens = 64 if inputs == "int4" else 128
     # Decoding once per token tile costs more than writing the operand once when there are many token tiles.
-    return LinearConfig(128, 128, block_columns, warps=8, stages=2 if codebook else 3, two_pass=tokens >= 1024)
+    return LinearConfig(block_tokens, 128, block_columns, warps=8, stages=2 if codebook else 3, two_pass=tokens >= 1024)
 
 
 def fit(key: Any, config: LinearConfig, launch: Callable[[LinearConfig], Result]) -> Result:

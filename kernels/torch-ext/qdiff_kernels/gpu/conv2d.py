@@ -7,6 +7,7 @@ to input pixels and so multiply the partial sums of one tap.
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ from .blocks import (
 )
 from .configs import LinearConfig
 from .decode import group_scale
-from .linear import OPERANDS, Arithmetic, Inputs, Units, plan
-from .weights import CODEBOOK, PackedWeight
+from .linear import OPERANDS, Inputs, Units, on_weights, plan
+from .weights import PackedWeight
 
 
 class ImagePointers(NamedTuple):
@@ -84,13 +85,12 @@ def conv2d(
         not weight.row_scales or weight.zeros is not None
     ):  # groups of columns do not follow the taps: scales are multiplied into the weights
         operand = inputs.values.dtype if inputs.values.dtype.itemsize > 1 else torch.bfloat16
-        arithmetic = Arithmetic(torch.float32 if x.dtype == torch.float32 else operand, WEIGHT.value, 1.0)
+        arithmetic = on_weights(weight, torch.float32 if x.dtype == torch.float32 else operand)
     fp8_bytes = inputs.values.dtype == torch.float8_e4m3fn and arithmetic.operand != torch.float8_e4m3fn
     values = inputs.values.view(torch.uint8) if fp8_bytes else inputs.values
     out = torch.empty(batch, weight.rows, *size, device=x.device, dtype=x.dtype)
     pixels = batch * size[0] * size[1]
     epilogue = Epilogue.of(extras.bias, _branch(x, extras, window), extras.low_rank_up)
-    vector = weight.vector_size if weight.kind == CODEBOOK else 1
     _conv2d_kernel[(triton.cdiv(weight.rows, config.block_rows) * triton.cdiv(pixels, config.block_tokens),)](
         ImagePointers(values, inputs.scales, channels, height, width, *strides),
         weight.pointers(),
@@ -101,7 +101,7 @@ def conv2d(
         Geometry(*size, *window.kernel_size, *window.stride, *window.padding, *window.dilation),
         NUMBERS=Numbers(OPERANDS[arithmetic.operand], arithmetic.scale_at, 0 if inputs.scales is None else 1 + grouped, fp8_bytes),
         LAYOUT=weight.layout(),
-        ALIGNED=channels % 8 == 0 and channels % vector == 0,
+        STEP=gcd(channels, block),
         TILE=Tile(config.block_rows, config.block_tokens, block, epilogue.padded_rank),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -138,7 +138,7 @@ def _conv2d_kernel(
     window,  # Geometry
     NUMBERS: tl.constexpr,
     LAYOUT: tl.constexpr,  # WeightLayout
-    ALIGNED: tl.constexpr,
+    STEP: tl.constexpr,  # of channels, the largest power of two up to a tile that divides them
     TILE: tl.constexpr,
 ):
     OPERAND: tl.constexpr = NUMBERS.operand
@@ -171,7 +171,7 @@ def _conv2d_kernel(
             scale_at = images.scales + (image * images.height + in_y) * images.width * (x_groups if X_SCALES == 2 else 1)
             scale_at += in_x * (x_groups if X_SCALES == 2 else 1)
         for first in range(0, images.channels, BK):
-            tile = operand_tile(w, rows, tap * images.channels + first, unit, OPERAND, SCALE_AT, LAYOUT, ALIGNED, BN, BK)
+            tile = operand_tile(w, rows, tap * images.channels + first, unit, OPERAND, SCALE_AT, LAYOUT, STEP, BN, BK)
             channel = first + tl.arange(0, BK)
             at = x_pixel[None, :] + channel.to(tl.int64)[:, None] * images.channel_stride
             x = tl.load(at, mask=(channel < images.channels)[:, None] & seen[None, :], other=0.0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import CODEBOOK, INTEGER, scale_tile, weight_tile
+from .decode import CODEBOOK, E4M3, INTEGER, MINIFLOAT, scale_tile, weight_tile
 from .weights import PackedWeight
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
@@ -51,9 +51,11 @@ def _dequantize_kernel(
     rows = tl.minimum(row, w.rows - 1)
     scales = tl.full([BN, BK], 1.0, tl.float32)
     if SCALED or LAYOUT.second:
-        scales = scale_tile(w.scales, w, rows, start, LAYOUT, BK)
-    levels = weight_tile(w, rows, scales < 0, start, LAYOUT, True, BN, BK)
-    value = (levels - LAYOUT.midpoint).to(tl.float32) if LAYOUT.kind == INTEGER else levels
+        scales = scale_tile(w.scales, w, rows, start, LAYOUT, BK, BN, BK)
+    OUT: tl.constexpr = out_ptr.dtype.element_ty
+    AS_IT_IS: tl.constexpr = not SCALED and OUT == tl.float8e4nv and LAYOUT.kind == MINIFLOAT and LAYOUT.encoding == E4M3
+    IN_INT8: tl.constexpr = not SCALED and OUT == tl.int8 and LAYOUT.kind == INTEGER
+    value = weight_tile(w, rows, scales < 0, start, OUT if AS_IT_IS or IN_INT8 else tl.float32, LAYOUT, BK, BN, BK)
     if SCALED:
         if LAYOUT.second:
             scales = tl.abs(scales)
@@ -61,11 +63,11 @@ def _dequantize_kernel(
             scales = scales * tl.load(w.tensor_scale)
         value = value * scales
         if w.zeros is not None:
-            value += scale_tile(w.zeros, w, rows, start, LAYOUT, BK) + scales * LAYOUT.midpoint
-    else:
+            value += scale_tile(w.zeros, w, rows, start, LAYOUT, BK, BN, BK) + scales * LAYOUT.midpoint
+    elif value.dtype == tl.float32:
         value = value * unit
     if INT8 and LAYOUT.kind == CODEBOOK:
         value = tl.floor(tl.minimum(tl.maximum(value, -127.0), 127.0) + 0.5)
     column = start + tl.arange(0, BK)
     inside = (row < w.rows)[:, None] & (column < w.columns)[None, :]
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * w.columns + column[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * w.columns + column[None, :], value.to(OUT), mask=inside)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import (
+    EXACT,
     GROUP_SUM,
     INT4_GROUP,
     NATIVE,
@@ -43,12 +44,15 @@ OPERANDS = {
 }
 
 
+BFLOAT16_BITS = 8  # of a number's significand, the leading one included
+
+
 class Inputs(NamedTuple):
     """What the kernel multiplies: transformed and perhaps quantized tokens."""
 
     values: Tensor  # [tokens, columns], floating, int8, or float8
     scales: Tensor | None  # float32 [tokens, 1], or [tokens, groups of 64]
-    sums: Tensor | None  # float32 [tokens]: of quantized values, scales multiplied in; zeros of rows multiply them
+    sums: Tensor | None  # float32, like scales: of quantized values, scales multiplied in; zeros of rows multiply them
     branch: Tensor | None  # [tokens, rank], the low-rank branch before its up-projection
 
 
@@ -85,7 +89,7 @@ def plan(weight: PackedWeight, given: torch.dtype, block: int, out_dtype: torch.
         block: columns multiplied between two additions to the sums.
         units: what the device multiplies.
     """
-    if units.block_scaled and weight.block_scaled and given in (torch.bfloat16, torch.float8_e4m3fn):
+    if units.block_scaled and weight.block_scaled and given == torch.float8_e4m3fn:
         return Arithmetic(given, NATIVE.value, 1.0)
     if weight.row_scales and (weight.zeros is None or given.itemsize == 1):
         scale_at = ROW.value
@@ -93,12 +97,19 @@ def plan(weight: PackedWeight, given: torch.dtype, block: int, out_dtype: torch.
         scale_at = GROUP_SUM.value
     else:
         scale_at = WEIGHT.value
-    if given.itemsize > 1:
-        return Arithmetic(given, scale_at, weight.operand_unit(given) or 1.0 if scale_at != WEIGHT.value else 1.0)
     unit = weight.operand_unit(given)
-    if unit is not None and scale_at != WEIGHT.value and (given == torch.int8 or units.fp8):
+    if given.itemsize == 1 and unit is not None and scale_at != WEIGHT.value and (given == torch.int8 or units.fp8):
         return Arithmetic(given, scale_at, unit)
-    return Arithmetic(torch.float32 if out_dtype == torch.float32 else torch.bfloat16, scale_at, 1.0)
+    operand = given if given.itemsize > 1 else torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+    if scale_at == WEIGHT.value:
+        return on_weights(weight, operand)
+    return Arithmetic(operand, scale_at, weight.operand_unit(operand) or 1.0)
+
+
+def on_weights(weight: PackedWeight, operand: torch.dtype) -> Arithmetic:
+    """Scales multiplied into the weights: as bfloat16 numbers if those hold every product, else as float32 ones, then rounded."""
+    exact = operand == torch.bfloat16 and weight.significant_bits <= BFLOAT16_BITS
+    return Arithmetic(operand, EXACT.value if exact else WEIGHT.value, 1.0)
 
 
 def linear(
@@ -184,7 +195,7 @@ def _linear_kernel(
         if SCALE_AT == NATIVE:
             acc = multiply_scaled(w, rows, start, x, acc, LAYOUT.bits, BK)
         else:
-            tile = operand_tile(w, rows, start, unit, OPERAND, SCALE_AT, LAYOUT, True, BN, BK)
+            tile = operand_tile(w, rows, start, unit, OPERAND, SCALE_AT, LAYOUT, BK, BN, BK)
             if PARTS:
                 part = multiply(tile, x, tl.zeros([BN, BM], dtype=SUM), SUM, BK).to(tl.float32)
                 if SCALE_AT == GROUP_SUM:
@@ -208,7 +219,11 @@ def _linear_kernel(
         if w.zeros is not None and SCALE_AT == ROW:
             zeros = group_scale(w.zeros, w, rows, 0, LAYOUT)
             zeros += LAYOUT.midpoint * group_scale(w.scales, w, rows, 0, LAYOUT)
-            y += zeros[:, None] * tl.load(inputs.sums + token, mask=token_inside, other=0.0)[None, :]
+            groups = x_groups if X_SCALES == 2 else 1
+            sums = tl.zeros([BM], dtype=tl.float32)
+            for group in range(0, groups):
+                sums += tl.load(inputs.sums + token.to(tl.int64) * groups + group, mask=token_inside, other=0.0)
+            y += zeros[:, None] * sums[None, :]
         y = add_branch_and_bias(y, extras, token, token_inside, rows, TILE.rank)
     at = y_ptr + split.to(tl.int64) * tokens * w.rows + token.to(tl.int64)[None, :] * w.rows + row[:, None]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=token_inside[None, :] & (row < w.rows)[:, None])

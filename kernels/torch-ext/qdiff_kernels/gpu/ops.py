@@ -71,7 +71,7 @@ def transform(x: Tensor, extras: Extras) -> Inputs:
         inputs = prepare(x, extras, down if rides else None)
     else:
         inputs = Inputs(x if x.stride(1) == 1 else x.contiguous(), None, None, None)
-    return inputs if rides or down is None else inputs._replace(branch=x @ down.to(x.dtype).T)
+    return inputs if down is None or inputs.branch is not None else inputs._replace(branch=x @ down.to(x.dtype).T)
 
 
 def two_pass(

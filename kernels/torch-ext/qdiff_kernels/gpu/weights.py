@@ -83,6 +83,14 @@ class PackedWeight(NamedTuple):
         return self.kind == MINIFLOAT and self.encoding in (E2M1, E4M3) and self.e8m0 and self.group_size == 32 and not self.second
 
     @property
+    def significant_bits(self) -> int:
+        """Bits that the significand of a minifloat level times its group's scale takes at most; 64 if there is no telling."""
+        if self.kind != MINIFLOAT or not (self.e8m0 or self.e4m3):
+            return 64
+        level = max(1 + number % 16 // 2 + number % 2 for number in (self.encoding, self.second))
+        return level + (4 if self.e4m3 else 1)
+
+    @property
     def midpoint(self) -> int:
         """What is subtracted from an integer code, with zeros or without: signed numbers fit the matrix unit."""
         return 1 << (self.bits - 1) if self.kind in (INTEGER, DENSE) else 0
