@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 Result = TypeVar("Result")
+Config = TypeVar("Config")
 FOLDER = Path(__file__).parents[1] / "configs"
 
 
@@ -65,7 +66,12 @@ def rule(weight: str, inputs: str, tokens: int, rows: int, columns: int, multipr
     return LinearConfig(128, 128, block_columns, warps=8, stages=2 if codebook else 3, two_pass=tokens >= 1024)
 
 
-def fit(key: Any, config: LinearConfig, launch: Callable[[LinearConfig], Result]) -> Result:
+def fit(
+    key: Any,
+    config: Config,
+    launch: Callable[[Config], Result],
+    smaller: Callable[[Config], Config | None] | None = None,
+) -> Result:
     """Launch with the first of ever smaller configurations that the device has registers and shared memory for."""
     from triton.runtime.errors import OutOfResources
 
@@ -74,18 +80,18 @@ def fit(key: Any, config: LinearConfig, launch: Callable[[LinearConfig], Result]
         try:
             result = launch(fitting)
         except OutOfResources:
-            if (smaller := _smaller(fitting)) is None:
+            if (less := (smaller or _smaller)(fitting)) is None:
                 raise
-            fitting = smaller
+            fitting = less
         else:
             _fitting[key, config] = fitting
             return result
 
 
-_fitting: dict[Any, LinearConfig] = {}
+_fitting: dict[Any, Any] = {}
 
 
-def _smaller(config: LinearConfig) -> LinearConfig | None:
+def _smaller(config: Any) -> Any:
     if config.stages > 1:
         return replace(config, stages=config.stages - 1)
     if config.block_tokens > 16:

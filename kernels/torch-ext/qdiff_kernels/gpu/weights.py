@@ -189,6 +189,14 @@ def _codebook_unit(table: Tensor) -> float:
     return _codebook_units[table][1]
 
 
+_without_nan: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def no_nan(codes: Tensor) -> bool:
+    """Whether none of E4M3 ``codes`` is what hardware reads as NaN. No quantizer writes one, but a file may hold it."""
+    return not bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any())
+
+
 def _exact(values: Tensor, dtype: torch.dtype) -> bool:
     limit = 127 if dtype == torch.int8 else 448
     return bool(values.abs().max() <= limit) and torch.equal(values.float().to(dtype).double(), values)
