@@ -18,6 +18,7 @@ from ..activations import INT4_GROUP as GROUP
 from ..reference import Extras
 from .blocks import INT4_GROUP, INTERPRETED, padded_rank
 from .decode import minifloat_value
+from .launch import empty, launch
 from .linear import Inputs
 
 BLOCK_TOKENS = 16
@@ -74,13 +75,15 @@ def prepare(x: Tensor, extras: Extras, down: Tensor | None) -> Inputs:
         strides = (x.stride(0), x.stride(3) if x.shape[3] > 1 else x.stride(2), x.stride(1))
     else:
         strides = (0, x.stride(0), x.stride(1))
-    values = torch.empty(tokens, columns, device=x.device, dtype=x.dtype if activations == "none" else torch.int8)
+    values = empty((tokens, columns), x.dtype if activations == "none" else torch.int8, x.device)
     groups = -(-columns // GROUP) if activations == "int4" else 1
-    scales = None if activations == "none" else torch.empty(tokens, groups, device=x.device, dtype=torch.float32)
-    sums = None if activations == "none" else torch.empty(tokens, device=x.device, dtype=torch.float32)
+    scales = None if activations == "none" else empty((tokens, groups), torch.float32, x.device)
+    sums = None if activations == "none" else empty((tokens,), torch.float32, x.device)
     rank = 0 if down is None else down.shape[0]
-    branch = None if down is None else torch.empty(tokens, rank, device=x.device, dtype=x.dtype)
-    _prepare_kernel[(triton.cdiv(tokens, BLOCK_TOKENS),)](
+    branch = None if down is None else empty((tokens, rank), x.dtype, x.device)
+    launch(
+        _prepare_kernel,
+        (-(-tokens // BLOCK_TOKENS),),
         Source(x, columns, *strides),
         Transform(smooth, given, down, rank),
         Prepared(values, scales, sums, branch, groups),

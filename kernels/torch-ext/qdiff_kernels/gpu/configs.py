@@ -75,11 +75,14 @@ def fit(
     """Launch with the first of ever smaller configurations that the device has registers and shared memory for."""
     from triton.runtime.errors import OutOfResources
 
+    from .launch import start_again
+
     fitting = _fitting.get((key, config), config)
     while True:
         try:
             result = launch(fitting)
         except OutOfResources:
+            start_again()
             if (less := (smaller or _smaller)(fitting)) is None:
                 raise
             fitting = less

@@ -32,6 +32,7 @@ from .blocks import (
 )
 from .configs import LinearConfig
 from .decode import group_scale
+from .launch import call, empty, launch
 from .linear import OPERANDS, Arithmetic, Inputs, Units, plan
 from .weights import CODEBOOK, PackedWeight
 
@@ -87,11 +88,13 @@ def conv2d(
         arithmetic = Arithmetic(torch.float32 if x.dtype == torch.float32 else operand, WEIGHT.value, 1.0)
     fp8_bytes = inputs.values.dtype == torch.float8_e4m3fn and arithmetic.operand != torch.float8_e4m3fn
     values = inputs.values.view(torch.uint8) if fp8_bytes else inputs.values
-    out = torch.empty(batch, weight.rows, *size, device=x.device, dtype=x.dtype)
+    out = empty((batch, weight.rows, *size), x.dtype, x.device)
     pixels = batch * size[0] * size[1]
-    epilogue = Epilogue.of(extras.bias, _branch(x, extras, window), extras.low_rank_up)
+    epilogue = Epilogue.of(extras.bias, call(_branch, x, extras.low_rank_down, *window), extras.low_rank_up)
     vector = weight.vector_size if weight.kind == CODEBOOK else 1
-    _conv2d_kernel[(triton.cdiv(weight.rows, config.block_rows) * triton.cdiv(pixels, config.block_tokens),)](
+    launch(
+        _conv2d_kernel,
+        (-(-weight.rows // config.block_rows) * -(-pixels // config.block_tokens),),
         ImagePointers(values, inputs.scales, channels, height, width, *strides),
         weight.pointers(),
         epilogue,
@@ -118,12 +121,12 @@ def _inputs(x: Tensor, extras: Extras) -> tuple[Inputs, tuple[int, ...]]:
     return inputs, (height * width * channels, 1, width * channels, channels)
 
 
-def _branch(x: Tensor, extras: Extras, window: Window) -> Tensor | None:
+def _branch(x: Tensor, down: Tensor | None, size: tuple[int, int], *geometry: tuple[int, int]) -> Tensor | None:
     """The low-rank branch before its up-projection, ``[pixels, rank]``."""
-    if extras.low_rank_down is None:
+    if down is None:
         return None
-    down = kernel_layout(extras.low_rank_down.to(x.dtype), window.kernel_size)
-    branch = F.conv2d(x, down, None, window.stride, window.padding, window.dilation)
+    down = kernel_layout(down.to(x.dtype), size)
+    branch = F.conv2d(x, down, None, *geometry)
     return branch.permute(0, 2, 3, 1).reshape(-1, down.shape[0]).contiguous()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .blocks import INT4_GROUP, INTERPRETED, input_operand, padded_rank
 from .decode import CODEBOOK, INTEGER, scale_tile, weight_tile
+from .launch import call, empty, launch
 from .linear import Inputs
 from .weights import PackedWeight
 
@@ -45,14 +46,16 @@ def dequantize(
     Returns:
         ``[rows, columns + room]``.
     """
-    out = torch.empty(weight.rows, weight.columns + room, device=weight.codes.device, dtype=dtype)
+    out = empty((weight.rows, weight.columns + room), dtype, weight.codes.device)
     if not out.numel():
         return out
     folded = branch is not None and branch[0].shape[0] <= FOLDED_RANK
     down, up = branch if folded and branch is not None else (None, None)
     rank = 0 if down is None else down.shape[0]
     grid = (-(-weight.rows // BLOCK_ROWS), -(-weight.columns // BLOCK_COLUMNS))
-    _dequantize_kernel[grid](
+    launch(
+        _dequantize_kernel,
+        grid,
         out,
         weight.pointers() if unit is None else weight.pointers()._replace(tensor_scale=None),
         1.0 if unit is None else unit,
@@ -65,7 +68,11 @@ def dequantize(
         BN=BLOCK_ROWS,
         BK=BLOCK_COLUMNS,
     )
-    return out if branch is None or folded else out.addmm_(branch[1].to(dtype), branch[0].to(dtype))
+    return out if branch is None or folded else call(_add_product, out, *branch)
+
+
+def _add_product(dense: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return dense.addmm_(up.to(dense.dtype), down.to(dense.dtype))
 
 
 @triton.jit
@@ -134,10 +141,12 @@ def dequantize_tokens(inputs: Inputs, dtype: torch.dtype, room: int = 0) -> Tens
     assert inputs.scales is not None
     tokens, columns = inputs.values.shape
     rank = 0 if inputs.branch is None else inputs.branch.shape[1]
-    out = torch.empty(tokens, columns + room, device=inputs.values.device, dtype=dtype)
+    out = empty((tokens, columns + room), dtype, inputs.values.device)
     is_fp8 = inputs.values.dtype == torch.float8_e4m3fn
     grid = (-(-tokens // BLOCK_TOKENS), -(-(columns + room) // TOKEN_COLUMNS))
-    _dequantize_tokens_kernel[grid](
+    launch(
+        _dequantize_tokens_kernel,
+        grid,
         out,
         inputs.values.view(torch.uint8) if is_fp8 else inputs.values,
         inputs.scales,

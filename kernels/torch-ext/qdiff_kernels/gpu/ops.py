@@ -18,6 +18,7 @@ from .blocks import INTERPRETED, NATIVE
 from .conv2d import conv2d as convolve
 from .dequantize import dequantize as decode
 from .dequantize import dequantize_tokens
+from .launch import call, repeated
 from .linear import Arithmetic, Inputs, Units, plan
 from .linear import linear as multiply
 from .weights import PackedWeight
@@ -29,7 +30,8 @@ FUSED_RANK_BYTES = 128  # of one column of the projection: 85 KB of shared memor
 ROOM = 16  # columns of a low-rank branch beside a decoded weight come in multiples of this: rows begin on 32 bytes
 
 
-def dequantize(kind: str, *args: Any) -> Tensor:
+@repeated(lambda kind, *args: None)
+def dequantize(known: None, kind: str, *args: Any) -> Tensor:
     """``<format>_dequantize``."""
     *weight, columns, dtype = args
     if dtype not in FLOATS or not runs_on(weight[0]):
@@ -37,7 +39,16 @@ def dequantize(kind: str, *args: Any) -> Tensor:
     return decode(_pack(kind, weight, columns), dtype)
 
 
-def linear(kind: str, x: Tensor, *args: Any) -> Tensor:
+def _content(kind: str, x: Tensor, *args: Any) -> Any:
+    """What decides about a product though it depends on numbers in a tensor: see ``repeated``."""
+    activations = args[WEIGHT_ARGUMENTS[kind] + Extras._fields.index("activations")]
+    if kind == "codebook" and activations in ("int8", "int4"):
+        return weights.codebook_unit(args[1])
+    return kind == "minifloat" and activations == "fp8" and args[3] == "e4m3" and weights.no_nan(args[0])
+
+
+@repeated(_content)
+def linear(known: Any, kind: str, x: Tensor, *args: Any) -> Tensor:
     """``<format>_linear``."""
     count = WEIGHT_ARGUMENTS[kind]
     extras = Extras(*_contiguous(args[count:]))
@@ -46,13 +57,18 @@ def linear(kind: str, x: Tensor, *args: Any) -> Tensor:
     weight = _pack(kind, args[:count], x.shape[-1])
     if not matrix_units(x.device).bf16 or not transforms(extras):
         return reference.linear(x, decode(weight, reference.compute_dtype(x, extras)), extras)
-    return product(weight, x.reshape(-1, x.shape[-1]), extras).view(*x.shape[:-1], weight.rows)
+    return product(weight, x.reshape(-1, x.shape[-1]), extras, ready=known is True).view(*x.shape[:-1], weight.rows)
 
 
-def product(weight: PackedWeight, x: Tensor, extras: Extras, config: configs.LinearConfig | None = None) -> Tensor:
+def product(
+    weight: PackedWeight, x: Tensor, extras: Extras, config: configs.LinearConfig | None = None, ready: bool = False
+) -> Tensor:
     """x ``[tokens, columns]`` -> ``[tokens, rows]``: transform, then decode and multiply at once or one after the other.
 
     docs/development/gpu_kernels.md says which of the three ways a call takes, and why.
+
+    Args:
+        ready: E4M3 codes hold no NaN; see :func:`weights.no_nan`.
     """
     if config is None:
         given = str(x.dtype)[6:] if extras.activations == "none" else extras.activations
@@ -64,7 +80,7 @@ def product(weight: PackedWeight, x: Tensor, extras: Extras, config: configs.Lin
     if config.two_pass and not eight_bit and not native:
         return decoded_product(weight, x, extras)
     inputs = transform(x, extras, extras.low_rank_down)
-    operand = ready_operand(weight, arithmetic) if eight_bit else None
+    operand = ready_operand(weight, arithmetic) if eight_bit and ready else None
 
     def launch(fitting: configs.LinearConfig) -> Tensor:
         if fitting.two_pass and eight_bit:
@@ -83,7 +99,11 @@ def transform(x: Tensor, extras: Extras, down: Tensor | None) -> Inputs:
         rides = down is not None and down.shape[0] * x.element_size() <= FUSED_RANK_BYTES
         key = (x.device, "prepare", x.dtype, extras.activations, extras.rotation, 0 if down is None else down.shape[0])
         inputs = configs.fit(key, rides, lambda rides: prepare(x, extras, down if rides else None), _without_branch)
-    return inputs if down is None or inputs.branch is not None else inputs._replace(branch=x @ down.to(x.dtype).T)
+    return inputs if down is None or inputs.branch is not None else inputs._replace(branch=call(_project, x, down))
+
+
+def _project(x: Tensor, down: Tensor) -> Tensor:
+    return x @ down.to(x.dtype).T
 
 
 def _without_branch(rides: bool) -> bool | None:
@@ -93,38 +113,47 @@ def _without_branch(rides: bool) -> bool | None:
 def decoded_product(weight: PackedWeight, x: Tensor, extras: Extras) -> Tensor:
     """Decode the whole weight once, scales and all, then the vendor's 16-bit product: for many tokens, which share the decoding.
 
-    The low-rank branch costs no pass over the result. Where the product sees the input itself, if smoothed or rotated, ``up @ down``
-    is added to the weight, which is then rounded once, like any dense weight. Where it sees quantized inputs, the branch is
-    columns more of both factors. Quantized inputs are multiplied as the numbers they stand for, see :func:`dequantize_tokens`.
+    The low-rank branch costs no pass over the result. Where the product sees the input itself, if smoothed or rotated,
+    ``up @ down`` is added to the weight, which is then rounded once, like any dense weight. Where it sees quantized inputs, the
+    branch is columns more of both factors. Quantized inputs are multiplied as the numbers they stand for, see
+    :func:`dequantize_tokens`.
     """
-    bias = None if extras.bias is None else extras.bias.to(x.dtype)
     down, up = (extras.low_rank_down, extras.low_rank_up) if extras.low_rank_up is not None else (None, None)
     if down is None or up is None:
         inputs = transform(x, extras, None)
         values = inputs.values if inputs.scales is None else dequantize_tokens(inputs, x.dtype)
-        return F.linear(values, decode(weight, x.dtype), bias)
+        return call(_vendor_product, values, decode(weight, x.dtype), extras.bias)
     if extras.activations == "none":
         values = transform(x, extras, None).values
-        return F.linear(values, decode(weight, x.dtype, branch=(_as_seen(down, extras), up)), bias)
+        if extras.smooth is not None or extras.rotation:
+            down = call(_as_seen, down, extras.smooth, extras.rotation)
+        return call(_vendor_product, values, decode(weight, x.dtype, branch=(down, up)), extras.bias)
     room = -(-down.shape[0] // ROOM) * ROOM
     values = dequantize_tokens(transform(x, extras, down), x.dtype, room)
     dense = decode(weight, x.dtype, room=room)
-    dense[:, weight.columns :] = F.pad(up.to(x.dtype), (0, room - up.shape[1]))
-    return F.linear(values, dense, bias)
+    call(_append, dense, up, weight.columns)
+    return call(_vendor_product, values, dense, extras.bias)
 
 
-def _as_seen(down: Tensor, extras: Extras) -> Tensor:
+def _vendor_product(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+
+def _as_seen(down: Tensor, smooth: Tensor | None, rotation: int) -> Tensor:
     """Down-projection ``[rank, columns]`` of the inputs that smoothing and rotation leave: ``x . d = R(x / s) . R(s d)``."""
-    if extras.smooth is not None:
-        down = down.float() * extras.smooth.float()
-    return rotate(down.float(), extras.rotation) if extras.rotation else down
+    down = down.float() if smooth is None else down.float() * smooth.float()
+    return rotate(down, rotation) if rotation else down
+
+
+def _append(dense: Tensor, up: Tensor, columns: int) -> None:
+    """Fill the columns of ``dense`` beyond the first ``columns`` with ``up`` and zeros."""
+    dense[:, columns:] = F.pad(up, (0, dense.shape[1] - columns - up.shape[1]))
 
 
 def ready_operand(weight: PackedWeight, arithmetic: Arithmetic) -> Tensor | None:
     """The stored codes ``[rows, columns]`` where they are numbers the matrix unit takes: E4M3 codes without a NaN among them."""
-    if arithmetic.operand != torch.float8_e4m3fn or arithmetic.unit != 1.0 or weight.kind != weights.MINIFLOAT:
-        return None
-    return weight.codes.view(torch.float8_e4m3fn) if weight.encoding == weights.E4M3 and weights.no_nan(weight.codes) else None
+    plain = weight.kind == weights.MINIFLOAT and weight.encoding == weights.E4M3 and arithmetic.unit == 1.0
+    return weight.codes.view(torch.float8_e4m3fn) if plain and arithmetic.operand == torch.float8_e4m3fn else None
 
 
 def eight_bit_product(
@@ -144,37 +173,39 @@ def eight_bit_product(
     arithmetic = plan(weight, inputs.values.dtype, config.block_columns, dtype, units)
     if operand is None:
         operand = decode(weight, arithmetic.operand, arithmetic.unit)
-    if operand.dtype == torch.float8_e4m3fn and dtype == torch.bfloat16 and _scaled_mm_takes(inputs.values, weight):
-        y = _scaled_mm(weight, inputs, operand, arithmetic.unit, extras, dtype)
+    plain = operand.dtype == torch.float8_e4m3fn and arithmetic.unit == 1.0 and dtype == torch.bfloat16
+    if plain and _scaled_mm_takes(inputs.values, weight):
+        y = call(_scaled_mm, inputs.values, operand, inputs.scales, weight.scales, weight.e4m3, weight.tensor_scale, extras.bias)
         if y is not None:
-            return y
+            branch, up = inputs.branch, extras.low_rank_up
+            return y if branch is None or up is None else call(_add_branch, y, branch, up)
     return multiply(weight.dense(operand, arithmetic.unit), inputs, extras.low_rank_up, extras.bias, config, dtype, units)
 
 
 def _scaled_mm(
-    weight: PackedWeight, inputs: Inputs, operand: Tensor, unit: float, extras: Extras, dtype: torch.dtype
+    values: Tensor, operand: Tensor, x_scales: Tensor, scales: Tensor, e4m3: bool, tensor_scale: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
-    """``torch._scaled_mm``, or ``None`` where the library refuses, which is remembered of the device."""
-    scales = weights.scale_values(weight).expand(weight.rows, 1)
-    scales = (scales if unit == 1.0 else scales / unit).T.contiguous()
-    bias = None if extras.bias is None else extras.bias.to(dtype)
-    assert inputs.scales is not None
+    """``torch._scaled_mm`` to bfloat16, or ``None`` where the library refuses, which is remembered of the device."""
+    scales = weights.scale_values(scales, e4m3, tensor_scale).expand(operand.shape[0], 1).T.contiguous()
+    bias = None if bias is None else bias.to(torch.bfloat16)
     try:
-        y = torch._scaled_mm(inputs.values, operand.T, inputs.scales, scales, bias=bias, out_dtype=dtype)
+        return torch._scaled_mm(values, operand.T, x_scales, scales, bias=bias, out_dtype=torch.bfloat16)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # row-wise scales on 12.0: pytorch/pytorch#192707
-        _refused.add(inputs.values.device)
+        _refused.add(values.device)
         return None
-    if inputs.branch is None or extras.low_rank_up is None:
-        return y
-    return y.addmm_(inputs.branch, extras.low_rank_up.to(dtype).T)
+
+
+def _add_branch(y: Tensor, branch: Tensor, up: Tensor) -> Tensor:
+    return y.addmm_(branch, up.to(y.dtype).T)
 
 
 _refused: set[torch.device] = set()
 
 
-def conv2d(kind: str, x: Tensor, *args: Any) -> Tensor:
+@repeated(_content)
+def conv2d(known: Any, kind: str, x: Tensor, *args: Any) -> Tensor:
     """``<format>_conv2d``: 1x1 as a product of pixels, else an implicit product or a decoded kernel, by size."""
     count = WEIGHT_ARGUMENTS[kind]
     extras, window = _split(args, count)
@@ -184,19 +215,23 @@ def conv2d(kind: str, x: Tensor, *args: Any) -> Tensor:
     taps = window.kernel_size[0] * window.kernel_size[1]
     weight = _pack(kind, args[:count], x.shape[1] * taps)
     if not transforms(extras):
-        return reference.conv2d(x, decode(weight, reference.compute_dtype(x, extras)), window, extras)
+        return call(_decoded_conv2d, x, decode(weight, reference.compute_dtype(x, extras)), window, *extras)
     if taps == 1 and window.stride == (1, 1) and window.padding == (0, 0):
-        y = product(weight, x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), extras)
+        y = product(weight, x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), extras, ready=known is True)
         return y.view(x.shape[0], height, width, weight.rows).permute(0, 3, 1, 2).contiguous()
     pixels = x.shape[0] * height * width
     config = configs.choose(weight_name(weight), f"conv {x.dtype}"[5:], pixels, weight.rows, weight.columns, x.device)
     if (extras.activations == "none" and config.two_pass) or not matrix_units(x.device).bf16:
-        return reference.conv2d(x, decode(weight, reference.compute_dtype(x, extras)), window, extras)
+        return call(_decoded_conv2d, x, decode(weight, reference.compute_dtype(x, extras)), window, *extras)
 
     def launch(fitting: configs.LinearConfig) -> Tensor:
         return convolve(weight, x, extras, window, (height, width), fitting, matrix_units(x.device).fp8)
 
     return configs.fit((x.device, "conv", weight_name(weight), extras.activations, x.dtype), config, launch)
+
+
+def _decoded_conv2d(x: Tensor, dense: Tensor, window: Window, *extras: Any) -> Tensor:
+    return reference.conv2d(x, dense, window, Extras(*extras))
 
 
 def linear_input_gradient(kind: str, gradient: Tensor, *args: Any) -> Tensor:
@@ -221,10 +256,7 @@ def conv2d_input_gradient(kind: str, gradient: Tensor, *args: Any) -> Tensor:
 
 def weight_name(weight: PackedWeight) -> str:
     """Key of the tuned tables: what decoding costs depends on this."""
-    kind = ("integer", "minifloat", "codebook", "dense")[weight.kind]
-    groups = "row" if weight.row_scales else f"g{weight.group_size}"
-    shape = f"{weight.books}x{weight.bits}d{weight.vector_size}" if weight.kind == weights.CODEBOOK else str(weight.bits)
-    return f"{kind}{shape} {groups}"
+    return weight.name
 
 
 def takes(x: Tensor, extras: Extras) -> bool:
