@@ -215,3 +215,40 @@ def test_nothing_waits_for_the_device_on_behalf_of_a_codebook_twice():
     table.mul_(2)
     assert weights._units[table] is None and weights.codebook_unit(table) != unit
     assert DEVICE in str(table.device)
+
+
+DEFAULTS = ["integer4 g64", "minifloat4 g16", "minifloat8 g16", "integer8 g64", "codebook4x8d16 row", "codebook1x12d6 row"]
+H200 = 132  # multiprocessors
+
+
+@pytest.mark.parametrize("rows", [3072, 12288])
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+@pytest.mark.parametrize("inputs", ["bfloat16", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("weight", DEFAULTS)
+def test_many_tokens_share_the_decoding_of_a_weight(weight, inputs, tokens, rows):
+    assert configs.rule(weight, inputs, tokens, rows, 3072, H200).two_pass
+
+
+@pytest.mark.parametrize("tokens", [16, 129, 1024, 4096])
+def test_int8_codes_are_multiplied_as_they_are_loaded(tokens):
+    assert not configs.rule("integer8 row", "int8", tokens, 3072, 3072, H200).two_pass
+
+
+@pytest.mark.parametrize("weight", DEFAULTS)
+@pytest.mark.parametrize("tokens", [1, 16, 64, 127])
+def test_few_tokens_read_packed_weights_only(weight, tokens):
+    assert not configs.rule(weight, "bfloat16", tokens, 3072, 3072, H200).two_pass
+
+
+@pytest.mark.parametrize("rows", [1152, 3072, 12288, 18432])
+def test_few_tokens_have_programs_for_the_whole_device(rows):
+    config = configs.rule("integer4 g64", "bfloat16", 1, rows, 3072, H200)
+    assert -(-rows // config.block_rows) * config.splits >= min(4 * H200, rows // config.block_rows * 12)
+
+
+def test_the_model_knows_that_decoding_takes_longer_than_not_decoding():
+    def fused(instructions: float) -> float:
+        config = configs.rule("integer8 row", "int8", 1024, 3072, 3072, H200)
+        return configs._fused_time(config, instructions, 1, 1024, 3072, 3072, H200)
+
+    assert fused(0) <= fused(10) < fused(40)

@@ -121,12 +121,13 @@ def _inputs(x: Tensor, extras: Extras) -> tuple[Inputs, tuple[int, ...]]:
     return inputs, (height * width * channels, 1, width * channels, channels)
 
 
-def _branch(x: Tensor, down: Tensor | None, size: tuple[int, int], *geometry: tuple[int, int]) -> Tensor | None:
+def _branch(x: Tensor, down: Tensor | None, *window: tuple[int, int]) -> Tensor | None:
     """The low-rank branch before its up-projection, ``[pixels, rank]``."""
     if down is None:
         return None
+    size, stride, padding, dilation = window
     down = kernel_layout(down.to(x.dtype), size)
-    branch = F.conv2d(x, down, None, *geometry)
+    branch = F.conv2d(x, down, None, stride, padding, dilation)
     return branch.permute(0, 2, 3, 1).reshape(-1, down.shape[0]).contiguous()
 
 
