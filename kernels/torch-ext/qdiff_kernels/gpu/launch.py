@@ -42,19 +42,40 @@ class View(NamedTuple):
         return tensor if self.dtype is None else tensor.view(self.dtype).as_strided(self.shape, self.stride)
 
 
-class Recipe(NamedTuple):
-    """What one kind of call does, in order."""
-
-    steps: list[tuple[Callable[..., Any], tuple[Any, ...], bool]]  # function, arguments, whether the result is kept
-    result: View
-
-
-class _Group(NamedTuple):
-    """An argument that is a named tuple: its leaves, and the slots of those that are tensors."""
+class Group(NamedTuple):
+    """An argument that is a named tuple, with blanks for its tensors."""
 
     make: Callable[[list[Any]], Any]
     leaves: tuple[Any, ...]
-    tensors: tuple[tuple[int, View], ...]
+    blanks: tuple[tuple[int, View], ...]
+
+    def of(self, held: list[Any]) -> Any:
+        leaves = list(self.leaves)
+        for place, view in self.blanks:
+            leaves[place] = held[view.slot] if view.dtype is None else view.of(held)
+        return self.make(leaves)
+
+
+class Step(NamedTuple):
+    """A call of a function, with blanks for arguments that hold tensors."""
+
+    function: Callable[..., Any]
+    given: tuple[Any, ...]
+    blanks: tuple[tuple[int, View | Group], ...]
+    keep: bool  # whether the result is a tensor, to be held
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], arguments: tuple[Any, ...], keep: bool = False) -> Step:
+        """A step whose arguments are plain values, views and groups."""
+        blanks = tuple((place, a) for place, a in enumerate(arguments) if isinstance(a, View | Group))
+        return cls(function, tuple(None if isinstance(a, View | Group) else a for a in arguments), blanks, keep)
+
+
+class Recipe(NamedTuple):
+    """What one kind of call does, in order."""
+
+    steps: list[Step]
+    result: View
 
 
 class _State(threading.local):
@@ -147,23 +168,14 @@ def _kind_of(argument: Any) -> Any:
 
 def _follow(recipe: Recipe, arguments: tuple[Any, ...]) -> Tensor:
     held: list[Any] = [a for a in arguments if type(a) in TENSORS]
-    for function, given, keep in recipe.steps:
-        found = function(*[_filled(argument, held) for argument in given])
+    for function, given, blanks, keep in recipe.steps:
+        filled = list(given)
+        for place, blank in blanks:
+            filled[place] = blank.of(held)
+        found = function(*filled)
         if keep:
             held.append(found)
     return recipe.result.of(held)
-
-
-def _filled(argument: Any, held: list[Any]) -> Any:
-    kind = type(argument)
-    if kind is View:
-        return argument.of(held)
-    if kind is not _Group:
-        return argument
-    leaves = list(argument.leaves)
-    for place, view in argument.tensors:
-        leaves[place] = view.of(held)
-    return argument.make(leaves)
 
 
 class _Recorder(TorchDispatchMode):
@@ -173,7 +185,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.held: list[Any] = []  # alive until the end: no other tensor may get their addresses meanwhile
         self.slots: dict[int, int] = {}
-        self.steps: list[tuple[Callable[..., Any], tuple[Any, ...], bool]] = []
+        self.steps: list[Step] = []
         self.complete = all(type(t) in TENSORS for t in tensors)
         self.inside = False
         for tensor in tensors:
@@ -203,7 +215,7 @@ class _Recorder(TorchDispatchMode):
         with self.allowing():
             result = function(*arguments, **keywords)
         given = tuple(self._view(a) if isinstance(a, Tensor) else a for a in arguments)
-        self.steps.append((partial(function, **keywords) if keywords else function, given, isinstance(result, Tensor)))
+        self.steps.append(Step.of(partial(function, **keywords) if keywords else function, given, isinstance(result, Tensor)))
         if isinstance(result, Tensor):
             self._hold(result)
         return result
@@ -219,11 +231,11 @@ class _Recorder(TorchDispatchMode):
                 return look(argument)
             if not isinstance(argument, tuple):
                 return argument
-            tensors = tuple((place, look(leaf)) for place, leaf in enumerate(argument) if isinstance(leaf, Tensor))
+            blanks = tuple((place, look(leaf)) for place, leaf in enumerate(argument) if isinstance(leaf, Tensor))
             leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in argument)
-            return _Group(type(argument)._make, leaves, tensors) if tensors else argument  # type: ignore[attr-defined]
+            return Group(type(argument)._make, leaves, blanks) if blanks else argument  # type: ignore[attr-defined]
 
-        self.steps.append((function, tuple(map(described, arguments)), False))
+        self.steps.append(Step.of(function, tuple(map(described, arguments))))
 
     def recipe(self, result: Tensor) -> Recipe | None:
         view = self._view(result)
