@@ -5,7 +5,8 @@
 Triton gets a driver that launches nothing, so that its own work (binding arguments, looking up the compiled kernel) is counted on
 CPU tensors; the vendor's products are replaced by an empty result. Left out are the driver's launches and the device guard, a few
 microseconds each. Small copies that would run on the GPU run on the CPU instead, on a layer of 256 x 256 weights, where they take
-about as long as their launch does. Each number is the fastest of many calls: the machine may be shared.
+about as long as their launch does; what is launched is what 3072 x 3072 weights would get. Each number is the fastest of many
+calls: the machine may be shared.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from qdiff_diffusers.layers import pack_layer
 from qdiff_diffusers.methods import quantize_weight
 
 SIZE = 256  # input and output channels
+PLANNED = 3072  # for which launches are planned
 TOKENS = (1, 512, 4096)
 BATCH, BATCHES = 20, 100
 PROCESSORS = 132
@@ -75,11 +77,13 @@ class NoDriver:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """CPU tensors take the path of an H200's."""
-    kept: dict[str, Any] = {name: getattr(ops, name) for name in ("runs_on", "matrix_units", "F")}
-    processors = configs.processors
+    kept: dict[str, Any] = {name: getattr(ops, name) for name in ("runs_on", "matrix_units", "F", "_project")}
+    processors, choose = configs.processors, configs.choose
     ops.runs_on = lambda tensor: True
     ops.matrix_units = lambda device: Units(bf16=True, fp8=True, block_scaled=False)  # type: ignore[assignment]
     ops.F = SimpleNamespace(linear=_no_product, pad=kept["F"].pad)  # type: ignore[assignment]
+    configs.choose = lambda weight, inputs, tokens, rows, columns, device: choose(weight, inputs, tokens, PLANNED, PLANNED, device)
+    ops._project = lambda x, down: x.new_empty(x.shape[0], down.shape[0])
     configs.processors = lambda name: PROCESSORS  # type: ignore[assignment]
     triton.runtime.driver.set_active(NoDriver())  # type: ignore[arg-type]
     try:
@@ -88,7 +92,7 @@ def as_on_a_gpu() -> Iterator[None]:
     finally:
         for name, value in kept.items():
             setattr(ops, name, value)
-        configs.processors = processors
+        configs.processors, configs.choose = processors, choose
 
 
 def _no_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
