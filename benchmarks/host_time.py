@@ -81,7 +81,7 @@ def as_on_a_gpu() -> Iterator[None]:
     processors, choose = configs.processors, configs.choose
     ops.runs_on = lambda tensor: True
     ops.matrix_units = lambda device: Units(bf16=True, fp8=True, block_scaled=False)  # type: ignore[assignment]
-    ops.F = SimpleNamespace(linear=_no_product, pad=kept["F"].pad)  # type: ignore[assignment]
+    ops.F = SimpleNamespace(linear=_no_product)  # type: ignore[assignment]
     configs.choose = lambda weight, inputs, tokens, rows, columns, device: choose(weight, inputs, tokens, PLANNED, PLANNED, device)
     ops._project = lambda x, down: x.new_empty(x.shape[0], down.shape[0])
     configs.processors = lambda name: PROCESSORS  # type: ignore[assignment]

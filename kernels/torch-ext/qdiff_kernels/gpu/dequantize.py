@@ -21,9 +21,9 @@ FOLDED_RANK = 128  # at most, of a branch that is added while decoding: 32 KB of
 
 
 class Branch(NamedTuple):
-    """A low-rank branch that becomes part of the decoded weight, as an argument of the kernel."""
+    """A low-rank branch that becomes part of the decoded weight, or stands beside it, as an argument of the kernel."""
 
-    down: Tensor | None  # [rank, columns]
+    down: Tensor | None  # [rank, columns], None beside it
     up: Tensor | None  # [rows, rank]
     rank: int
 
@@ -33,6 +33,7 @@ def dequantize(
     dtype: torch.dtype,
     unit: float | None = None,
     branch: tuple[Tensor, Tensor] | None = None,
+    beside: Tensor | None = None,
     room: int = 0,
 ) -> Tensor:
     """The dense weight ``[rows, columns]`` in ``dtype``; with ``unit``, the levels times ``unit`` and no scale.
@@ -41,7 +42,7 @@ def dequantize(
 
     Args:
         branch: ``down [rank, columns]`` and ``up [rows, rank]``; ``up @ down`` is added in float32 before the sum is rounded.
-        room: columns more to allocate; what they hold is undefined.
+        beside: ``up [rows, rank]`` that follows the weight's columns, then zeros up to ``room`` columns.
 
     Returns:
         ``[rows, columns + room]``.
@@ -50,21 +51,20 @@ def dequantize(
     if not out.numel():
         return out
     folded = branch is not None and branch[0].shape[0] <= FOLDED_RANK
-    down, up = branch if folded and branch is not None else (None, None)
-    rank = 0 if down is None else down.shape[0]
-    grid = (-(-weight.rows // BLOCK_ROWS), -(-weight.columns // BLOCK_COLUMNS))
+    down, up = branch if folded and branch is not None else (None, beside)
+    grid = (-(-weight.rows // BLOCK_ROWS), -(-(weight.columns + room) // BLOCK_COLUMNS))
     launch(
         _dequantize_kernel,
         grid,
         out,
         weight.pointers() if unit is None else weight.pointers()._replace(tensor_scale=None),
         1.0 if unit is None else unit,
-        Branch(down, up, rank),
+        Branch(down, up, 0 if up is None else up.shape[1]),
         weight.columns + room,
         LAYOUT=weight.layout(),
         SCALED=unit is None,
         INT8=dtype == torch.int8,
-        RANK=padded_rank(rank),
+        RANK=0 if down is None else padded_rank(down.shape[0]),
         BN=BLOCK_ROWS,
         BK=BLOCK_COLUMNS,
     )
@@ -81,7 +81,7 @@ def _dequantize_kernel(
     w,  # WeightPointers
     unit,
     branch,  # Branch
-    stride,  # of a row of the result
+    stride,  # of a row of the result, as many as it has columns
     LAYOUT: tl.constexpr,  # WeightLayout
     SCALED: tl.constexpr,
     INT8: tl.constexpr,
@@ -112,7 +112,12 @@ def _dequantize_kernel(
     column = start + tl.arange(0, BK)
     if RANK:
         value = _add_branch(value, branch, rows, column, w.columns, out_ptr.dtype.element_ty, RANK)
-    inside = (row < w.rows)[:, None] & (column < w.columns)[None, :]
+    elif branch.up is not None:
+        index = (column - w.columns)[None, :]
+        at = branch.up + rows[:, None] * branch.rank + index
+        held = tl.load(at, mask=(index >= 0) & (index < branch.rank), other=0.0)
+        value = tl.where(index < 0, value, held.to(tl.float32))
+    inside = (row < w.rows)[:, None] & (column < stride)[None, :]
     tl.store(out_ptr + row.to(tl.int64)[:, None] * stride + column[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -130,9 +130,7 @@ def decoded_product(weight: PackedWeight, x: Tensor, extras: Extras) -> Tensor:
         return call(_vendor_product, values, decode(weight, x.dtype, branch=(down, up)), extras.bias)
     room = -(-down.shape[0] // ROOM) * ROOM
     values = dequantize_tokens(transform(x, extras, down), x.dtype, room)
-    dense = decode(weight, x.dtype, room=room)
-    call(_append, dense, up, weight.columns)
-    return call(_vendor_product, values, dense, extras.bias)
+    return call(_vendor_product, values, decode(weight, x.dtype, beside=up, room=room), extras.bias)
 
 
 def _vendor_product(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,11 +141,6 @@ def _as_seen(down: Tensor, smooth: Tensor | None, rotation: int) -> Tensor:
     """Down-projection ``[rank, columns]`` of the inputs that smoothing and rotation leave: ``x . d = R(x / s) . R(s d)``."""
     down = down.float() if smooth is None else down.float() * smooth.float()
     return rotate(down, rotation) if rotation else down
-
-
-def _append(dense: Tensor, up: Tensor, columns: int) -> None:
-    """Fill the columns of ``dense`` beyond the first ``columns`` with ``up`` and zeros."""
-    dense[:, columns:] = F.pad(up, (0, dense.shape[1] - columns - up.shape[1]))
 
 
 def ready_operand(weight: PackedWeight, arithmetic: Arithmetic) -> Tensor | None:
