@@ -118,8 +118,9 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("page", [*sorted((ROOT / "docs" / "development").glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=name_of)
 def test_every_file_that_the_development_pages_name_exists(page):
     text = FENCE.sub("", page.read_text())
-    beside = ROOT / "kernels" / "torch-ext" / "qdiff_kernels" / "cpu"  # whose files its page names without a folder
-    places = (ROOT, beside, beside.parent) if page.name == "cpu_kernels.md" else (ROOT,)
+    kernels = ROOT / "kernels" / "torch-ext" / "qdiff_kernels"
+    beside = kernels / page.name[:3]  # cpu or gpu, whose files its page names without a folder
+    places = (ROOT, beside, kernels) if page.name in ("cpu_kernels.md", "gpu_kernels.md") else (ROOT,)
     for name in PATH.findall(text):
         assert any((place / name).exists() for place in places), f"{name_of(page)} names {name}"
     if page.name == "architecture.md":

@@ -116,7 +116,12 @@ class PackedLayer(nn.Module):
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
-        return {name: tensor for name in self.tensor_names if (tensor := getattr(self, name, None)) is not None}
+        parameters, buffers, found = self._parameters, self._buffers, {}
+        for name in self.tensor_names:  # each call of a layer comes here, and __getattr__ is slow
+            tensor = parameters.get(name, buffers.get(name))
+            if tensor is not None or (tensor := getattr(self, name, None)) is not None:
+                found[name] = tensor
+        return found
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight this layer is equivalent to, in its logical shape; of an offloaded layer too."""

@@ -39,16 +39,18 @@ def _register(op: str, kind: str) -> None:
 def _on_device_of(tensor: Tensor, function: Callable[..., Any], *args: Any) -> Any:
     """Call with the tensor's device current, which is where Triton launches, and in the dtypes the op promises."""
     kind = tensor.device.type
-    with torch.autocast(kind, enabled=False):
-        if kind == "cpu":
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _on_device_of(tensor, function, *args)
+    if kind == "cpu":
+        return function(*args)
+    with torch.get_device_module(kind).device(tensor.device):
+        try:
             return function(*args)
-        with torch.get_device_module(kind).device(tensor.device):
-            try:
-                return function(*args)
-            except RuntimeError as error:
-                if "C compiler" not in str(error):
-                    raise
-                return _give_up(error)
+        except RuntimeError as error:
+            if "C compiler" not in str(error):
+                raise
+            return _give_up(error)
 
 
 def _give_up(error: Exception) -> Any:

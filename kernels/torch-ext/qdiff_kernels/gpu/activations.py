@@ -21,6 +21,7 @@ from ..reference import Extras
 from .blocks import INT4_GROUP, padded_rank
 from .configs import device_name, processors
 from .decode import E4M3, INTERPRETED, minifloat_value
+from .launch import call, empty, launch
 from .linear import Inputs
 
 BLOCK_TOKENS = 16
@@ -114,14 +115,16 @@ def prepare(x: Tensor, extras: Extras, down: Tensor | None) -> Inputs:
         down = None
     if down is not None:
         parts = parts._replace(splits=1, warps=16)
-    values = torch.empty(tokens, columns, device=x.device, dtype=x.dtype if activations == "none" else torch.int8)
+    values = empty((tokens, columns), x.dtype if activations == "none" else torch.int8, x.device)
     groups = -(-columns // GROUP) if activations == "int4" else 1
-    scales = None if activations == "none" else torch.empty(tokens, groups, device=x.device, dtype=torch.float32)
-    sums = None if activations == "none" else torch.empty(tokens, groups, device=x.device, dtype=torch.float32)
+    scales = None if activations == "none" else empty((tokens, groups), torch.float32, x.device)
+    sums = None if activations == "none" else empty((tokens, groups), torch.float32, x.device)
     rank = 0 if down is None else down.shape[0]
-    branch = None if down is None else torch.empty(tokens, rank, device=x.device, dtype=x.dtype)
-    signs = rotation_signs(columns, x.device, x.dtype) if rotation else None
-    _prepare_kernel[(triton.cdiv(tokens, parts.tokens), parts.splits)](
+    branch = None if down is None else empty((tokens, rank), x.dtype, x.device)
+    signs = call(rotation_signs, columns, x.device, x.dtype) if rotation else None
+    launch(
+        _prepare_kernel,
+        (-(-tokens // parts.tokens), parts.splits),
         Source(x, columns, *strides),
         Transform(smooth, signs, given, down, rank),
         Prepared(values, scales, sums, branch, groups),

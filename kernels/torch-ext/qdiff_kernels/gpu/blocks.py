@@ -39,7 +39,7 @@ class Epilogue(NamedTuple):
 
 def padded_rank(rank: int) -> int:
     """A power of two of at least 16, which a matrix unit takes; 0 stays 0."""
-    return max(16, triton.next_power_of_2(rank)) if rank else 0
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
 
 
 class Numbers(NamedTuple):

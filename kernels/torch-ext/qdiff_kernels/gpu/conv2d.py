@@ -33,6 +33,7 @@ from .blocks import (
 )
 from .configs import LinearConfig
 from .decode import group_scale
+from .launch import call, empty, launch
 from .linear import OPERANDS, Inputs, Units, on_weights, plan
 from .weights import PackedWeight
 
@@ -88,10 +89,12 @@ def conv2d(
         arithmetic = on_weights(weight, torch.float32 if x.dtype == torch.float32 else operand)
     fp8_bytes = inputs.values.dtype == torch.float8_e4m3fn and arithmetic.operand != torch.float8_e4m3fn
     values = inputs.values.view(torch.uint8) if fp8_bytes else inputs.values
-    out = torch.empty(batch, weight.rows, *size, device=x.device, dtype=x.dtype)
+    out = empty((batch, weight.rows, *size), x.dtype, x.device)
     pixels = batch * size[0] * size[1]
-    epilogue = Epilogue.of(extras.bias, _branch(x, extras, window), extras.low_rank_up)
-    _conv2d_kernel[(triton.cdiv(weight.rows, config.block_rows) * triton.cdiv(pixels, config.block_tokens),)](
+    epilogue = Epilogue.of(extras.bias, call(_branch, x, extras.low_rank_down, *window), extras.low_rank_up)
+    launch(
+        _conv2d_kernel,
+        (-(-weight.rows // config.block_rows) * -(-pixels // config.block_tokens),),
         ImagePointers(values, inputs.scales, channels, height, width, *strides),
         weight.pointers(),
         epilogue,
@@ -118,12 +121,13 @@ def _inputs(x: Tensor, extras: Extras) -> tuple[Inputs, tuple[int, ...]]:
     return inputs, (height * width * channels, 1, width * channels, channels)
 
 
-def _branch(x: Tensor, extras: Extras, window: Window) -> Tensor | None:
+def _branch(x: Tensor, down: Tensor | None, *window: tuple[int, int]) -> Tensor | None:
     """The low-rank branch before its up-projection, ``[pixels, rank]``."""
-    if extras.low_rank_down is None:
+    if down is None:
         return None
-    down = kernel_layout(extras.low_rank_down.to(x.dtype), window.kernel_size)
-    branch = F.conv2d(x, down, None, window.stride, window.padding, window.dilation)
+    size, stride, padding, dilation = window
+    down = kernel_layout(down.to(x.dtype), size)
+    branch = F.conv2d(x, down, None, stride, padding, dilation)
     return branch.permute(0, 2, 3, 1).reshape(-1, down.shape[0]).contiguous()
 
 

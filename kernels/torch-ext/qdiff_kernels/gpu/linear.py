@@ -33,6 +33,7 @@ from .blocks import (
 )
 from .configs import LinearConfig
 from .decode import group_scale
+from .launch import empty, launch
 from .weights import PackedWeight
 
 OPERANDS = {
@@ -128,12 +129,14 @@ def linear(
     block = INT4_GROUP.value if grouped else config.block_columns
     arithmetic = plan(weight, x.dtype, block, out_dtype, units)
     fp8_bytes = x.dtype == torch.float8_e4m3fn and arithmetic.operand != x.dtype
-    splits = min(config.splits, triton.cdiv(columns, block))
-    out = torch.empty(tokens, weight.rows, device=x.device, dtype=out_dtype)
-    target = out if splits == 1 else torch.empty(splits, tokens, weight.rows, device=x.device, dtype=torch.float32)
+    splits = min(config.splits, -(-columns // block))
+    out = empty((tokens, weight.rows), out_dtype, x.device)
+    target = out if splits == 1 else empty((splits, tokens, weight.rows), torch.float32, x.device)
     extras = Epilogue.of(bias, inputs.branch, up)
-    grid = (triton.cdiv(weight.rows, config.block_rows) * triton.cdiv(tokens, config.block_tokens), splits)
-    _linear_kernel[grid](
+    grid = (-(-weight.rows // config.block_rows) * -(-tokens // config.block_tokens), splits)
+    launch(
+        _linear_kernel,
+        grid,
         TokenPointers(x.view(torch.uint8) if fp8_bytes else x, inputs.scales, inputs.sums, x.stride(0)),
         weight.pointers(),
         extras,
@@ -148,7 +151,7 @@ def linear(
     )
     if splits > 1:
         size = out.numel()
-        _sum_splits_kernel[(triton.cdiv(size, 1024),)](target, out, size, splits, BLOCK=1024)
+        launch(_sum_splits_kernel, (-(-size // 1024),), target, out, size, splits, BLOCK=1024)
     return out
 
 

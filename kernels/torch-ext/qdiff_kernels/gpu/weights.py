@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..bitpack import packed_bytes
 from ..minifloat import encoding_bits, fold_row_scale, levels
 from ..minifloat import scale_values as minifloat_scales
+from .launch import call
 
 INTEGER, MINIFLOAT, CODEBOOK, DENSE = 0, 1, 2, 3
 E2M1, E4M3 = 2 * 16 + 1 * 2, 4 * 16 + 3 * 2
@@ -103,9 +104,12 @@ class PackedWeight(NamedTuple):
 
     def layout(self) -> WeightLayout:
         """What kernels are compiled for."""
-        group = self.group_size if self.scales.shape[1] > 1 else 1 << 30
-        codes = (self.kind, self.bits, self.encoding, self.second, self.books, self.vector_size, self.midpoint)
-        return WeightLayout(*codes, group, self.e8m0, self.e4m3)
+        return _layout(self[FACTS:], self.scales.shape[1] > 1)
+
+    @property
+    def name(self) -> str:
+        """Key of the tuned tables: what decoding costs depends on this."""
+        return _name(self[FACTS:], self.row_scales)
 
     def operand_unit(self, operand: torch.dtype) -> float | None:
         """Factor that turns every level into a number ``operand`` holds; ``None`` if it would lose precision that matters.
@@ -120,7 +124,7 @@ class PackedWeight(NamedTuple):
         if self.kind == DENSE:
             return self.unit
         if self.kind == CODEBOOK:
-            return _codebook_unit(self.table) if operand == torch.int8 and self.table is not None else None
+            return codebook_unit(self.table) if operand == torch.int8 and self.table is not None else None
         if self.kind == INTEGER:
             return 1.0 if operand == torch.int8 or self.bits <= 5 else None
         return _minifloat_unit((self.encoding, self.second) if self.second else (self.encoding,), operand)
@@ -130,11 +134,27 @@ class PackedWeight(NamedTuple):
         return self._replace(codes=operand, kind=DENSE, unit=unit)
 
 
-def scale_values(weight: PackedWeight) -> Tensor:
-    """The scales as float32 numbers ``[rows or 1, groups]``, the scale of the tensor multiplied in."""
-    scales = weight.scales.view(torch.float8_e4m3fn) if weight.e4m3 else weight.scales
-    values = minifloat_scales(scales, torch.float32)
-    return values if weight.tensor_scale is None else values * weight.tensor_scale
+FACTS = PackedWeight._fields.index("columns")  # from here on a packed weight has no tensors
+
+
+@lru_cache(maxsize=1024)
+def _layout(facts: tuple[Any, ...], groups: bool) -> WeightLayout:
+    _, group_size, kind, bits, encoding, second, books, vector_size, e8m0, e4m3, _ = facts
+    midpoint = 1 << (bits - 1) if kind in (INTEGER, DENSE) else 0
+    return WeightLayout(kind, bits, encoding, second, books, vector_size, midpoint, group_size if groups else 1 << 30, e8m0, e4m3)
+
+
+@lru_cache(maxsize=1024)
+def _name(facts: tuple[Any, ...], row_scales: bool) -> str:
+    _, group_size, kind, bits, _, _, books, vector_size, *_ = facts
+    shape = f"{books}x{bits}d{vector_size}" if kind == CODEBOOK else str(bits)
+    return f"{('integer', 'minifloat', 'codebook', 'dense')[kind]}{shape} {'row' if row_scales else f'g{group_size}'}"
+
+
+def scale_values(scales: Tensor, e4m3: bool, tensor_scale: Tensor | None) -> Tensor:
+    """A packed weight's scales as float32 numbers ``[rows or 1, groups]``, the scale of the tensor multiplied in."""
+    values = minifloat_scales(scales.view(torch.float8_e4m3fn) if e4m3 else scales, torch.float32)
+    return values if tensor_scale is None else values * tensor_scale
 
 
 def codebook(codes: Tensor, codebooks: Tensor, scales: Tensor, group_size: int, columns: int) -> PackedWeight:
@@ -146,27 +166,48 @@ def codebook(codes: Tensor, codebooks: Tensor, scales: Tensor, group_size: int, 
 def minifloat(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, encodings: str, group_size: int, columns: int
 ) -> PackedWeight:
-    names = encodings.split(",")
-    scales, tensor_scale = fold_row_scale(scales, tensor_scale)
-    numbers = [_encoding_number(name) for name in names]
-    bits = 1 + sum(encoding_bits(names[0]))
+    if tensor_scale is not None and tensor_scale.numel() > 1:
+        scales, tensor_scale = call(_folded, scales, tensor_scale), None
+    bits, *numbers = _encoding_numbers(encodings)
     return _packed(codes, None, scales, None, tensor_scale, columns, group_size, MINIFLOAT, bits, *numbers)
+
+
+def _folded(scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    return fold_row_scale(scales, tensor_scale)[0]
 
 
 def integer(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int) -> PackedWeight:
     return _packed(codes, None, scales, zeros, None, columns, group_size, INTEGER, bits)
 
 
-def _packed(codes: Tensor, table: Tensor | None, scales: Tensor, zeros: Tensor | None, *rest: Any) -> PackedWeight:
-    _, columns, _, kind, bits, *shape = rest
-    count = columns if kind != CODEBOOK else -(-columns // shape[-1]) * shape[-2]
-    if codes.shape[1] != packed_bytes(count, bits):
-        raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, got {codes.shape[1]}")
-    e4m3, e8m0 = scales.dtype == torch.float8_e4m3fn, scales.dtype == torch.int8
-    if e4m3:
+def _packed(
+    codes: Tensor, table: Tensor | None, scales: Tensor, zeros: Tensor | None, tensor_scale: Tensor | None, *numbers: Any
+) -> PackedWeight:
+    facts = _facts(codes.shape[1], scales.dtype, numbers)
+    if scales.dtype == torch.float8_e4m3fn:
         scales, zeros = scales.view(torch.uint8), None if zeros is None else zeros.view(torch.uint8)
-    table, zeros = (None if t is None else t.contiguous() for t in (table, zeros))
-    return PackedWeight(codes.contiguous(), table, scales.contiguous(), zeros, *rest)._replace(e8m0=e8m0, e4m3=e4m3)
+    table, zeros = None if table is None else table.contiguous(), None if zeros is None else zeros.contiguous()
+    return PackedWeight(codes.contiguous(), table, scales.contiguous(), zeros, tensor_scale, *facts)
+
+
+@lru_cache(maxsize=1024)
+def _facts(width: int, scales: torch.dtype, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a packed weight is besides its tensors. They follow from sizes and dtypes: nothing here can grow stale."""
+    names = PackedWeight._fields[FACTS:]
+    facts = PackedWeight._field_defaults | dict(zip(names, numbers, strict=False))
+    facts |= {"e8m0": scales == torch.int8, "e4m3": scales == torch.float8_e4m3fn}
+    columns, bits = facts["columns"], facts["bits"]
+    count = columns if facts["kind"] != CODEBOOK else -(-columns // facts["vector_size"]) * facts["books"]
+    if width != packed_bytes(count, bits):
+        raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, got {width}")
+    return tuple(facts[name] for name in names)
+
+
+@lru_cache(maxsize=64)
+def _encoding_numbers(encodings: str) -> tuple[int, ...]:
+    """Bits of a code, then the number of each encoding."""
+    names = encodings.split(",")
+    return 1 + sum(encoding_bits(names[0])), *(_encoding_number(name) for name in names)
 
 
 def _encoding_number(name: str) -> int:
@@ -184,17 +225,74 @@ def _minifloat_unit(encodings: tuple[int, ...], operand: torch.dtype) -> float |
     return next((unit for unit in (2.0**n for n in range(-2, 8)) if _exact(values * unit, operand)), None)
 
 
-_codebook_units: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+class Known:
+    """What is known of tensors' contents, for as long as they live, stay where they are and nobody writes to them."""
+
+    def __init__(self) -> None:
+        self._facts: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Any]] = {}
+
+    def __getitem__(self, tensor: Tensor) -> Any:
+        """The fact, ``None`` if there is none."""
+        found = self._facts.get(id(tensor))
+        return found[2] if found is not None and found[0]() is tensor and found[1] == _state(tensor) else None
+
+    def __setitem__(self, tensor: Tensor, fact: Any) -> None:
+        key = id(tensor)
+        self._facts[key] = (weakref.ref(tensor, lambda _: self._facts.pop(key, None)), _state(tensor), fact)
 
 
-def _codebook_unit(table: Tensor) -> float:
-    """Looked up by tensor and its version, because finding it waits for the device."""
-    version = 0 if table.is_inference() else table._version
-    if table not in _codebook_units or _codebook_units[table][0] != version:
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+_units, _clean = Known(), Known()
+
+
+def codebook_unit(table: Tensor) -> float | None:
+    """What turns sums of entries into int8 numbers. Finding it waits for the device, once for each table.
+
+    ``None`` while a CUDA graph is captured, when nothing may wait: entries are multiplied as 16-bit numbers then.
+    """
+    if (unit := _units[table]) is None and not _capturing(table):
         reach = float(table.float().abs().amax((1, 2)).sum())
         exact = table.dtype == torch.int8 and reach <= SATURATING_REACH
-        _codebook_units[table] = (version, 1.0 if exact else 127.0 / max(reach, 1e-30))
-    return _codebook_units[table][1]
+        unit = _units[table] = 1.0 if exact else 127.0 / max(reach, 1e-30)
+    return unit
+
+
+class Asked(NamedTuple):
+    """An answer that the device will have written to the host's memory once the event has passed."""
+
+    answer: Tensor
+    event: torch.cuda.Event
+
+
+def no_nan(codes: Tensor) -> bool:
+    """Whether none of E4M3 ``codes`` is known to be what hardware reads as NaN: then they are an operand as they are stored.
+
+    No quantizer writes one, but a file may hold it. The second call with a tensor asks the device, and nothing waits for the
+    answer; until it is there, and for tensors that offloading makes anew for each call, codes are copied. Products are the same
+    either way.
+    """
+    known = _clean[codes]
+    if isinstance(known, Asked) and known.event.query():
+        known = _clean[codes] = bool(known.answer)
+    elif known is None:
+        _clean[codes] = "seen"
+    elif known == "seen" and not _capturing(codes):
+        found = ((codes.view(torch.uint8) & 0x7F) != 0x7F).all()
+        if codes.device.type != "cuda":
+            known = _clean[codes] = bool(found)
+        else:
+            answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(found, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            _clean[codes] = Asked(answer, event)
+    return known is True
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _exact(values: Tensor, dtype: torch.dtype) -> bool:
