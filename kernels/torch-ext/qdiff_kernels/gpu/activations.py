@@ -27,6 +27,7 @@ from .linear import Inputs
 BLOCK_TOKENS = 16
 BLOCK_COLUMNS = 128
 PROGRAMS_PER_PROCESSOR = 4
+RIDING_RANK = 32  # at most, of a projection in the same kernel: 64 takes more than the 128 registers of 512 threads
 HELD = 16384  # numbers that a program keeps in registers: 32 in each of 512 threads
 INT8_LIMIT, FP8_LIMIT, INT4_LIMIT = tl.constexpr(127.0), tl.constexpr(FP8_MAX), tl.constexpr(7.0)
 CODES = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
@@ -111,7 +112,8 @@ def prepare(x: Tensor, extras: Extras, down: Tensor | None) -> Inputs:
     multiprocessors = processors(device_name(x.device))
     by_token = activations in ("int8", "fp8")
     parts = partition(tokens, columns, rotation, by_token, strides[2] == 1, multiprocessors)
-    if by_token or -(-tokens // BLOCK_TOKENS) < multiprocessors:
+    fills = -(-tokens // BLOCK_TOKENS) >= multiprocessors
+    if by_token or not fills or (down is not None and down.shape[0] > RIDING_RANK):
         down = None
     if down is not None:
         parts = parts._replace(splits=1, warps=16)
