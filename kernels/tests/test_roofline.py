@@ -55,6 +55,12 @@ def test_the_endless_loop_behind_a_kernel_is_no_loop_of_it():
     assert len(sass.parse(LISTING).loops) == 1
 
 
+def test_waiting_for_a_barrier_out_of_line_makes_no_loop():
+    wait = "        /*0100*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R0], R1 ;\n"
+    back = "        /*0110*/              @!P0 BRA `(.L_x_0);\n"
+    assert sass.parse(LISTING + ".L_x_3:\n" + wait + back).loops == sass.parse(LISTING).loops
+
+
 def test_every_default_of_every_method_is_in_the_table():
     found = {layer.spec.format for layer in default_layers()}
     for name, method in METHODS.items():

@@ -185,7 +185,10 @@ def predict_kernel(kernel: Kernel, machine: Machine, device: Device) -> Predicti
 
     def wave(each: int) -> float:
         total = _together(outside, each, device, 0)
-        return total + sum(tile.trips * _together(loop, each, device, LATENCY / max(1, stages - 1)) for loop in loops)
+        for counts, loop in zip(analysis.loops, loops, strict=True):
+            fetches = counts.loads or counts.copies or counts.matrix  # others wait for a barrier, and have been counted there
+            total += tile.trips * _together(loop, each, device, LATENCY / max(1, stages - 1) if fetches else 0)
+        return total
 
     full, rest = divmod(grid, device.multiprocessors * resident)
     last = -(-rest // device.multiprocessors)

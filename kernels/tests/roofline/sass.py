@@ -40,17 +40,24 @@ def parse(text: str) -> Code:
     """What nvdisasm -c prints."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
+    end = None  # the first exit that is not conditional; what stands behind it and jumps back waits for a barrier, out of line
     for line in text.splitlines():
         if found := LABEL.match(line):
             labels[found[1]] = len(instructions)
         elif found := INSTRUCTION.match(line):
             instructions.append((found[1].split()[0], found[1]))
+            if end is None and found[1].startswith("EXIT") and "@" not in found[0]:
+                end = len(instructions)
     loops = []
     for index, (operation, whole) in enumerate(instructions):
         found = re.search(r"(\.L[^\s,;)`]+)", whole)
         backwards = found is not None and labels.get(found[1], index + 1) <= index
-        if operation.startswith("BRA") and backwards and found is not None and labels[found[1]] != index:  # the last one waits
-            loops.append((labels[found[1]], index))
+        if not (operation.startswith("BRA") and backwards and found is not None):
+            continue
+        first = labels[found[1]]
+        returns = end is not None and first < end <= index
+        if first != index and not returns:  # the last instruction jumps to itself
+            loops.append((first, index))
     return Code(instructions, loops)
 
 
