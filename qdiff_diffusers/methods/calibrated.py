@@ -7,11 +7,14 @@ from torch import Tensor
 
 from ..formats import WeightFormat
 from .coders import CodebookCoder, ScalarCoder, make_coder
-from .output_error import descend, gain, pass_on_errors, row_errors
-from .unbias import MAX_GAIN
+from .output_error import gain, prepare, row_errors
+from .threads import block_threads
+from .unbias import MAX_GAIN, sample_rows
 
 BEAM = 16
 SWEEPS = 8
+SCALAR_TOLERANCE = 0.04  # of rounds of scalar formats, most of whose gain is that of the first pass
+ERROR_ROWS = 128  # that tell the errors of scalar formats
 TOLERANCE = 0.01  # AQLM's: stop when a round lowers the error by less
 CODEBOOK_STEPS, CODEBOOK_RATE = 40, 1e-3  # per round; the rate is relative to an entry's size
 BETAS = (0.0, 0.95)
@@ -43,24 +46,48 @@ def fit_to_inputs(
     Raises:
         ValueError: the Hessian holds NaN or infinity.
     """
-    total = row_errors(weight, hessian).sum().clamp_min(1e-30)
     coder = make_coder(fmt, tensors, weight.shape[1], beam)
+    fit = _fit_scalars if isinstance(coder, ScalarCoder) else _fit_codebooks
+    with block_threads():
+        found = fit(weight, hessian, coder, sweeps, [] if errors is None else errors)
+    return tensors if found is None else found
+
+
+def _fit_scalars(
+    weight: Tensor, hessian: Tensor, coder: ScalarCoder, sweeps: int, errors: list[float]
+) -> dict[str, Tensor] | None:
+    """Codes and scales in one go. Rows are independent, so a few tell what the errors are."""
+    some, tensors = sample_rows(weight, coder.pack(), ERROR_ROWS * weight.shape[1])
+    total = row_errors(some, hessian).sum().clamp_min(1e-30)
+    errors.append(float(row_errors(some - coder.format.dequantize(tensors, weight.shape[1]), hessian).sum() / total))
+    left = coder.fit(weight, prepare(hessian), sweeps, SCALAR_TOLERANCE)
+    left = left[:, :: -(-len(weight) // len(some))].sum(1) / total
+    if not float(left[-1]) < errors[-1]:
+        return None
+    errors.extend(error for error in left.tolist() if error < errors[-1])
+    return coder.pack()
+
+
+def _fit_codebooks(
+    weight: Tensor, hessian: Tensor, coder: CodebookCoder, sweeps: int, errors: list[float]
+) -> dict[str, Tensor] | None:
+    """Codes, scales and codebooks in turn."""
+    total = row_errors(weight, hessian).sum().clamp_min(1e-30)
 
     def error() -> float:
         return float(row_errors(weight - coder.values, hessian).sum() / total)
 
-    best, found = error(), coder.pack()
-    log = [best] if errors is None else errors
-    log += [] if errors is None else [best]
-    pass_on_errors(weight, hessian, coder)
+    best, found = error(), None
+    errors.append(best)
+    coder.pass_on(weight, prepare(hessian, coder.step))
     for _ in range(sweeps):
-        descend(weight, hessian, coder)
+        coder.descend(weight, hessian)
         _adapt(weight, hessian, coder)
         now = error()
         if not now < best:
             break
         gained, best, found = 1 - now / best, now, coder.pack()
-        log.append(now)
+        errors.append(now)
         if gained < TOLERANCE:
             break
     return found
@@ -69,6 +96,8 @@ def fit_to_inputs(
 def keep_gain(weight: Tensor, fmt: WeightFormat, tensors: dict[str, Tensor], hessian: Tensor) -> dict[str, Tensor]:
     """Tensors whose rows are rescaled so that their outputs keep the gain of those of ``weight`` (see unbias.py)."""
     coder = make_coder(fmt, tensors, weight.shape[1], BEAM)
+    if not coder.can_rescale:
+        return tensors
     seen = weight @ hessian
     factors = (seen * weight).sum(1) / (seen * coder.values).sum(1)
     coder.rescale(torch.where(factors.isfinite(), factors, 1.0).clamp(1 / MAX_GAIN, MAX_GAIN))

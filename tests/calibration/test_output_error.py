@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qdiff_diffusers import AQConfig, FPConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.methods import LayerInputs, format_target, quantize_weight
 from qdiff_diffusers.methods.coders import make_coder
-from qdiff_diffusers.methods.output_error import damped, descend, inverse_factor, pass_on_errors, row_errors
+from qdiff_diffusers.methods.output_error import damped, descend, pass_on_errors, prepare, row_errors
 
 CONFIGS = {
     "aq": AQConfig(bits=2),
@@ -100,7 +100,7 @@ def test_passing_on_errors_is_gptq():
     coder = make_coder(plain.spec.format, plain.tensors, 12, beam=1)
     scale, zero = plain.tensors["scales"].double(), plain.tensors["zeros"].double()
     pass_on_errors(weight, hessian, coder)
-    upper = inverse_factor(hessian.double())
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True)
     left, expected = weight.double().clone(), torch.empty(5, 12, dtype=torch.float64)
     for i in range(12):
         code = ((left[:, i : i + 1] - zero) / scale).round().clamp(0, 3)
@@ -137,3 +137,44 @@ def test_an_input_that_never_occurs_is_no_reason_to_fail():
     hessian[7] = hessian[:, 7] = 0
     fitted = quantize_weight(weight, RTNConfig(bits=4), inputs=LayerInputs(hessian))
     assert torch.isfinite(fitted.spec.dequantize(fitted.tensors, tuple(weight.shape))).all()
+
+
+EXACT = {
+    **{name: CONFIGS[name] for name in ("rtn", "fp", "nvfp4", "mxfp4", "svdquant")},
+    "rtn-2": RTNConfig(bits=2, group_size=16),
+    "rtn-8": RTNConfig(bits=8, group_size=24),
+    "fp8": FPConfig(bits=8, group_size="row"),
+    "fp-float32": FPConfig(bits=4, group_size=10, scale_dtype="float32"),
+    "fp-bfloat16": FPConfig(bits=4, scale_dtype="bfloat16"),
+    "fp-tensor": FPConfig(bits=4, group_size="tensor"),
+    "int8": SVDQuantConfig(weight_format="int8", group_size=32, rank=3),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("shape", [(48, 96), (77, 301), (1, 19)])
+def test_compiled_loops_give_the_bits_that_torch_gives(name, shape, monkeypatch):
+    pytest.importorskip("numba")
+    weight, hessian = problem(*shape, seed=3)
+    weight[0] = 0
+    inputs = LayerInputs(hessian)
+    fast = quantize_weight(weight, EXACT[name], inputs=inputs)
+    monkeypatch.setattr("qdiff_diffusers.methods.columns.loops", lambda *_: None)
+    slow = quantize_weight(weight, EXACT[name], inputs=inputs)
+    for key, tensor in slow.tensors.items():
+        assert torch.equal(fast.tensors[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_number_of_threads_changes_no_bit(name):
+    weight, hessian = problem(600, 96, seed=4)
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(quantize_weight(weight, CONFIGS[name], inputs=LayerInputs(hessian)).tensors)
+    finally:
+        torch.set_num_threads(threads)
+    for key, tensor in found[0].items():
+        assert torch.equal(found[1][key].view(torch.uint8), tensor.view(torch.uint8)), key
