@@ -14,12 +14,12 @@ from torch import Tensor
 from ..formats import CodebookFormat, IntegerFormat, MinifloatFormat, WeightFormat, codebook_table, group_columns
 from .additive import decode, encode
 from .columns import BLOCK, LONGEST_REFIT, RowCodes, descend, make_levels, pass_on, storable
-from .output_error import ROWS, Moments
+from .output_error import Moments, row_blocks
 from .threads import map_blocks
 from .vectors import integer_codebooks, stored_scales
 
 
-CODEBOOK_ROWS = 512  # that go through the vectors together: each vector's metric is applied to its codebooks for them
+CODEBOOK_ROWS = 768  # that go through the vectors together: each vector's metric is applied to its codebooks for them
 
 
 class CodebookCoder:
@@ -61,8 +61,7 @@ class CodebookCoder:
             coder.scales = self.scales[part] if len(self.scales) == len(self.codes) else self.scales
             return work(coder, weight[part])
 
-        count = CODEBOOK_ROWS * self.columns if weight.device.type == "cpu" else weight.numel()
-        return torch.cat(map_blocks(change, weight, count))
+        return torch.cat(map_blocks(change, weight, row_blocks(weight, CODEBOOK_ROWS)))
 
     def _pass_on(self, weight: Tensor, moments: Moments) -> Tensor:
         wanted, errors = weight[:, moments.order], torch.zeros_like(weight)
@@ -74,7 +73,7 @@ class CodebookCoder:
                 unit, local = moments.feedback[place, place], slice(place.start - start, place.stop - start)
                 made_up = torch.linalg.solve_triangular(unit, carried[:, local], upper=True, left=False, unitriangular=True)
                 target, factor = wanted[:, place] + made_up, unit * moments.pivots[place].sqrt()
-                values = self._choose(columns, target, factor)
+                values = self._choose(columns, target, factor, self.beam)
                 left += ((target - values) @ factor).square().sum(1)
                 errors[:, place] = wanted[:, place] - values
                 carried[:, local.stop :] += errors[:, place] @ moments.feedback[place, place.stop : stop]
@@ -89,9 +88,8 @@ class CodebookCoder:
                 block, local = hessian[columns, columns], slice(columns.start - start, columns.stop - start)
                 factor, old = torch.linalg.cholesky(block), self.values[:, columns].clone()
                 target = old + torch.cholesky_solve(gradient[:, local].T, factor).T
-                before = ((target - old) @ factor).square().sum(1)
-                new = self._choose(columns, target, factor, before)
-                gains += (before - ((target - new) @ factor).square().sum(1))
+                new = self._choose(columns, target, factor, max(1, self.beam // 2), old)
+                gains += ((target - old) @ factor).square().sum(1) - ((target - new) @ factor).square().sum(1)
                 errors[:, columns] = weight[:, columns] - new
                 gradient[:, local.stop :] -= (new - old) @ hessian[columns, columns.stop : stop]
         return gains
@@ -109,14 +107,15 @@ class CodebookCoder:
             place += width
         return chunks
 
-    def _choose(self, columns: slice, targets: Tensor, factor: Tensor, limit: Tensor | None = None) -> Tensor:
+    def _choose(self, columns: slice, targets: Tensor, factor: Tensor, beam: int, old: Tensor | None = None) -> Tensor:
         """Choose codes that nearly minimise ``|(targets - values) @ factor|^2`` in each row.
 
         Args:
             columns: of a vector, or of what there is of the last one.
             targets: ``[rows, n]``.
             factor: ``[n, n]``.
-            limit: ``[rows]``, what codes must stay below to replace those that are there.
+            beam: width of the search; one codebook is searched whole.
+            old: values ``[rows, n]`` of the present codes, which stay where they are better.
 
         Returns:
             the values of the codes, ``[rows, n]``.
@@ -124,12 +123,12 @@ class CodebookCoder:
         vector, scale = columns.start // self.step, self.scale(columns)
         books = self.codebooks[:, :, : targets.shape[1]].contiguous()
         safe = torch.where(scale == 0, 1, scale)
-        codes = encode((targets / safe) @ factor, books @ factor, self.beam)
+        codes = encode((targets / safe) @ factor, books @ factor, beam)
         values = decode(codes, books) * scale
-        if limit is not None:
-            better = (((targets - values) @ factor).square().sum(1) < limit)[:, None]
-            codes = torch.where(better, codes, self.codes[:, vector])
-            values = torch.where(better, values, self.values[:, columns])
+        if old is not None:
+            better = ((targets - values) @ factor).square().sum(1) < ((targets - old) @ factor).square().sum(1)
+            codes = torch.where(better[:, None], codes, self.codes[:, vector])
+            values = torch.where(better[:, None], values, old)
         self.codes[:, vector], self.values[:, columns] = codes, values
         return values
 
@@ -149,8 +148,12 @@ class CodebookCoder:
         """What the present codes stand for with other codebooks ``[M, k, d]``: ``[rows, columns]``, differentiable."""
         values = sum(F.embedding(self.codes[..., m], book) for m, book in enumerate(codebooks))
         assert isinstance(values, Tensor)
-        spread = self.scales.repeat_interleave(group_columns(self.format.group_size, self.columns), 1)
-        return values.flatten(1)[:, : self.columns] * spread[:, : self.columns]
+        return values.flatten(1)[:, : self.columns] * self.spread()
+
+    def spread(self) -> Tensor:
+        """Scales of all columns: ``[rows or 1, columns]``."""
+        group = min(group_columns(self.format.group_size, self.columns), self.columns)
+        return self.scales.repeat_interleave(group, 1)[:, : self.columns]
 
     def refresh(self, rows: Tensor, vectors: Tensor) -> None:
         """Bring ``values`` up to date with the codes at ``(rows[i], vectors[i])``."""
@@ -250,7 +253,7 @@ class ScalarCoder:
                 scales[part], zeros[part] = found.scales.T, found.zeros.T
             return result
 
-        results = map_blocks(choose, weight, ROWS * self.columns if weight.device.type == "cpu" else weight.numel())
+        results = map_blocks(choose, weight, row_blocks(weight))
         self.codes = codes
         self._store(scales, zeros)
         return torch.cat(results)

@@ -14,7 +14,7 @@ from numba import njit
 
 from .compiled import compiled
 
-TILE = 64  # rows
+TILE = 64  # rows: sixteen at a time is what a vector register holds, and LLVM makes vectors only of longer loops
 
 _inline: Any = njit(error_model="numpy", inline="always")
 
@@ -32,10 +32,10 @@ def _nearest(wanted: Any, edges: Any, bases: Any, depth: Any, rank: Any) -> None
     """Ranks of the levels nearest to ``wanted``, by bisection of the ``2**depth - 1`` midpoints that begin at each base."""
     for r in range(TILE):
         rank[r] = bases[r]
-    step = np.int32(1 << depth) >> 1
+    step = (1 << depth) >> 1
     while step > 0:
         for r in range(TILE):
-            rank[r] += step if edges[rank[r] + step - 1] < wanted[r] else np.int32(0)
+            rank[r] += np.uint32(step) if edges[np.uint32(rank[r] + np.uint32(step - 1))] < wanted[r] else np.uint32(0)
         step >>= 1
 
 
@@ -63,7 +63,7 @@ def columns_pass_block(
     columns, rows = targets.shape
     t = np.empty((columns, TILE), np.float32)
     s, z, safe = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    base, rank = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    base, rank = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
     x, v, e, loss = (
         np.empty(TILE, np.float32),
         np.empty(TILE, np.float32),
@@ -82,7 +82,7 @@ def columns_pass_block(
                 group = groups[i]
                 _load(s, scales, group, first, count, np.float32(0))
                 _load(z, zeros, group, first, count, np.float32(0))
-                _load(base, bases, group, first, count, np.int32(0))
+                _load(base, bases, group, first, count, np.uint32(0))
                 for r in range(TILE):
                     safe[r] = s[r] if s[r] != 0 else np.float32(1)
             for r in range(TILE):
@@ -138,7 +138,7 @@ def columns_descend_block(
     ones = np.empty(columns, np.float32)
     s, z, safe = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     unit, sign = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    base, rank, origin = np.empty(TILE, np.int32), np.empty(TILE, np.int32), np.zeros(TILE, np.int32)
+    base, rank, origin = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.zeros(TILE, np.uint32)
     x, v, d, gain = (
         np.empty(TILE, np.float32),
         np.empty(TILE, np.float32),
@@ -169,7 +169,7 @@ def columns_descend_block(
                 end += 1
             _load(s, scales, group, first, count, np.float32(0))
             _load(z, zeros, group, first, count, np.float32(0))
-            _load(base, bases, group, first, count, np.int32(0))
+            _load(base, bases, group, first, count, np.uint32(0))
             if refit > 0:
                 for j in range(begin, end):
                     for r in range(TILE):

@@ -11,10 +11,13 @@ share them, the result is the same to the bit. Scalars: ``columns.py``. Vectors:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .threads import map_blocks
 
 ROWS = 256  # at a time: enough for a matrix product at full speed, few enough for the caches
 DAMPING_TRIES = 8
@@ -70,7 +73,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """``d H d^T`` of each row, ``[rows]``."""
-    return ((difference @ hessian) * difference).sum(1)
+    return _in_rows(lambda part: ((difference[part] @ hessian) * difference[part]).sum(1), difference)
 
 
 def prepare(hessian: Tensor, step: int = 1, in_order: bool = False) -> Moments:
@@ -119,8 +122,31 @@ def descend(weight: Tensor, hessian: Tensor, coder: Coder) -> Tensor:
 
 def gain(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
     """Factor ``[rows]`` on each row of ``values`` that brings its output closest to that of ``weight``."""
-    seen = values @ hessian
-    return (seen * weight).sum(1) / (seen * values).sum(1).clamp_min(1e-30)
+
+    def work(part: slice) -> Tensor:
+        seen = values[part] @ hessian
+        return (seen * weight[part]).sum(1) / (seen * values[part]).sum(1).clamp_min(1e-30)
+
+    return _in_rows(work, weight)
+
+
+def kept(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
+    """Factor ``[rows]`` on each row of ``values`` that keeps the gain of the outputs of ``weight``."""
+
+    def work(part: slice) -> Tensor:
+        seen = weight[part] @ hessian
+        return (seen * weight[part]).sum(1) / (seen * values[part]).sum(1)
+
+    return _in_rows(work, weight)
+
+
+def row_blocks(matrix: Tensor, rows: int = ROWS) -> int:
+    """Weights of the blocks in which :func:`map_blocks` should take ``matrix``: some rows on a CPU, all on a GPU."""
+    return rows * matrix.shape[1] if matrix.device.type == "cpu" else max(1, matrix.numel())
+
+
+def _in_rows(work: Callable[[slice], Tensor], matrix: Tensor) -> Tensor:
+    return torch.cat(map_blocks(work, matrix, row_blocks(matrix)))
 
 
 def _by_size(diagonal: Tensor, step: int) -> Tensor:

@@ -107,12 +107,22 @@ def search_stage(
         own = base[p]
         for b in range(beam):
             before, s = distances[p, b], scores[b * k : (b + 1) * k]
-            for e in range(k):
-                s[e] = own[e] + before
-            for j in range(stage):
-                row = crossed[j, paths[p, b, j]]
+            if stage == 0:
                 for e in range(k):
-                    s[e] += row[e]
+                    s[e] = own[e] + before
+            elif stage < 3:
+                first, last = crossed[0, paths[p, b, 0]], crossed[stage - 1, paths[p, b, stage - 1]]
+                weight = np.float32(stage - 1)  # of the second row, which for one is the first
+                for e in range(k):
+                    s[e] = own[e] + before + first[e] + weight * last[e]
+            else:
+                first, second, third = crossed[0, paths[p, b, 0]], crossed[1, paths[p, b, 1]], crossed[2, paths[p, b, 2]]
+                for e in range(k):
+                    s[e] = own[e] + before + first[e] + (second[e] + third[e])
+                for j in range(3, stage):
+                    row = crossed[j, paths[p, b, j]]
+                    for e in range(k):
+                        s[e] += row[e]
         for c in range(chunks):
             part = bits[c * chunk : (c + 1) * chunk]
             found = part[0]
