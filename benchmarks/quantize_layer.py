@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from common import RESULTS, write
+from qdiff_kernels import matrix_layout
 from torch import Tensor
 
 from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.methods import LayerInputs, quantize_weight
-from qdiff_kernels import matrix_layout
 
 SHAPE, LARGE = (1536, 1536), (3072, 3072)
 CONFIGS: dict[str, QDiffConfig] = {

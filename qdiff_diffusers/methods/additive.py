@@ -165,7 +165,10 @@ class _CompiledSearch:
         for m, book in enumerate(self.codebooks):
             base = torch.addmm(self.halves[m], points, book.T, alpha=-1)
             width = 1 if m == num_codebooks - 1 else min(self.beam, distances.shape[1] * k)
-            found = torch.empty(len(points), width, dtype=torch.float32), torch.empty(len(points), width, num_codebooks, dtype=torch.int32)
+            found = (
+                torch.empty(len(points), width, dtype=torch.float32),
+                torch.empty(len(points), width, num_codebooks, dtype=torch.int32),
+            )
             given = base, self.crossed[m], m, distances, paths, width, *found
             self.module.search_stage(*(value.numpy() if isinstance(value, Tensor) else value for value in given))
             distances, paths = found

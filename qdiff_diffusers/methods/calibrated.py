@@ -16,7 +16,8 @@ BEAM = 16
 SWEEPS = 8
 SCALAR_TOLERANCE = 0.04  # of rounds of scalar formats, most of whose gain is that of the first pass
 ERROR_ROWS = 128  # that tell the errors of scalar formats
-TOLERANCE = 0.02  # of rounds of codebook formats: stop when one lowers the error by less
+TOLERANCE = 0.01  # of rounds of codebook formats: stop when one lowers the error by less
+BEAM_TOLERANCE = 0.02  # where codes are all there is to choose, by beam search: slow, and nearly done after the first pass
 CODEBOOK_STEPS = 8  # of conjugate gradients per round
 
 
@@ -47,15 +48,16 @@ def fit_to_inputs(
         ValueError: the Hessian holds NaN or infinity.
     """
     coder = make_coder(fmt, tensors, weight.shape[1], beam)
-    fit = _fit_scalars if isinstance(coder, ScalarCoder) else _fit_codebooks
+    log: list[float] = [] if errors is None else errors
     with block_threads():
-        found = fit(weight, hessian, coder, sweeps, [] if errors is None else errors)
+        if isinstance(coder, ScalarCoder):
+            found = _fit_scalars(weight, hessian, coder, sweeps, log)
+        else:
+            found = _fit_codebooks(weight, hessian, coder, sweeps, log)
     return tensors if found is None else found
 
 
-def _fit_scalars(
-    weight: Tensor, hessian: Tensor, coder: ScalarCoder, sweeps: int, errors: list[float]
-) -> dict[str, Tensor] | None:
+def _fit_scalars(weight: Tensor, hessian: Tensor, coder: ScalarCoder, sweeps: int, errors: list[float]) -> dict[str, Tensor] | None:
     """Codes and scales in one go. Rows are independent, so a few tell what the errors are."""
     some, tensors = sample_rows(weight, coder.pack(), ERROR_ROWS * weight.shape[1])
     total = row_errors(some, hessian).sum().clamp_min(1e-30)
@@ -73,6 +75,7 @@ def _fit_codebooks(
 ) -> dict[str, Tensor] | None:
     """Codes, scales and codebooks in turn."""
     total = row_errors(weight, hessian).sum().clamp_min(1e-30)
+    tolerance = BEAM_TOLERANCE if coder.stored is None and len(coder.codebooks) > 1 else TOLERANCE
 
     def error() -> float:
         return float(row_errors(weight - coder.values, hessian).sum() / total)
@@ -88,7 +91,7 @@ def _fit_codebooks(
             break
         gained, best, found = 1 - now / best, now, coder.pack()
         errors.append(now)
-        if gained < TOLERANCE:
+        if gained < tolerance:
             break
     return found
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..formats import CodebookFormat, IntegerFormat, MinifloatFormat, WeightFormat, codebook_table, group_columns
 from .additive import decode, encode
 from .columns import BLOCK, LONGEST_REFIT, RowCodes, descend, make_levels, pass_on, storable
+from .nearest import assign_under
 from .output_error import Moments, row_blocks
 from .threads import map_blocks
 from .vectors import integer_codebooks, stored_scales
-
 
 CODEBOOK_ROWS = 768  # that go through the vectors together: each vector's metric is applied to its codebooks for them
 
@@ -65,7 +65,7 @@ class CodebookCoder:
 
     def _pass_on(self, weight: Tensor, moments: Moments) -> Tensor:
         wanted, errors = weight[:, moments.order], torch.zeros_like(weight)
-        left = torch.zeros_like(weight[:, 0])
+        left = torch.zeros_like(weight[:, : self.step])
         for chunk in self._chunks(moments.order):
             start, stop = chunk[0][0].start, chunk[-1][0].stop
             carried = errors[:, :start] @ moments.feedback[:start, start:stop]
@@ -74,25 +74,26 @@ class CodebookCoder:
                 made_up = torch.linalg.solve_triangular(unit, carried[:, local], upper=True, left=False, unitriangular=True)
                 target, factor = wanted[:, place] + made_up, unit * moments.pivots[place].sqrt()
                 values = self._choose(columns, target, factor, self.beam)
-                left += ((target - values) @ factor).square().sum(1)
+                left[:, : values.shape[1]] += ((target - values) @ factor).square()
                 errors[:, place] = wanted[:, place] - values
                 carried[:, local.stop :] += errors[:, place] @ moments.feedback[place, place.stop : stop]
-        return left
+        return left.sum(1)
 
     def _descend(self, weight: Tensor, hessian: Tensor) -> Tensor:
-        errors, gains = weight - self.values, torch.zeros_like(weight[:, 0])
+        errors, gains = weight - self.values, torch.zeros_like(weight[:, : self.step])
         for chunk in self._chunks(torch.arange(self.columns, device=weight.device)):
             start, stop = chunk[0][0].start, chunk[-1][0].stop
             gradient = errors @ hessian[:, start:stop]
             for columns, _ in chunk:
                 block, local = hessian[columns, columns], slice(columns.start - start, columns.stop - start)
-                factor, old = torch.linalg.cholesky(block), self.values[:, columns].clone()
-                target = old + torch.cholesky_solve(gradient[:, local].T, factor).T
+                factor, old, slope = torch.linalg.cholesky(block), self.values[:, columns].clone(), gradient[:, local]
+                target = old + slope @ torch.cholesky_inverse(factor)
                 new = self._choose(columns, target, factor, max(1, self.beam // 2), old)
-                gains += ((target - old) @ factor).square().sum(1) - ((target - new) @ factor).square().sum(1)
+                change = new - old
+                gains[:, : change.shape[1]] += change * (2 * slope - change @ block)
                 errors[:, columns] = weight[:, columns] - new
-                gradient[:, local.stop :] -= (new - old) @ hessian[columns, columns.stop : stop]
-        return gains
+                gradient[:, local.stop :] -= change @ hessian[columns, columns.stop : stop]
+        return gains.sum(1)
 
     def _chunks(self, order: Tensor) -> list[list[tuple[slice, slice]]]:
         """Vectors in the order of their columns, as slices of that order and of the columns, in chunks of about BLOCK columns."""
@@ -114,7 +115,7 @@ class CodebookCoder:
             columns: of a vector, or of what there is of the last one.
             targets: ``[rows, n]``.
             factor: ``[n, n]``.
-            beam: width of the search; one codebook is searched whole.
+            beam: width of the search.
             old: values ``[rows, n]`` of the present codes, which stay where they are better.
 
         Returns:
@@ -122,10 +123,13 @@ class CodebookCoder:
         """
         vector, scale = columns.start // self.step, self.scale(columns)
         books = self.codebooks[:, :, : targets.shape[1]].contiguous()
-        safe = torch.where(scale == 0, 1, scale)
-        codes = encode((targets / safe) @ factor, books @ factor, beam)
+        points = targets / torch.where(scale == 0, 1, scale)
+        if len(books) == 1:
+            codes = assign_under(points, books[0], factor)[:, None]
+        else:
+            codes = encode(points @ factor, books @ factor, beam)
         values = decode(codes, books) * scale
-        if old is not None:
+        if old is not None and len(books) > 1:  # one codebook is searched whole
             better = ((targets - values) @ factor).square().sum(1) < ((targets - old) @ factor).square().sum(1)
             codes = torch.where(better[:, None], codes, self.codes[:, vector])
             values = torch.where(better[:, None], values, old)
@@ -208,6 +212,7 @@ class ScalarCoder:
         self.levels, self.order = levels.sort(1)
         self.table = make_levels(self.levels)
         self.codes = unpack_bits(tensors["codes"], fmt.bits, columns)
+        self._values: Tensor | None = None
         self._read_scales()
 
     def pass_on(self, weight: Tensor, moments: Moments) -> Tensor:
@@ -342,7 +347,7 @@ class ScalarCoder:
         if "tensor_scale" in self.tensors:
             self.scales = self.scales * self.tensors["tensor_scale"]
         self.zeros = self.tensors["zeros"].float() if "zeros" in self.tensors else torch.zeros_like(self.scales)
-        self._values: Tensor | None = None
+        self._values = None
 
     def _store(self, scales: Tensor, zeros: Tensor) -> None:
         """Go on with other scales and zeros, which the format's dtype holds."""

@@ -1,7 +1,7 @@
 """Codes and scales of integer and minifloat formats, chosen a block of columns at a time under the inputs' second moments.
 
-Matrices are transposed here, ``[columns, rows]``: a column of a few hundred rows is contiguous, and no row knows of another. What is
-written with torch is the specification, and what runs on GPUs and without numba; ``columns_numba.py`` gives the same bits.
+Matrices are transposed here, ``[columns, rows]``: a column of a few hundred rows is contiguous, and no row knows of another. What
+is written with torch is the specification, and what runs on GPUs and without numba; ``columns_numba.py`` gives the same bits.
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ def descend(exact: Tensor, hessian: Tensor, codes: RowCodes) -> Tensor:
         part = slice(start, start + width)
         gradient = hessian[part] @ errors
         block = hessian[part, part].contiguous()
-        given = gradient, exact[part], block, *codes.levels, *codes.steps, codes.scales, codes.zeros, codes.units, codes.bases
-        given += codes.groups[part], codes.values[part], codes.ranks[part], errors[part], gains, codes.refit
-        _run("columns_descend_block", _descend_block, *given)
+        tables = *codes.levels, *codes.steps, codes.scales, codes.zeros, codes.units, codes.bases
+        rows = codes.groups[part], codes.values[part], codes.ranks[part], errors[part], gains
+        _run("columns_descend_block", _descend_block, gradient, exact[part], block, *tables, *rows, codes.refit)
     return gains
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 def compiled(signature: str, *liberties: str) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: compile a function of numpy arrays, for one signature. It runs without the interpreter's lock.
 
-    ``liberties`` are LLVM's names of what may be done to floating-point arithmetic; by default none, it is IEEE's in the order written.
+    ``liberties`` are LLVM's names of what may be done to floating-point arithmetic; by default none, and it is IEEE's, as written.
 
     numba knows a function by its name and types, so names must be unique in the package, and everything that it calls must be in
     its own file, whose date is the key of the code kept on disk.

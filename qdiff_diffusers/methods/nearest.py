@@ -29,6 +29,13 @@ def assign(points: Tensor, centroids: Tensor) -> Tensor:
     return nearest(points, centroids)[0]
 
 
+def assign_under(points: Tensor, centroids: Tensor, factor: Tensor) -> Tensor:
+    """Index of the centroid with the least ``|(x - c) @ factor|^2``, int64 ``[N]``, for ``factor [d, d]``."""
+    if len(centroids) < COMPILED_FROM or points.shape[1] == 1 or (module := loops("search_numba", points)) is None:
+        return assign(points @ factor, centroids @ factor)
+    return _nearest_compiled(points @ factor, factor.T @ centroids.T, module)[0]
+
+
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int64 ``[N]`` and squared distances float32 ``[N]`` to the nearest centroids, both within 1e-4 of the distance."""
     if points.shape[1] == 1:
@@ -49,7 +56,7 @@ def nearest_few(points: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     if len(centroids) >= COMPILED_FROM and (module := loops("search_numba", points)) is not None:
-        return _nearest_compiled(points, centroids, module)
+        return _nearest_compiled(points, centroids.T.contiguous(), module)
     width = min(BLOCK, len(centroids))
     blocks = [ScoreBlock(part, width) for part in centroids.split(BLOCK)]
     rows = rows_in_flight(width, points.device)
@@ -65,13 +72,15 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return codes.clamp_max_(len(centroids) - 1), (score * -2).clamp_min_(0)
 
 
-def _nearest_compiled(points: Tensor, centroids: Tensor, module: ModuleType) -> tuple[Tensor, Tensor]:
-    (k, d), n = centroids.shape, len(points)
-    entries = F.pad(centroids.T, (0, -k % module.RUN, 0, d % 2)).contiguous()
-    halves = F.pad(centroids.square().sum(1) / 2, (0, -k % module.RUN), value=torch.inf)
-    points = F.pad(points, (0, d % 2)).contiguous()
-    codes, distances = torch.empty(n, dtype=torch.long), torch.empty(n, dtype=torch.float32)
-    module.search_nearest(*(t.numpy() for t in (points, entries, halves, codes, distances)))
+def _nearest_compiled(points: Tensor, entries: Tensor, module: ModuleType) -> tuple[Tensor, Tensor]:
+    """Of ``entries [d, k]``."""
+    d, k = entries.shape
+    if d % 2 or k % module.RUN:
+        entries, points = F.pad(entries, (0, -k % module.RUN, 0, d % 2)), F.pad(points, (0, d % 2))
+    halves = entries.square().sum(0).div_(2)
+    halves[k:] = torch.inf
+    codes, distances = torch.empty(len(points), dtype=torch.long), torch.empty(len(points), dtype=torch.float32)
+    module.search_nearest(*(t.contiguous().numpy() for t in (points, entries, halves, codes, distances)))
     return codes, distances
 
 

@@ -90,7 +90,7 @@ def search_stage(
     The least of each chunk tell a bound below which at least ``width`` candidates lie, and not many more.
 
     Args:
-        base: ``[n, k]``, k a power of two: by how much an entry of the next codebook by itself would change half a squared distance.
+        base: ``[n, k]``, k a power of two: by how much an entry of the next codebook alone would change half a squared distance.
         crossed: ``[stage, k, k]``, products of the entries chosen so far, by codebook, with those of the next.
         distances, paths: ``[n, beam]`` and ``[n, beam, codebooks]``, of which ``stage``, 0 or more, are chosen.
         width: how many to keep, at most all there are.
