@@ -7,7 +7,7 @@ moments tell codes something. Seconds are those that the process computes, which
 the wall clock's beside them; the best of three runs where one is short. Errors are squared and relative: of the weight, and of the
 layer's output, ``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``. Results of "before" and "after" are kept side by side: "before" is commit
 08cab5e. Those committed were measured while other programs kept the machine five times overbooked: CPU seconds are one and a half
-times those of an idle machine, in both columns, and the wall clock tells little; 3072 x 3072 and codebooks of a layer's own were
+times those of an idle machine, and the wall clock tells little; 3072 x 3072, AQ and VQ were
 measured before at a lighter load than after.
 """
 
