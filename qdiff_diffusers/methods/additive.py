@@ -6,18 +6,22 @@ with, then in turn codes by beam search and codebooks by least squares, until th
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiled import loops
 from .kmeans import kmeans, kmeans_operations
 from .nearest import BLOCK_WEIGHTS, ScoreBlock, assign, augment, rows_in_flight
 from .threads import map_blocks
 
 DIRECT_UNKNOWNS = 2048  # codebook entries up to which the normal equations are factorised; beyond, block after block
 SAMPLE_PER_ENTRY = 128
+CROSSED_ENTRIES = 1 << 10  # of a codebook, up to which products of entries are tabulated
+CROSSED_POINTS = 256  # that go through one codebook after another together
 CANDIDATES = 1 << 14  # of all the points searched at a time; their residuals stay in the cache
 BRANCH = 8  # continuations that one candidate may contribute to the next beam; 4: 0.3% more error, 16: 0.1% less
 
@@ -129,7 +133,46 @@ def encode(points: Tensor, codebooks: Tensor, beam: int = 16) -> Tensor:
         raise ValueError(f"beam must be at least 1, got {beam}")
     if num_codebooks == 1:
         return assign(points, codebooks[0])[:, None]
-    return torch.cat(map_blocks(lambda part: _BeamSearch(codebooks, beam).encode(points[part]), points, BLOCK_WEIGHTS))
+    if k <= CROSSED_ENTRIES and (module := loops("search_numba", points)) is not None:
+        search: _CompiledSearch | None = _CompiledSearch(codebooks, beam, module)
+    else:
+        search = None  # its buffers are one thread's own
+
+    def work(part: slice) -> Tensor:
+        return (search or _BeamSearch(codebooks, beam)).encode(points[part])
+
+    return torch.cat(map_blocks(work, points, BLOCK_WEIGHTS))
+
+
+class _CompiledSearch:
+    """The same search without bins, through the products of all entries with each other: a candidate's distances are sums of a
+    few rows of tables, however long vectors are."""
+
+    def __init__(self, codebooks: Tensor, beam: int, module: ModuleType) -> None:
+        self.codebooks, self.beam, self.module = codebooks, beam, module
+        self.halves = codebooks.square().sum(2) / 2
+        empty = codebooks.new_empty(0, *codebooks.shape[1:2] * 2)
+        self.crossed = [torch.stack([c @ codebooks[m].T for c in codebooks[:m]]) if m else empty for m in range(len(codebooks))]
+
+    def encode(self, points: Tensor) -> Tensor:
+        """points ``[N, d]`` -> codes ``[N, M]``."""
+        return torch.cat([self._encode(chunk) for chunk in points.split(CROSSED_POINTS)])
+
+    def _encode(self, points: Tensor) -> Tensor:
+        num_codebooks, k = self.codebooks.shape[:2]
+        distances = points.square().sum(1, keepdim=True) / 2
+        paths = torch.empty(len(points), 1, num_codebooks, dtype=torch.int32)
+        for m, book in enumerate(self.codebooks):
+            base = torch.addmm(self.halves[m], points, book.T, alpha=-1)
+            width = 1 if m == num_codebooks - 1 else min(self.beam, distances.shape[1] * k)
+            found = (
+                torch.empty(len(points), width, dtype=torch.float32),
+                torch.empty(len(points), width, num_codebooks, dtype=torch.int32),
+            )
+            given = base, self.crossed[m], m, distances, paths, width, *found
+            self.module.search_stage(*(value.numpy() if isinstance(value, Tensor) else value for value in given))
+            distances, paths = found
+        return paths[:, 0].long()
 
 
 class _BeamSearch:

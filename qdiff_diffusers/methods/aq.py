@@ -20,6 +20,7 @@ from .vectors import codebook_format, encode_matrix, group_rms, sample_vectors, 
 LAYER_PRESETS = {1: (2, 8, 16), 1.5: (2, 8, 12), 2: (2, 8, 8), 3: (3, 8, 8), 4: (4, 8, 8)}
 SHARED_PRESETS = {1: (4, 8, 32), 1.5: (4, 8, 24), 2: (4, 8, 16), 3: (6, 8, 16), 4: (4, 8, 8)}
 DEFAULT_BITS = 2
+DRAFT_BEAM = 4  # width of the search for codes that will be chosen anew
 
 
 @dataclass(repr=False)
@@ -149,6 +150,10 @@ entries are found by residual k-means and beam search; inputs are rotated by a b
     def quantize(self, matrix: Tensor, config: AQConfig, seed: int) -> Stored:
         weight_format = choose_format(config, tuple(matrix.shape))
         return weight_format, quantize(matrix, weight_format, effort=config.effort, seed=seed)
+
+    def draft(self, matrix: Tensor, config: AQConfig, seed: int) -> Stored:
+        weight_format = choose_format(config, tuple(matrix.shape))
+        return weight_format, quantize(matrix, weight_format, effort=config.effort, beam=DRAFT_BEAM, seed=seed)
 
     def operations(self, config: AQConfig, shape: tuple[int, int]) -> float:
         weight_format, (beam, iterations, sample) = choose_format(config, shape), EFFORTS[config.effort]

@@ -126,6 +126,10 @@ class Method(ABC, Generic[ConfigT]):
             branch stands beside it.
         """
 
+    def draft(self, matrix: Tensor, config: ConfigT, seed: int) -> Stored:
+        """Like :meth:`quantize`, where codes will be chosen anew for the layer's inputs: only the rest needs to be good."""
+        return self.quantize(matrix, config, seed)
+
     def check(self, config: ConfigT) -> None:
         """What the types of the fields do not say: settings that contradict one another. Called when a config is made.
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import WeightFormat
 from .coders import CodebookCoder, ScalarCoder, make_coder
-from .error_feedback import descend, gain, pass_on_errors, row_errors
-from .unbias import MAX_GAIN
+from .error_feedback import gain, kept, prepare, row_blocks, row_errors
+from .threads import block_threads, map_blocks
+from .unbias import MAX_GAIN, sample_rows
 
 BEAM = 16
 SWEEPS = 8
-TOLERANCE = 0.01  # AQLM's: stop when a round lowers the error by less
-CODEBOOK_STEPS, CODEBOOK_RATE = 40, 1e-3  # per round; the rate is relative to an entry's size
-BETAS = (0.0, 0.95)
+SCALAR_TOLERANCE = 0.04  # of rounds of scalar formats, most of whose gain is that of the first pass
+ERROR_ROWS = 128  # that tell the errors of scalar formats
+TOLERANCE = 0.01  # of rounds of codebook formats: stop when one lowers the error by less
+BEAM_TOLERANCE = 0.02  # where codes are all there is to choose, by beam search: slow, and nearly done after the first pass
+CODEBOOK_STEPS = 8  # of conjugate gradients per round
 
 
 def fit_to_inputs(
@@ -43,25 +47,51 @@ def fit_to_inputs(
     Raises:
         ValueError: the Hessian holds NaN or infinity.
     """
-    total = row_errors(weight, hessian).sum().clamp_min(1e-30)
     coder = make_coder(fmt, tensors, weight.shape[1], beam)
+    log: list[float] = [] if errors is None else errors
+    with block_threads():
+        if isinstance(coder, ScalarCoder):
+            found = _fit_scalars(weight, hessian, coder, sweeps, log)
+        else:
+            found = _fit_codebooks(weight, hessian, coder, sweeps, log)
+    return tensors if found is None else found
+
+
+def _fit_scalars(weight: Tensor, hessian: Tensor, coder: ScalarCoder, sweeps: int, errors: list[float]) -> dict[str, Tensor] | None:
+    """Codes and scales in one go. Rows are independent, so a few tell what the errors are."""
+    some, tensors = sample_rows(weight, coder.pack(), ERROR_ROWS * weight.shape[1])
+    total = row_errors(some, hessian).sum().clamp_min(1e-30)
+    errors.append(float(row_errors(some - coder.format.dequantize(tensors, weight.shape[1]), hessian).sum() / total))
+    left = coder.fit(weight, prepare(hessian), sweeps, SCALAR_TOLERANCE)
+    left = left[:, :: -(-len(weight) // len(some))].sum(1) / total
+    if not float(left[-1]) < errors[-1]:
+        return None
+    errors.extend(error for error in left.tolist() if error < errors[-1])
+    return coder.pack()
+
+
+def _fit_codebooks(
+    weight: Tensor, hessian: Tensor, coder: CodebookCoder, sweeps: int, errors: list[float]
+) -> dict[str, Tensor] | None:
+    """Codes, scales and codebooks in turn."""
+    total = row_errors(weight, hessian).sum().clamp_min(1e-30)
+    tolerance = BEAM_TOLERANCE if coder.stored is None and len(coder.codebooks) > 1 else TOLERANCE
 
     def error() -> float:
         return float(row_errors(weight - coder.values, hessian).sum() / total)
 
-    best, found = error(), coder.pack()
-    log = [best] if errors is None else errors
-    log += [] if errors is None else [best]
-    pass_on_errors(weight, hessian, coder)
+    best, found = error(), None
+    errors.append(best)
+    coder.pass_on(weight, prepare(hessian, coder.step))
     for _ in range(sweeps):
-        descend(weight, hessian, coder)
+        coder.descend(weight, hessian)
         _adapt(weight, hessian, coder)
         now = error()
         if not now < best:
             break
         gained, best, found = 1 - now / best, now, coder.pack()
-        log.append(now)
-        if gained < TOLERANCE:
+        errors.append(now)
+        if gained < tolerance:
             break
     return found
 
@@ -69,8 +99,10 @@ def fit_to_inputs(
 def keep_gain(weight: Tensor, fmt: WeightFormat, tensors: dict[str, Tensor], hessian: Tensor) -> dict[str, Tensor]:
     """Tensors whose rows are rescaled so that their outputs keep the gain of those of ``weight`` (see unbias.py)."""
     coder = make_coder(fmt, tensors, weight.shape[1], BEAM)
-    seen = weight @ hessian
-    factors = (seen * weight).sum(1) / (seen * coder.values).sum(1)
+    if not coder.can_rescale:
+        return tensors
+    with block_threads():
+        factors = kept(weight, coder.values, hessian)
     coder.rescale(torch.where(factors.isfinite(), factors, 1.0).clamp(1 / MAX_GAIN, MAX_GAIN))
     return coder.pack()
 
@@ -84,22 +116,44 @@ def _adapt(weight: Tensor, hessian: Tensor, coder: CodebookCoder | ScalarCoder) 
 
 
 def _train_codebooks(weight: Tensor, hessian: Tensor, coder: CodebookCoder) -> None:
-    """Adam on codebooks and scales against the output error, as AQLM does it."""
-    factor = torch.linalg.cholesky(hessian)
-    codebooks = coder.codebooks.clone().requires_grad_()
-    log_scales = torch.zeros(len(coder.scales), 1, dtype=torch.float32, device=weight.device, requires_grad=True)
-    spread = float(coder.codebooks.square().mean().sqrt())
-    groups = [
-        {"params": [codebooks], "lr": CODEBOOK_RATE * spread},
-        {"params": [log_scales], "lr": CODEBOOK_RATE},
-    ]
-    optimizer = torch.optim.Adam(groups, betas=BETAS, amsgrad=True)
-    with torch.enable_grad():
-        for _ in range(CODEBOOK_STEPS):
-            values = coder.values_of(codebooks) * log_scales.exp()
-            loss = ((weight - values) @ factor).square().sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    coder.replace_codebooks(codebooks.detach())
-    coder.rescale(log_scales.detach()[:, 0].exp())
+    """The codebooks that are best for the codes, nearly: with codes and scales fixed the error is a quadratic function of their
+    entries, which conjugate gradients lower step by step. Each step costs one product with the second moments."""
+    rows, vectors, count = coder.codes.shape
+    spread = coder.spread()
+
+    def seen_by_entries(difference: Tensor) -> Tensor:
+        """``difference [rows, columns]`` times the second moments, summed over the places where each entry stands."""
+
+        def work(part: slice) -> Tensor:
+            seen = (difference[part] @ hessian).mul_(spread[part] if len(spread) == rows else spread)
+            points = F.pad(seen, (0, vectors * coder.step - coder.columns)).view(-1, coder.step)
+            out = torch.zeros_like(coder.codebooks)
+            for m in range(count):
+                out[m].index_add_(0, coder.codes[part, :, m].reshape(-1), points)
+            return out
+
+        return torch.stack(map_blocks(work, difference, row_blocks(difference))).sum(0)
+
+    curvature = torch.zeros_like(coder.codebooks[..., :1])
+    mass = (spread.square() * hessian.diagonal()).expand(rows, -1)
+    mass = F.pad(mass, (0, vectors * coder.step - coder.columns)).view(rows, vectors, coder.step).mean(2).flatten()
+    for m in range(count):
+        curvature[m, :, 0].index_add_(0, coder.codes[..., m].flatten(), mass)
+    curvature.clamp_min_(float(mass.mean()) or 1.0)
+
+    change = torch.zeros_like(coder.codebooks)
+    left = seen_by_entries(weight - coder.values)
+    direction = preconditioned = left / curvature
+    size = (left * preconditioned).sum()
+    for _ in range(CODEBOOK_STEPS):
+        bent = seen_by_entries(coder.values_of(direction))
+        along = (direction * bent).sum()
+        if not float(along) > 0:
+            break
+        step = size / along
+        change += step * direction
+        left -= step * bent
+        preconditioned = left / curvature
+        size, before = (left * preconditioned).sum(), size
+        direction = preconditioned + size / before * direction
+    coder.replace_codebooks(coder.codebooks + change)

@@ -1,6 +1,9 @@
-"""Codes of each stored format, chosen column by column for :mod:`output_error`."""
+"""Codes of each stored format, chosen column by column for :mod:`error_feedback`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,13 @@ from torch import Tensor
 
 from ..formats import CodebookFormat, IntegerFormat, MinifloatFormat, WeightFormat, codebook_table, group_columns
 from .additive import decode, encode
+from .columns import BLOCK, LONGEST_REFIT, RowCodes, descend, make_levels, pass_on, storable
+from .error_feedback import Moments, row_blocks
+from .nearest import assign_under
+from .threads import map_blocks
 from .vectors import integer_codebooks, stored_scales
+
+CODEBOOK_ROWS = 768  # that go through the vectors together: each vector's metric is applied to its codebooks for them
 
 
 class CodebookCoder:
@@ -37,20 +46,95 @@ class CodebookCoder:
         self.codes = codes.long().view(len(codes), vectors, fmt.num_codebooks)
         self.decode_all()
 
-    def choose(self, columns: slice, targets: Tensor, factor: Tensor) -> Tensor:
-        scale = self.scale(columns)
-        width = targets.shape[1]
-        books = self.codebooks[:, :, :width]
-        safe = torch.where(scale == 0, 1, scale)
-        self.proposed = encode((targets / safe) @ factor, (books @ factor).contiguous(), self.beam)
-        return decode(self.proposed, books.contiguous()) * scale
+    def pass_on(self, weight: Tensor, moments: Moments) -> Tensor:
+        return self._in_rows(weight, lambda coder, exact: coder._pass_on(exact, moments))
 
-    def accept(self, columns: slice, rows: Tensor) -> None:
-        vector = columns.start // self.step
-        self.codes[:, vector] = torch.where(rows[:, None], self.proposed, self.codes[:, vector])
-        width = columns.stop - columns.start
-        values = decode(self.codes[:, vector], self.codebooks[:, :, :width].contiguous())
-        self.values[:, columns] = values * self.scale(columns)
+    def descend(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        return self._in_rows(weight, lambda coder, exact: coder._descend(exact, hessian))
+
+    def _in_rows(self, weight: Tensor, work: Callable[[CodebookCoder, Tensor], Tensor]) -> Tensor:
+        """Let ``work`` change the codes of some rows at a time, through a coder of those rows."""
+
+        def change(part: slice) -> Tensor:
+            coder = copy(self)
+            coder.codes, coder.values = self.codes[part], self.values[part]
+            coder.scales = self.scales[part] if len(self.scales) == len(self.codes) else self.scales
+            return work(coder, weight[part])
+
+        return torch.cat(map_blocks(change, weight, row_blocks(weight, CODEBOOK_ROWS)))
+
+    def _pass_on(self, weight: Tensor, moments: Moments) -> Tensor:
+        wanted, errors = weight[:, moments.order], torch.zeros_like(weight)
+        left = torch.zeros_like(weight[:, : self.step])
+        for chunk in self._chunks(moments.order):
+            start, stop = chunk[0][0].start, chunk[-1][0].stop
+            carried = errors[:, :start] @ moments.feedback[:start, start:stop]
+            for place, columns in chunk:
+                unit, local = moments.feedback[place, place], slice(place.start - start, place.stop - start)
+                made_up = torch.linalg.solve_triangular(unit, carried[:, local], upper=True, left=False, unitriangular=True)
+                target, factor = wanted[:, place] + made_up, unit * moments.pivots[place].sqrt()
+                values = self._choose(columns, target, factor, self.beam)
+                left[:, : values.shape[1]] += ((target - values) @ factor).square()
+                errors[:, place] = wanted[:, place] - values
+                carried[:, local.stop :] += errors[:, place] @ moments.feedback[place, place.stop : stop]
+        return left.sum(1)
+
+    def _descend(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        errors, gains = weight - self.values, torch.zeros_like(weight[:, : self.step])
+        for chunk in self._chunks(torch.arange(self.columns, device=weight.device)):
+            start, stop = chunk[0][0].start, chunk[-1][0].stop
+            gradient = errors @ hessian[:, start:stop]
+            for columns, _ in chunk:
+                block, local = hessian[columns, columns], slice(columns.start - start, columns.stop - start)
+                factor, old, slope = torch.linalg.cholesky(block), self.values[:, columns].clone(), gradient[:, local]
+                target = old + slope @ torch.cholesky_inverse(factor)
+                new = self._choose(columns, target, factor, max(1, self.beam // 2), old)
+                change = new - old
+                gains[:, : change.shape[1]] += change * (2 * slope - change @ block)
+                errors[:, columns] = weight[:, columns] - new
+                gradient[:, local.stop :] -= change @ hessian[columns, columns.stop : stop]
+        return gains.sum(1)
+
+    def _chunks(self, order: Tensor) -> list[list[tuple[slice, slice]]]:
+        """Vectors in the order of their columns, as slices of that order and of the columns, in chunks of about BLOCK columns."""
+        chunks: list[list[tuple[slice, slice]]] = []
+        place = 0
+        while place < len(order):
+            column = int(order[place])
+            width = min(self.step, self.columns - column)
+            if not chunks or place + width - chunks[-1][0][0].start > max(BLOCK, self.step):
+                chunks.append([])
+            chunks[-1].append((slice(place, place + width), slice(column, column + width)))
+            place += width
+        return chunks
+
+    def _choose(self, columns: slice, targets: Tensor, factor: Tensor, beam: int, old: Tensor | None = None) -> Tensor:
+        """Choose codes that nearly minimise ``|(targets - values) @ factor|^2`` in each row.
+
+        Args:
+            columns: of a vector, or of what there is of the last one.
+            targets: ``[rows, n]``.
+            factor: ``[n, n]``.
+            beam: width of the search.
+            old: values ``[rows, n]`` of the present codes, which stay where they are better.
+
+        Returns:
+            the values of the codes, ``[rows, n]``.
+        """
+        vector, scale = columns.start // self.step, self.scale(columns)
+        books = self.codebooks[:, :, : targets.shape[1]].contiguous()
+        points = targets / torch.where(scale == 0, 1, scale)
+        if len(books) == 1:
+            codes = assign_under(points, books[0], factor)[:, None]
+        else:
+            codes = encode(points @ factor, books @ factor, beam)
+        values = decode(codes, books) * scale
+        if old is not None and len(books) > 1:  # one codebook is searched whole
+            better = ((targets - values) @ factor).square().sum(1) < ((targets - old) @ factor).square().sum(1)
+            codes = torch.where(better[:, None], codes, self.codes[:, vector])
+            values = torch.where(better[:, None], values, old)
+        self.codes[:, vector], self.values[:, columns] = codes, values
+        return values
 
     can_rescale = True
 
@@ -68,8 +152,12 @@ class CodebookCoder:
         """What the present codes stand for with other codebooks ``[M, k, d]``: ``[rows, columns]``, differentiable."""
         values = sum(F.embedding(self.codes[..., m], book) for m, book in enumerate(codebooks))
         assert isinstance(values, Tensor)
-        spread = self.scales.repeat_interleave(group_columns(self.format.group_size, self.columns), 1)
-        return values.flatten(1)[:, : self.columns] * spread[:, : self.columns]
+        return values.flatten(1)[:, : self.columns] * self.spread()
+
+    def spread(self) -> Tensor:
+        """Scales of all columns: ``[rows or 1, columns]``."""
+        group = min(group_columns(self.format.group_size, self.columns), self.columns)
+        return self.scales.repeat_interleave(group, 1)[:, : self.columns]
 
     def refresh(self, rows: Tensor, vectors: Tensor) -> None:
         """Bring ``values`` up to date with the codes at ``(rows[i], vectors[i])``."""
@@ -122,27 +210,85 @@ class ScalarCoder:
         else:
             levels = torch.tensor(fmt.levels(), dtype=torch.float32, device=device)
         self.levels, self.order = levels.sort(1)
-        self.edges = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
+        self.table = make_levels(self.levels)
         self.codes = unpack_bits(tensors["codes"], fmt.bits, columns)
+        self._values: Tensor | None = None
         self._read_scales()
 
-    def choose(self, columns: slice, targets: Tensor, factor: Tensor) -> Tensor:
-        scale, zero, second = self._group(columns.start)
-        wanted = (targets[:, 0] - zero) / torch.where(scale == 0, 1, scale)
-        rank = torch.bucketize(wanted, self.edges[0])
-        found, values = self.order[0][rank], self.levels[0][rank]
-        if len(self.levels) > 1:
-            rank = torch.bucketize(wanted, self.edges[1])
-            found, values = torch.where(second, self.order[1][rank], found), torch.where(second, self.levels[1][rank], values)
-        self.proposed = found.to(self.codes.dtype)
-        return (values * scale + zero)[:, None]
+    def pass_on(self, weight: Tensor, moments: Moments) -> Tensor:
+        return self._in_rows(weight, lambda exact, codes: pass_on(exact, moments, codes))
 
-    def accept(self, columns: slice, rows: Tensor) -> None:
-        column = columns.start
-        scale, zero, second = self._group(column)
-        codes = torch.where(rows, self.proposed, self.codes[:, column])
-        self.codes[:, column] = codes
-        self.values[:, column] = self._look_up(codes, second) * scale + zero
+    def descend(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        def work(exact: Tensor, codes: RowCodes) -> Tensor:
+            return descend(exact, hessian, codes)
+
+        return self._in_rows(weight, work, present=True)
+
+    def fit(self, weight: Tensor, moments: Moments, sweeps: int, tolerance: float) -> Tensor:
+        """One pass, then sweeps of descent until one lowers the error of a few hundred rows by less than ``tolerance``.
+
+        Returns:
+            the error of each row after the pass and after each sweep, float32 ``[sweeps + 1, rows]``.
+        """
+
+        def work(exact: Tensor, codes: RowCodes) -> Tensor:
+            left = [pass_on(exact, moments, codes)]
+            for _ in range(sweeps):
+                left.append(left[-1] - descend(exact, moments.matrix, codes))
+                if float(left[-1].sum()) > (1 - tolerance) * float(left[-2].sum()):
+                    break
+            return torch.stack(left + left[-1:] * (sweeps + 1 - len(left)), 1)
+
+        return self._in_rows(weight, work).T
+
+    def _in_rows(self, weight: Tensor, work: Callable[[Tensor, RowCodes], Tensor], present: bool = False) -> Tensor:
+        """Let ``work`` choose the codes of some rows at a time, given what they stand for, transposed.
+
+        Args:
+            present: whether it begins with the present codes.
+        """
+        order, codes = self.order.flatten().to(self.codes.dtype), torch.empty_like(self.codes)
+        scales, zeros = self.scales.clone(), self.zeros.clone()
+
+        def choose(part: slice) -> Tensor:
+            found = self._rows(part, present)
+            result = work(weight[part].T.contiguous(), found)
+            codes[part] = order[found.ranks.int()].T
+            if found.refit:
+                scales[part], zeros[part] = found.scales.T, found.zeros.T
+            return result
+
+        results = map_blocks(choose, weight, row_blocks(weight))
+        self.codes = codes
+        self._store(scales, zeros)
+        return torch.cat(results)
+
+    def _rows(self, part: slice, present: bool) -> RowCodes:
+        """Scales of some rows, and their ``present`` codes."""
+        codes = self.codes[part]
+        own = self.scales.shape[0] == len(self.codes)
+        scales, zeros, second = (t[part] if own else t.expand(len(codes), -1) for t in (self.scales, self.zeros, self.second))
+        group = group_columns(self.format.group_size, self.columns)
+        groups = torch.arange(self.columns, device=codes.device) // group
+        bases = (second.int() * self.levels.shape[1]).T.contiguous()
+        unit = self.tensors.get("tensor_scale", torch.ones(1, dtype=torch.float32, device=codes.device)).view(-1)
+        found = RowCodes(
+            levels=self.table,
+            steps=storable(self.tensors["scales"].dtype).to(codes.device),
+            groups=groups,
+            scales=scales.T.contiguous(),
+            zeros=zeros.T.contiguous(),
+            units=(unit[part] if len(unit) > 1 else unit.expand(len(codes))).contiguous(),
+            bases=bases,
+            ranks=torch.empty(self.columns, len(codes), dtype=torch.int16, device=codes.device),
+            values=torch.empty(self.columns, len(codes), dtype=torch.float32, device=codes.device),
+            refit=(1 + ("zeros" in self.tensors)) if own and min(group, self.columns) <= LONGEST_REFIT else 0,
+        )
+        if present:
+            first = bases[groups]
+            found.ranks.copy_(self.order.argsort(1).flatten()[codes.T.long() + first] + first)
+            found.values.copy_(self.values[part].T)
+        return found
 
     def rescale(self, factors: Tensor) -> None:
         """Multiply the scales of each row by ``factors [rows]``, where scales are fine enough for that."""
@@ -187,6 +333,13 @@ class ScalarCoder:
         """The format's tensors."""
         return self.tensors | {"codes": pack_bits(self.codes, self.format.bits)}
 
+    @property
+    def values(self) -> Tensor:
+        """What the present codes stand for, float32 ``[rows, columns]``."""
+        if self._values is None:
+            self._values = self.format.dequantize(self.pack(), self.columns)
+        return self._values
+
     def _read_scales(self) -> None:
         scales = scale_values(self.tensors["scales"], torch.float32)
         self.second = scales < 0 if len(self.levels) > 1 else torch.zeros_like(scales, dtype=torch.bool)
@@ -194,16 +347,21 @@ class ScalarCoder:
         if "tensor_scale" in self.tensors:
             self.scales = self.scales * self.tensors["tensor_scale"]
         self.zeros = self.tensors["zeros"].float() if "zeros" in self.tensors else torch.zeros_like(self.scales)
-        self.values = self.format.dequantize(self.pack(), self.columns)
+        self._values = None
 
-    def _look_up(self, codes: Tensor, second: Tensor) -> Tensor:
-        tables = torch.zeros_like(self.levels).scatter_(1, self.order, self.levels)  # back in the order of codes
-        values = tables[0][codes.long()]
-        return torch.where(second, tables[1][codes.long()], values) if len(tables) > 1 else values
-
-    def _group(self, column: int) -> tuple[Tensor, Tensor, Tensor]:
-        group = column // group_columns(self.format.group_size, self.columns)
-        return self.scales[:, group], self.zeros[:, group], self.second[:, group]
+    def _store(self, scales: Tensor, zeros: Tensor) -> None:
+        """Go on with other scales and zeros, which the format's dtype holds."""
+        if "tensor_scale" in self.tensors:
+            scales = scales / self.tensors["tensor_scale"]
+        if len(self.levels) > 1:
+            scales = torch.where(self.second, -scales, scales)
+        dtype = self.tensors["scales"].dtype
+        bytes_of_powers = dtype == torch.int8
+        changed = {"scales": (scales.log2() + 127).round().to(torch.uint8).view(dtype) if bytes_of_powers else scales.to(dtype)}
+        if "zeros" in self.tensors:
+            changed["zeros"] = zeros.to(dtype)
+        self.tensors = self.tensors | changed
+        self._read_scales()
 
 
 def stored(scales: Tensor, dtype: torch.dtype) -> Tensor:

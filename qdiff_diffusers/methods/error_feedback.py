@@ -3,21 +3,44 @@
 Two passes share one step, "choose codes for some columns under a metric". The first walks through the columns once and lets
 those that follow make up for each error (GPTQ, Frantar et al. 2022; over vectors: GPTVQ, QuIP#'s LDLQ). The second is
 coordinate descent, which starts from any codes and never raises the error (AQLM's objective, solved vector by vector).
+
+Either goes through blocks of columns: one matrix product tells a block of all that has happened before it, and inside the block
+columns tell each other. Rows are independent, so a few hundred of them at a time go through everything, and however many threads
+share them, the result is the same to the bit. Scalars: ``columns.py``. Vectors: ``coders.py``.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-CHUNK = 128  # columns whose errors are passed on one by one; those after them are brought up to date once per chunk
+from .threads import map_blocks
+
+ROWS = 256  # at a time: enough for a matrix product at full speed, few enough for the caches
 DAMPING_TRIES = 8
 
 
+class Moments(NamedTuple):
+    """Second moments, prepared for all rows.
+
+    Attributes:
+        matrix: float32 ``[columns, columns]``, positive definite.
+        order: int64 ``[columns]``, in which codes are chosen.
+        feedback: float32 ``[columns, columns]``, in that order: the matrix is ``U D U^T`` with U unit upper triangular.
+        pivots: float32 ``[columns]``, D.
+    """
+
+    matrix: Tensor
+    order: Tensor
+    feedback: Tensor
+    pivots: Tensor
+
+
 class Coder(Protocol):
-    """Codes of a weight matrix, chosen some columns at a time.
+    """Codes of a weight matrix in some format.
 
     Attributes:
         step: columns that are chosen together.
@@ -27,12 +50,19 @@ class Coder(Protocol):
     step: int
     values: Tensor
 
-    def choose(self, columns: slice, targets: Tensor, factor: Tensor) -> Tensor:
-        """Values ``[rows, n]`` of the codes that nearly minimise ``|(targets - values) @ factor|^2`` in each row, and keep them
-        as proposed codes; n is ``step``, or less at the end of a row."""
+    def pass_on(self, weight: Tensor, moments: Moments) -> Tensor:
+        """Choose all codes of ``weight`` in the order of the moments, each error made up for by the columns after it.
 
-    def accept(self, columns: slice, rows: Tensor) -> None:
-        """Let the proposed codes of these columns count in ``rows`` (bool ``[rows]``)."""
+        Returns:
+            the error that is left in each row, float32 ``[rows]``.
+        """
+
+    def descend(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        """One sweep of coordinate descent: some columns at a time, all others fixed. No row's error rises.
+
+        Returns:
+            by how much each row's error falls, float32 ``[rows]``.
+        """
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -43,75 +73,100 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """``d H d^T`` of each row, ``[rows]``."""
-    return ((difference @ hessian) * difference).sum(1)
+    return _in_rows(lambda part: ((difference[part] @ hessian) * difference[part]).sum(1), difference)
 
 
-def pass_on_errors(weight: Tensor, hessian: Tensor, coder: Coder) -> None:
+def prepare(hessian: Tensor, step: int = 1, in_order: bool = False) -> Moments:
+    """Factor second moments float32 ``[columns, columns]``, positive definite, in float64 inside.
+
+    With ``U D U^T`` a row's error is ``sum_j D_j (e_j + sum_{i<j} e_i U_ij)^2``: each code is chosen so that its own error undoes
+    what those before it left (QuIP's form of GPTQ, which needs no inverse). The inputs that vary most go first, those that hardly
+    matter last: they make up for the others, and nobody for them.
+
+    Args:
+        step: columns that stay together.
+        in_order: first column to last instead.
+
+    Raises:
+        ValueError: the moments hold NaN or infinity.
+    """
+    if not torch.isfinite(hessian.sum()) and not torch.isfinite(hessian).all():
+        raise ValueError("the inputs' second moments hold NaN or infinity")
+    columns = torch.arange(len(hessian), device=hessian.device)
+    order = columns if in_order else _by_size(hessian.diagonal(), step)
+    last_first = order.flip(0)
+    lower = _cholesky(hessian[last_first][:, last_first].double())
+    roots = lower.diagonal().clone()
+    feedback = lower.div_(roots).to(hessian.dtype).flip(0, 1)
+    return Moments(hessian, order, feedback, roots.square_().to(hessian.dtype).flip(0))
+
+
+def pass_on_errors(weight: Tensor, hessian: Tensor, coder: Coder) -> Tensor:
     """Choose all codes, first column to last, each error made up for by the columns after it.
 
     Args:
         weight: float32 ``[rows, columns]``.
         hessian: float32 ``[columns, columns]``, positive definite.
         coder: whose codes are replaced.
+
+    Returns:
+        the error that is left in each row, float32 ``[rows]``.
     """
-    upper = inverse_factor(hessian)
-    target = weight.clone()
-    columns, step = weight.shape[1], coder.step
-    chunk = max(step, CHUNK // step * step)
-    everything = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-    for start in range(0, columns, chunk):
-        stop = min(start + chunk, columns)
-        errors = torch.zeros(len(weight), stop - start, dtype=torch.float32, device=weight.device)
-        for first in range(start, stop, step):
-            part = slice(first, min(first + step, stop))
-            inverse = torch.linalg.inv(upper[part, part])
-            values = coder.choose(part, target[:, part], inverse)
-            coder.accept(part, everything)
-            error = (target[:, part] - values) @ inverse
-            errors[:, first - start : part.stop - start] = error
-            target[:, part.stop : stop] -= error @ upper[part, part.stop : stop]
-        target[:, stop:] -= errors @ upper[start:stop, stop:]
+    return coder.pass_on(weight, prepare(hessian, coder.step, in_order=True))
 
 
-def descend(weight: Tensor, hessian: Tensor, coder: Coder) -> None:
-    """One sweep of coordinate descent: codes of some columns at a time, all others fixed. No row's error rises."""
-    residual = weight - coder.values
-    gradient = residual @ hessian
-    columns, step = weight.shape[1], coder.step
-    chunk = max(step, CHUNK // step * step)
-    for start in range(0, columns, chunk):
-        stop = min(start + chunk, columns)
-        changes = torch.zeros(len(weight), stop - start, dtype=torch.float32, device=weight.device)
-        for first in range(start, stop, step):
-            part = slice(first, min(first + step, stop))
-            block = hessian[part, part]
-            old = coder.values[:, part].clone()
-            factor = torch.linalg.cholesky(block)
-            target = old + torch.cholesky_solve(gradient[:, part].T, factor).T
-            new = coder.choose(part, target, factor)
-            better = ((target - new) @ factor).square().sum(1) < ((target - old) @ factor).square().sum(1)
-            coder.accept(part, better)
-            change = torch.where(better[:, None], new - old, 0)
-            changes[:, first - start : part.stop - start] = change
-            gradient[:, part.stop : stop] -= change @ hessian[part, part.stop : stop]
-        gradient[:, stop:] -= changes @ hessian[start:stop, stop:]
-
-
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U with ``U^T U = hessian^-1``, in float64 inside; more damping where the matrix is nearly singular."""
-    wide = hessian.double()
-    extra = 0.0
-    for _ in range(DAMPING_TRIES):
-        lower, failed = torch.linalg.cholesky_ex(damped(wide, extra))
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return upper.to(hessian.dtype)
-        extra = max(1e-6, extra * 10)
-    raise ValueError("the inputs' second moments hold NaN or infinity")
+def descend(weight: Tensor, hessian: Tensor, coder: Coder) -> Tensor:
+    """One sweep of coordinate descent, see :meth:`Coder.descend`."""
+    return coder.descend(weight, hessian)
 
 
 def gain(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
     """Factor ``[rows]`` on each row of ``values`` that brings its output closest to that of ``weight``."""
-    seen = values @ hessian
-    return (seen * weight).sum(1) / (seen * values).sum(1).clamp_min(1e-30)
+
+    def work(part: slice) -> Tensor:
+        seen = values[part] @ hessian
+        return (seen * weight[part]).sum(1) / (seen * values[part]).sum(1).clamp_min(1e-30)
+
+    return _in_rows(work, weight)
+
+
+def kept(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
+    """Factor ``[rows]`` on each row of ``values`` that keeps the gain of the outputs of ``weight``."""
+
+    def work(part: slice) -> Tensor:
+        seen = weight[part] @ hessian
+        return (seen * weight[part]).sum(1) / (seen * values[part]).sum(1)
+
+    return _in_rows(work, weight)
+
+
+def row_blocks(matrix: Tensor, rows: int = ROWS) -> int:
+    """Weights of the blocks in which :func:`map_blocks` should take ``matrix``: some rows on a CPU, all on a GPU."""
+    return rows * matrix.shape[1] if matrix.device.type == "cpu" else max(1, matrix.numel())
+
+
+def _in_rows(work: Callable[[slice], Tensor], matrix: Tensor) -> Tensor:
+    return torch.cat(map_blocks(work, matrix, row_blocks(matrix)))
+
+
+def _by_size(diagonal: Tensor, step: int) -> Tensor:
+    """Columns ordered by falling ``diagonal [columns]``, or steps of neighbours by its mean; a short last step counts too."""
+    columns = torch.arange(len(diagonal), device=diagonal.device)
+    number = columns // step
+    sums = torch.zeros(-(-len(diagonal) // step), dtype=torch.float64, device=diagonal.device)
+    sizes = sums.clone().index_add_(0, number, torch.ones_like(diagonal, dtype=torch.float64))
+    sums.index_add_(0, number, diagonal.double())
+    place = torch.empty_like(sums, dtype=torch.long)
+    place[(sums / sizes).argsort(descending=True, stable=True)] = torch.arange(len(sums), device=diagonal.device)
+    return place[number].argsort(stable=True)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Lower factor of a float64 matrix; more damping where it is nearly singular."""
+    extra = 0.0
+    for _ in range(DAMPING_TRIES):
+        lower, failed = torch.linalg.cholesky_ex(damped(matrix, extra) if extra else matrix)
+        if not int(failed):
+            return lower
+        extra = max(1e-6, extra * 10)
+    raise ValueError("the inputs' second moments cannot be factored: they are not those of any inputs")

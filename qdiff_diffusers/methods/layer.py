@@ -81,7 +81,8 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
     working = rotate_matrix(matrix if smooth is None else smooth_matrix(matrix, smooth), channels, block)
     if by_kernels:
         working = kernels_first(working, channels)
-    weight_format, tensors = method.quantize(working, config, seed)
+    choose = method.quantize if inputs is None or inputs.hessian is None else method.draft
+    weight_format, tensors = choose(working, config, seed)
     if inputs is not None and inputs.hessian is not None:
         seen = rotate_hessian(smooth_hessian(inputs.hessian.to(working), smooth), channels, block)
         noise = input_noise(inputs.samples, config, channels, share=inputs.noise_share, smooth=smooth, rotation=block)

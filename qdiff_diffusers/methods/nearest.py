@@ -8,20 +8,32 @@ differ by less than 1e-4 of their size may be swapped.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .compiled import loops
 from .threads import map_blocks
 
 BLOCK = 1024  # entries per product; 2.1e9 scores/s per core at 6 dimensions, 4,096 at once: 1.1e9 (out of the L2 cache)
 SCORES = 1 << 17  # float32 scores in flight per thread, half of a 1 MB L2 cache
 GPU_SCORES = 1 << 26
+COMPILED_FROM = 64  # entries, below which a matrix product is faster than compiled loops
 BLOCK_WEIGHTS = 1 << 16  # coordinates that one thread takes at a time
 
 
 def assign(points: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest centroid of each point: int64 ``[N]`` for points ``[N, d]`` and centroids ``[k, d]``, float32."""
     return nearest(points, centroids)[0]
+
+
+def assign_under(points: Tensor, centroids: Tensor, factor: Tensor) -> Tensor:
+    """Index of the centroid with the least ``|(x - c) @ factor|^2``, int64 ``[N]``, for ``factor [d, d]``."""
+    if len(centroids) < COMPILED_FROM or points.shape[1] == 1 or (module := loops("search_numba", points)) is None:
+        return assign(points @ factor, centroids @ factor)
+    return _nearest_compiled(points @ factor, factor.T @ centroids.T, module)[0]
 
 
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +55,8 @@ def nearest_few(points: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, 
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    if len(centroids) >= COMPILED_FROM and (module := loops("search_numba", points)) is not None:
+        return _nearest_compiled(points, centroids.T.contiguous(), module)
     width = min(BLOCK, len(centroids))
     blocks = [ScoreBlock(part, width) for part in centroids.split(BLOCK)]
     rows = rows_in_flight(width, points.device)
@@ -56,6 +70,18 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     score, which = best.max(0)
     codes = (score.view(torch.int32) & blocks[0].index_mask).long() + which * BLOCK
     return codes.clamp_max_(len(centroids) - 1), (score * -2).clamp_min_(0)
+
+
+def _nearest_compiled(points: Tensor, entries: Tensor, module: ModuleType) -> tuple[Tensor, Tensor]:
+    """Of ``entries [d, k]``."""
+    d, k = entries.shape
+    if d % 2 or k % module.RUN:
+        entries, points = F.pad(entries, (0, -k % module.RUN, 0, d % 2)), F.pad(points, (0, d % 2))
+    halves = entries.square().sum(0).div_(2)
+    halves[k:] = torch.inf
+    codes, distances = torch.empty(len(points), dtype=torch.long), torch.empty(len(points), dtype=torch.float32)
+    module.search_nearest(*(t.contiguous().numpy() for t in (points, entries, halves, codes, distances)))
+    return codes, distances
 
 
 def rows_in_flight(k: int, device: torch.device) -> int:

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdiff_diffusers import AQConfig, FPConfig, RTNConfig, SVDQuantConfig, VQConfig
-from qdiff_diffusers.methods import LayerInputs, format_target, quantize_weight
+from qdiff_diffusers.methods import LayerInputs, format_target, quantize_weight, rtn
+from qdiff_diffusers.methods.calibrated import fit_to_inputs
 from qdiff_diffusers.methods.coders import make_coder
-from qdiff_diffusers.methods.error_feedback import damped, descend, inverse_factor, pass_on_errors, row_errors
+from qdiff_diffusers.methods.error_feedback import damped, descend, pass_on_errors, prepare, row_errors
 
 CONFIGS = {
     "aq": AQConfig(bits=2),
@@ -100,7 +101,7 @@ def test_passing_on_errors_is_gptq():
     coder = make_coder(plain.spec.format, plain.tensors, 12, beam=1)
     scale, zero = plain.tensors["scales"].double(), plain.tensors["zeros"].double()
     pass_on_errors(weight, hessian, coder)
-    upper = inverse_factor(hessian.double())
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True)
     left, expected = weight.double().clone(), torch.empty(5, 12, dtype=torch.float64)
     for i in range(12):
         code = ((left[:, i : i + 1] - zero) / scale).round().clamp(0, 3)
@@ -137,3 +138,104 @@ def test_an_input_that_never_occurs_is_no_reason_to_fail():
     hessian[7] = hessian[:, 7] = 0
     fitted = quantize_weight(weight, RTNConfig(bits=4), inputs=LayerInputs(hessian))
     assert torch.isfinite(fitted.spec.dequantize(fitted.tensors, tuple(weight.shape))).all()
+
+
+EXACT = {
+    **{name: CONFIGS[name] for name in ("rtn", "fp", "nvfp4", "mxfp4", "svdquant")},
+    "rtn-2": RTNConfig(bits=2, group_size=16),
+    "rtn-8": RTNConfig(bits=8, group_size=24),
+    "fp8": FPConfig(bits=8, group_size="row"),
+    "fp-float32": FPConfig(bits=4, group_size=10, scale_dtype="float32"),
+    "fp-bfloat16": FPConfig(bits=4, scale_dtype="bfloat16"),
+    "fp-tensor": FPConfig(bits=4, group_size="tensor"),
+    "int8": SVDQuantConfig(weight_format="int8", group_size=32, rank=3),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("shape", [(48, 96), (77, 301), (1, 19)])
+def test_compiled_loops_give_the_bits_that_torch_gives(name, shape, monkeypatch):
+    pytest.importorskip("numba")
+    weight, hessian = problem(*shape, seed=3)
+    weight[0] = 0
+    inputs = LayerInputs(hessian)
+    fast = quantize_weight(weight, EXACT[name], inputs=inputs)
+    monkeypatch.setattr("qdiff_diffusers.methods.columns.loops", lambda *_: None)
+    slow = quantize_weight(weight, EXACT[name], inputs=inputs)
+    for key, tensor in slow.tensors.items():
+        assert torch.equal(fast.tensors[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_number_of_threads_changes_no_bit(name):
+    weight, hessian = problem(600, 96, seed=4)
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(quantize_weight(weight, CONFIGS[name], inputs=LayerInputs(hessian)).tensors)
+    finally:
+        torch.set_num_threads(threads)
+    for key, tensor in found[0].items():
+        assert torch.equal(found[1][key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+def textbook(weight: torch.Tensor, hessian: torch.Tensor, coder, sweeps: int) -> float:
+    """GPTQ first column to last, then sweeps of coordinate descent, scales as they are: in float64, column by column."""
+    weight, hessian = weight.double(), hessian.double()
+    group = torch.arange(weight.shape[1]) // (weight.shape[1] // coder.scales.shape[1])
+    levels, second = coder.levels.double(), coder.second
+
+    def nearest(column: int, wanted: torch.Tensor) -> torch.Tensor:
+        g = group[column]
+        table = levels[second[:, g].long()] * coder.scales[:, g, None].double() + coder.zeros[:, g, None].double()
+        return table.gather(1, (table - wanted[:, None]).abs().argmin(1, keepdim=True))[:, 0]
+
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    left, found = weight.clone(), torch.empty_like(weight)
+    for i in range(weight.shape[1]):
+        found[:, i] = nearest(i, left[:, i])
+        left[:, i:] -= ((left[:, i] - found[:, i]) / upper[i, i])[:, None] * upper[i, i:]
+    for _ in range(sweeps):
+        for i in range(weight.shape[1]):
+            slope = (weight - found) @ hessian[:, i]
+            found[:, i] = nearest(i, found[:, i] + slope / hessian[i, i])
+    return float(row_errors(weight - found, hessian).sum() / row_errors(weight, hessian).sum())
+
+
+@pytest.mark.parametrize("name", ["rtn", "fp", "nvfp4", "mxfp4", "svdquant"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_output_error_is_at_most_that_of_textbook_gptq_and_four_sweeps(name, seed):
+    weight, hessian = problem(64, 192, seed)
+    sizes = torch.randn(192, generator=torch.Generator().manual_seed(seed)).exp()  # channels of different size
+    hessian = damped(hessian * sizes * sizes[:, None], 0.01)
+    plain = quantize_weight(weight, CONFIGS[name])
+    target = format_target(weight, plain.spec, plain.tensors)
+    own = {k: plain.tensors[k] for k in plain.spec.format.tensors(*target.shape)}
+    expected = textbook(target, hessian, make_coder(plain.spec.format, own, 192, 1), sweeps=4)
+    fitted = plain.spec.format.dequantize(fit_to_inputs(target, plain.spec.format, own, hessian), 192)
+    found = float(row_errors(target - fitted, hessian).sum() / row_errors(target, hessian).sum())
+    assert found < expected
+
+
+@given(columns=st.integers(1, 70), rows=st.integers(1, 40), seed=st.integers(0, 5))
+def test_the_pass_over_columns_is_that_of_float64(columns, rows, seed):
+    """Codes are a greedy choice under ``U D U^T``: no other code of a weight leaves less, given those before it."""
+    weight, hessian = problem(rows, max(4, columns), seed)
+    weight, hessian = weight[:, :columns].contiguous(), damped(hessian[:columns, :columns].contiguous(), 0.01)
+    fmt, tensors = rtn.quantize(weight, bits=3, group_size=7)
+    coder, moments = make_coder(fmt, tensors, columns, 1), prepare(hessian)
+    left = coder.pass_on(weight, moments)
+    torch.testing.assert_close(left, row_errors(weight - coder.values, hessian), rtol=1e-3, atol=1e-5)
+    feedback, order = moments.feedback.double(), moments.order
+    torch.testing.assert_close(
+        feedback * moments.pivots.double() @ feedback.T, hessian[order][:, order].double(), rtol=1e-4, atol=1e-4
+    )
+    error = (weight - coder.values)[:, order].double()
+    group = order // 7
+    scale, zero = coder.scales[:, group].double(), coder.zeros[:, group].double()
+    target = weight[:, order].double() + error @ (feedback - torch.eye(columns, dtype=torch.float64))
+    expected = ((target - zero) / scale).round().clamp(0, 7) * scale + zero
+    distance, found = (target - expected).abs(), (target - coder.values[:, order].double()).abs()
+    assert (found <= distance + 1e-4).all()

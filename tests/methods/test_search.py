@@ -1,0 +1,65 @@
+"""Compiled searches find what searching by torch finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qdiff_diffusers.methods.additive import decode, encode
+from qdiff_diffusers.methods.nearest import assign_under, nearest
+
+pytest.importorskip("numba")
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("k", "d"), [(64, 2), (100, 3), (256, 4), (300, 7), (4096, 6), (65, 16)])
+@pytest.mark.parametrize("count", [1, 333])
+def test_the_nearest_entry_is_found(k, d, count):
+    points, entries = normal(count, d), normal(k, d, seed=1)
+    codes, distances = nearest(points, entries)
+    expected = torch.cdist(points.double(), entries.double()).square()
+    torch.testing.assert_close(expected.gather(1, codes[:, None])[:, 0], expected.amin(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(distances.double(), expected.amin(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [16, 256])
+def test_the_nearest_entry_under_a_metric_is_found(k):
+    points, entries, factor = normal(200, 5), normal(k, 5, seed=1), normal(5, 5, seed=2).tril()
+    codes = assign_under(points, entries, factor)
+    expected = torch.cdist((points @ factor).double(), (entries @ factor).double())
+    torch.testing.assert_close(expected.gather(1, codes[:, None])[:, 0], expected.amin(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("books", "k", "d"), [(2, 4, 3), (2, 256, 8), (3, 16, 5), (4, 256, 16), (6, 32, 8), (8, 2, 4)])
+@pytest.mark.parametrize("beam", [1, 3, 16])
+def test_the_compiled_beam_search_is_as_good_as_that_of_torch(books, k, d, beam, monkeypatch):
+    points, codebooks = normal(700, d), normal(books, k, d, seed=1)
+
+    def error() -> float:
+        codes = encode(points, codebooks, beam)
+        assert codes.shape == (700, books)
+        assert codes.dtype == torch.long
+        assert 0 <= int(codes.min()) <= int(codes.max()) < k
+        return float((points - decode(codes, codebooks)).square().mean())
+
+    compiled = error()
+    monkeypatch.setattr("qdiff_diffusers.methods.additive.loops", lambda *_: None)
+    assert compiled <= error() * 1.01
+
+
+def test_a_beam_as_wide_as_all_there_is_finds_the_best():
+    points, codebooks = normal(50, 4), normal(3, 8, 4, seed=1)
+    codes = encode(points, codebooks, beam=64)
+    sums = (codebooks[0][:, None, None] + codebooks[1][None, :, None] + codebooks[2][None, None]).view(-1, 4)
+    best = torch.cdist(points, sums).amin(1).square()
+    torch.testing.assert_close((points - decode(codes, codebooks)).square().sum(1), best, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("points", [torch.zeros(40, 8), torch.ones(40, 8) * 1e4])
+def test_points_beside_all_entries_and_on_them_do_no_harm(points):
+    codes = encode(points, torch.zeros(3, 16, 8), beam=4)
+    assert codes.shape == (40, 3)
+    assert 0 <= int(codes.min()) <= int(codes.max()) < 16
