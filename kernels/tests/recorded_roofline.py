@@ -63,7 +63,7 @@ def test_the_devices_of_the_table_are_told_apart_and_forgotten_again():
 
 
 def test_a_kernel_that_does_not_fit_is_recorded_with_the_smaller_tiles_that_replace_it():
-    chosen = case("fp 4", "none", 256)
+    chosen = case("fp 4", "none", 16)
     first = record.record(H200, chosen.prepare).steps[0]
     refused = record.record(H200, chosen.prepare, lambda kernel: "shared memory" if kernel == first.specialisation else None)
     assert refused.steps[0].specialisation != first.specialisation
@@ -114,7 +114,7 @@ def test_more_instructions_take_longer_and_memory_is_the_floor():
 
 def test_an_operand_that_was_decoded_before_is_loaded_as_the_bytes_it_has_become():
     dense = [step for step in record.record(H200, case("aq 2", "int8", 4096).prepare).steps if step.name == "linear"]
-    coded = [step for step in record.record(H200, case("aq 2", "int8", 256).prepare).steps if step.name == "linear"]
+    coded = [step for step in record.record(H200, case("aq 2", "int8", 16).prepare).steps if step.name == "linear"]
     assert (model._weight_bits(dense[0]), model._weight_bits(coded[0])) == (8.0, 2.0)
 
 

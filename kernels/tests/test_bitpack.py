@@ -73,3 +73,13 @@ def test_codes_that_do_not_fit_are_refused_by_value(code, bits):
 def test_a_wrong_byte_count_is_refused():
     with pytest.raises(ValueError, match="10 codes of 3 bits take 4 bytes, got 5"):
         unpack_bits(torch.zeros(2, 5, dtype=torch.int8), 3, 10)
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_codes_may_be_a_part_of_a_larger_tensor(bits):
+    codes = (torch.arange(2 * 3 * 21) % (1 << bits)).to(torch.uint8 if bits <= 8 else torch.int32).view(2, 3, 21)
+    for part in (codes[:, :, :16], codes[:1, :1, :16], codes[0, 1:2, :16], codes[0, :1, 5:], codes[1, 2, 5:]):
+        assert torch.equal(
+            pack_bits(part, bits), pack_bits(part.clone(memory_format=torch.contiguous_format).reshape(part.shape), bits)
+        )
+        assert torch.equal(unpack_bits(pack_bits(part, bits), bits, 16), part.int())

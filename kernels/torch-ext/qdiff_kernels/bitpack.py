@@ -89,13 +89,14 @@ _WORDS = ((torch.int16, 8), (torch.int32, 16), (torch.int64, 32))
 def _pack_pairwise(codes: Tensor, bits: int) -> Tensor:
     """int8 ``[..., ceil(count / 8) * bits]``."""
     words = F.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % 8))
+    words = words.contiguous().flatten().view(words.shape)  # a single row of a larger tensor counts as contiguous, with its stride
     held = bits
     for dtype, width in _WORDS:
-        pair = words.contiguous().view(dtype)
+        pair = words.view(dtype)
         low = (1 << held) - 1
         words = (pair & low) | ((pair >> (width - held)) & (low << held))
         held *= 2
-    return words.contiguous().view(torch.int8).unflatten(-1, (-1, 8))[..., :bits].flatten(-2)
+    return words.view(torch.int8).unflatten(-1, (-1, 8))[..., :bits].flatten(-2)
 
 
 def _unpack_pairwise(packed: Tensor, bits: int) -> Tensor:

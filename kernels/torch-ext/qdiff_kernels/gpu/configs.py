@@ -57,14 +57,17 @@ def rule(weight: str, inputs: str, tokens: int, rows: int, columns: int, multipr
         if tokens <= 128:
             return _few_tokens(tokens, rows, columns, multiprocessors, codebook)
         return LinearConfig(128, 64, 64, warps=8, stages=2 if codebook else 3, two_pass=tokens >= 1024)
+    eight_bit = inputs in ("int8", "fp8") and " row" in weight
     if tokens <= 128:
         config = _few_tokens(tokens, rows, columns, multiprocessors, codebook)
     else:
-        block_columns = 128 if inputs in ("int8", "fp8") and " row" in weight and not codebook else 64
+        block_columns = 128 if eight_bit and not codebook else 64
         # With a scale for each token and group beside each sum, 128 tokens are more than the registers of 10.0 hold.
         block_tokens = 64 if inputs == "int4" else 128
         config = LinearConfig(block_tokens, 128, block_columns, warps=8, stages=2 if codebook else 3)
     first = tokens >= MANY_TOKENS and decodes_first(config, weight, inputs, tokens, rows, columns, multiprocessors)
+    if first and eight_bit:  # what is multiplied then is dense, whatever it was decoded from
+        config = replace(config, block_columns=128, stages=3)
     return replace(config, two_pass=first)
 
 
