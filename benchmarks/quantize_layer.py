@@ -6,9 +6,8 @@ Weights have rows of different size and heavy tails; inputs have a falling spect
 moments tell codes something. Seconds are those that the process computes, which other programs on the machine hardly change, with
 the wall clock's beside them; the best of three runs where one is short. Errors are squared and relative: of the weight, and of the
 layer's output, ``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``. Results of "before" and "after" are kept side by side: "before" is commit
-08cab5e. Those committed were measured while other programs kept the machine five times overbooked: CPU seconds are one and a half
-times those of an idle machine, and the wall clock tells little; 3072 x 3072, AQ and VQ were
-measured before at a lighter load than after.
+08cab5e. Those committed of 1536 x 1536 were measured one after the other on a machine with little else to do, those of 3072 x 3072
+while other programs kept it busy.
 """
 
 from __future__ import annotations
