@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 
 import oracle
@@ -186,10 +187,15 @@ def test_a_row_scaled_product_that_the_library_refuses_once_is_not_tried_again(m
     monkeypatch.setattr(ops, "_refused", set())
     weight, chosen = oracle.packed_weight("e4m3-row", 16, 64), oracle.make_extras("bias+fp8", 16, 64, 64)
     x = torch.randn(40, 64).bfloat16()
-    for _ in range(3):
-        y = product(weight, x, chosen, two_pass=True)
-        assert oracle.relative_error(y, oracle.linear(x, weight.dense, chosen)) < 3e-2
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            y = product(weight, x, chosen, two_pass=True)
+            assert oracle.relative_error(y, oracle.linear(x, weight.dense, chosen)) < 3e-2
     assert len(tried) == 1
+    assert [str(one.message) for one in told if "CUBLAS_STATUS_NOT_SUPPORTED" in str(one.message)] == [
+        "torch._scaled_mm does not multiply FP8 rows on cpu (CUDA error: CUBLAS_STATUS_NOT_SUPPORTED); qdiff's kernel does"
+    ]
 
 
 def test_inputs_whose_low_rank_projection_does_not_fit_beside_them_are_projected_apart(monkeypatch):

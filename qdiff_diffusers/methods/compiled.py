@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from diffusers.utils import logging
 from torch import Tensor
+
+logger = logging.get_logger(__name__)
 
 
 def compiled(signature: str, *liberties: str) -> Callable[[Callable[..., Any]], Any]:
@@ -39,6 +43,14 @@ def compiled(signature: str, *liberties: str) -> Callable[[Callable[..., Any]], 
 def loops(name: str, *tensors: Tensor) -> ModuleType | None:
     """The module of this package with compiled loops, imported at its first use; ``None`` where torch has to do: without numba, and
     for tensors that are not on a CPU."""
-    if find_spec("numba") is None or any(tensor.device.type != "cpu" for tensor in tensors):
+    if any(tensor.device.type != "cpu" for tensor in tensors) or not _numba_is_there():
         return None
     return import_module(f".{name}", __package__)
+
+
+@cache
+def _numba_is_there() -> bool:
+    found = find_spec("numba") is not None
+    if not found:
+        logger.warning("qdiff: numba is not installed: codes are fitted by torch alone, which is slower (pip install numba)")
+    return found

@@ -355,9 +355,13 @@ def _from_settings(data: dict[str, Any]) -> QDiffConfig:
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     kind = METHODS[method].config
+    _check_names(kind, settings)
+    return kind(**settings)
+
+
+def _check_names(kind: type[QDiffConfig], settings: Mapping[str, Any]) -> None:
     if unknown := sorted(set(settings) - {f.name for f in fields(kind)}):
         raise ConfigError(f"{kind.__name__} has no setting {', '.join(unknown)}")
-    return kind(**settings)
 
 
 def _as_config(pattern: str, value: Any, asked_for: bool) -> QDiffConfig | None:
@@ -377,8 +381,7 @@ def _as_config(pattern: str, value: Any, asked_for: bool) -> QDiffConfig | None:
 def _of_quantized_layer(data: dict[str, Any]) -> QDiffConfig:
     """One of the overrides by which a model was quantized once."""
     kind = type(QDiffConfig.__new__(QDiffConfig, **data))  # raises where there is no such method
-    if unknown := sorted(set(data) - {f.name for f in fields(kind)}):
-        raise ConfigError(f"{kind.__name__} has no setting {', '.join(unknown)}")
+    _check_names(kind, data)
     return _of_quantized(kind, data)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qdiff_diffusers.methods import compiled
 from qdiff_diffusers.methods.additive import decode, encode
 from qdiff_diffusers.methods.nearest import assign_under, nearest
 
@@ -63,3 +64,13 @@ def test_points_beside_all_entries_and_on_them_do_no_harm(points):
     codes = encode(points, torch.zeros(3, 16, 8), beam=4)
     assert codes.shape == (40, 3)
     assert 0 <= int(codes.min()) <= int(codes.max()) < 16
+
+
+def test_that_numba_is_missing_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    compiled._numba_is_there.cache_clear()
+    try:
+        assert [compiled.loops("search_numba", torch.zeros(1)) for _ in range(3)] == [None] * 3
+    finally:
+        compiled._numba_is_there.cache_clear()
+    assert caplog.text.count("numba is not installed") == 1

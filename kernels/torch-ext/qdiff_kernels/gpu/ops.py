@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -186,8 +187,12 @@ def _scaled_mm(
         return torch._scaled_mm(values, operand.T, x_scales, scales, bias=bias, out_dtype=torch.bfloat16)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # row-wise scales on 12.0: pytorch/pytorch#192707
+    except RuntimeError as error:  # row-wise scales on 12.0: pytorch/pytorch#192707
         _refused.add(values.device)
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"torch._scaled_mm does not multiply FP8 rows on {values.device} ({reason}); qdiff's kernel does", stacklevel=2
+        )
         return None
 
 
