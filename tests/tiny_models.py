@@ -5,6 +5,7 @@ Every linear layer is at least 32 wide, so that groups, vectors and rotations ha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -205,17 +206,23 @@ def make(name: str, seed: int = 0) -> nn.Module:
     return model
 
 
+@functools.cache
+def fixed_inputs(name: str) -> dict[str, Any]:
+    """The inputs, drawn once: the generator belongs to the process, so that threads that draw at once disturb each other."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return MODELS[name][1]()
+
+
 def run(model: nn.Module, name: str) -> torch.Tensor:
     """One forward pass on the model's fixed inputs, cast to its dtype."""
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(1)
-    inputs = MODELS[name][1]()
-    torch.random.set_rng_state(generator_state)
 
     def cast(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: cast(item) for key, item in value.items()}
-        return value.to(model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        if isinstance(value, torch.Tensor):
+            return value.to(model.dtype if value.is_floating_point() else value.dtype, copy=True)
+        return value
 
     with torch.no_grad():
-        return model(**cast(inputs), return_dict=False)[0]
+        return model(**cast(fixed_inputs(name)), return_dict=False)[0]
