@@ -5,11 +5,12 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from ptx import COMPILED_FOR
 from qdiff_kernels import minifloat_dequantize, pack_bits, use
 from test_dequantize import ENCODINGS
 
 triton = pytest.importorskip("triton")
-if not torch.cuda.is_available() and isinstance(triton.language.zeros_like, triton.runtime.JITFunction):
+if not (COMPILED_FOR or torch.cuda.is_available()) and isinstance(triton.language.zeros_like, triton.runtime.JITFunction):
     pytest.skip("Triton was imported before TRITON_INTERPRET was set", allow_module_level=True)
 from qdiff_kernels.gpu import ops, weights
 from qdiff_kernels.gpu.blocks import EXACT, ROW, WEIGHT
