@@ -85,6 +85,10 @@ def test_e4m3_codes_are_what_torch_says():
     codes = np.arange(256, dtype=np.uint8)
     expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
     assert np.array_equal(instructions.e4m3(codes), expected, equal_nan=True)
+    numbers = expected[np.isfinite(expected)]
+    assert np.array_equal(instructions.e4m3(instructions.to_e4m3(numbers)), numbers)
+    assert calculated("cvt.rn.f16x2.e4m3x2", 0xB840) == 0xBC004000  # -1 and 2
+    assert calculated("cvt.rn.satfinite.e4m3x2.f32", *float_operands(1e9, 0.001)) == 0x7E01
 
 
 @pytest.mark.parametrize("transposed", [False, True])

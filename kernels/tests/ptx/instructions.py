@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from .machine import WARP, Array, Copy, Fault, Machine, Mask, Step, unsigned
 from .text import Address, Instruction, Program
@@ -294,10 +295,8 @@ def _convert(instruction: Instruction) -> Step:
     *modifiers, into, source = instruction.opcode[1:]
     if unknown := set(modifiers) - {"rn", "rna", "rzi", "rni", "rmi", "rpi", "ftz", "satfinite"}:
         raise ValueError(f"modifier {unknown}")
-    if into in ("bf16x2", "f16x2"):
-        return _convert_pair(instruction, into)
-    if source in ("e4m3x2", "e5m2x2") or into in ("e4m3x2", "e5m2x2", "tf32"):
-        raise ValueError("8-bit pairs")
+    if into in PAIRS:
+        return _convert_pair(instruction, into, source)
     target, given = instruction.operands
     to_integer = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
     rounding = next((to_integer[each] for each in modifiers if each in to_integer), None)
@@ -318,22 +317,38 @@ def _convert(instruction: Instruction) -> Step:
     return work
 
 
-def _convert_pair(instruction: Instruction, into: str) -> Step:
+def _convert_pair(instruction: Instruction, into: str, source: str) -> Step:
+    """Two numbers in halves of a register, the first operand in the upper one, from two registers or from halves of one."""
+    if source != "f32" and (source, into) != ("e4m3x2", "f16x2"):
+        raise ValueError(f"pairs of {source}")
     target, *given = instruction.operands
-    source = instruction.opcode[-1]
-    if source != "f32":
-        raise ValueError("pairs of 8-bit numbers")
+    half = PAIRS[into]
 
     def work(machine: Machine, mask: Mask | None) -> None:
-        upper, lower = (_half(_number(machine, each, "f32"), into) for each in given)
-        machine.write(target, (upper.astype(U32) << np.uint32(16)) | lower, mask)
+        if source == "f32":
+            upper, lower = (_number(machine, each, "f32") for each in given)
+        else:
+            codes = machine.read(given[0], np.dtype("u2"))
+            upper, lower = e4m3(codes >> np.uint16(8)), e4m3(codes & np.uint16(0xFF))
+        with np.errstate(all="ignore"):
+            upper, lower = half(upper), half(lower)
+        joined = dtype_of(into)
+        machine.write(target, (upper.astype(joined) << joined.type(4 * joined.itemsize)) | lower.astype(joined), mask)
 
     return work
 
 
-def _half(values: Array, into: str) -> Array:
-    with np.errstate(all="ignore"):
-        return narrow(values) if into == "bf16x2" else values.astype(np.float16).view(np.uint16)
+def to_e4m3(values: Array) -> Array:
+    """float32 as E4M3 codes, to nearest, beyond the range its largest number."""
+    wide = torch.from_numpy(np.asarray(np.clip(values, -448, 448), F32))
+    return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+PAIRS: dict[str, Callable[[Array], Array]] = {
+    "bf16x2": narrow,
+    "f16x2": lambda values: values.astype(np.float16).view(np.uint16),
+    "e4m3x2": to_e4m3,
+}
 
 
 @_known("mov", "cvta")

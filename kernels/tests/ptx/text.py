@@ -69,9 +69,7 @@ def parse(text: str) -> Program:
         SyntaxError: a statement is of a kind that is not known here.
     """
     reader = _Reader()
-    head, _, rest = text.partition(".entry")
-    del head
-    signature, _, body = rest.partition("\n{")
+    signature, _, body = text.partition(".entry")[2].partition("\n{")
     names = re.findall(r"\.param\s+\.([a-z]+)(\d+)[^,)]*?(\w+_param_\d+)", signature)
     parameters = {name: (place, int(bits)) for place, (_, bits, name) in enumerate(names)}
     threads = re.search(r"\.reqntid\s+(\d+)", signature)
@@ -79,9 +77,12 @@ def parse(text: str) -> Program:
         raise SyntaxError("the kernel does not say how many threads it has")
     first = text[: len(text) - len(body)].count("\n") + 1
     for number, line in enumerate(body.split("\n"), first):
-        if line.startswith("}"):
+        if line.startswith("}") and len(reader.scopes) == 1:
             break
         reader.read(line.partition("//")[0], number)
+    targets = {str(each.operands[0]) for each in reader.instructions if each.opcode[0] == "bra"}
+    if lost := targets - reader.labels.keys():
+        raise SyntaxError(f"no statement has the label {', '.join(sorted(lost))}")
     return Program(reader.instructions, reader.labels, parameters, reader.slots, int(threads[1]))
 
 
