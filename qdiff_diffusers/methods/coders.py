@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,12 @@ from torch import Tensor
 from ..formats import CodebookFormat, IntegerFormat, MinifloatFormat, WeightFormat, codebook_table, group_columns
 from .additive import decode, encode_under
 from .columns import BLOCK, LONGEST_REFIT, RowCodes, descend, make_levels, pass_on, storable
+from .compiled import loops
 from .error_feedback import Moments, row_blocks
 from .threads import map_blocks
-from .vectors import integer_codebooks, stored_scales
+from .vectors import integer_codebooks, stored_scales, table_neighbours
 
+NEIGHBOURS_FROM = 1024  # entries of a codebook in which descent looks near the present codes only
 CODEBOOK_ROWS = 768  # that go through the vectors together: each vector's metric is applied to its codebooks for them
 
 
@@ -140,7 +143,12 @@ class CodebookCoder:
         """
         vector, scale = columns.start // self.step, self.scale(columns)[:, 0]
         books = self.codebooks[:, :, : len(slopes)].contiguous()
-        codes = encode_under((slopes / torch.where(scale == 0, 1, scale)).T.contiguous(), books, metric, beam)
+        points = (slopes / torch.where(scale == 0, 1, scale)).T.contiguous()
+        if old is not None and len(slopes) == self.step and (module := self._neighbours(points)) is not None:
+            lists = table_neighbours(str(self.format.table))
+            codes = lists.improve_under(points, metric, self.codes[:, vector, 0], module)[:, None]
+        else:
+            codes = encode_under(points, books, metric, beam)
         values = decode(codes, books).T * scale
         if old is not None:
             change = values - old
@@ -149,6 +157,11 @@ class CodebookCoder:
             values = torch.where(better, values, old)
         self.codes[:, vector] = codes
         return values
+
+    def _neighbours(self, points: Tensor) -> ModuleType | None:
+        """The loops that search near the present codes, where that is worth it: in one large codebook, known beforehand."""
+        large = self.format.table is not None and len(self.codebooks) == 1 and self.codebooks.shape[1] >= NEIGHBOURS_FROM
+        return loops("search_numba", points) if large else None
 
     can_rescale = True
 

@@ -191,3 +191,28 @@ class EntryIndex:
         parts = points[order].split(torch.bincount(cell, minlength=self.CELLS).tolist())
         found = [near[_nearest(part, self.entries[near])[0]] for part, near in zip(parts, self.lists, strict=True) if len(part)]
         return torch.empty_like(order).scatter_(0, order, torch.cat(found))
+
+
+class NeighbourLists:
+    """For each entry of a large codebook those around it: where a search that begins with a good entry looks.
+
+    A point's nearest entry under the second moments of a layer's inputs is seldom far from the one it has. From 64 neighbours to
+    theirs and so on, 1 in 1,000 points stops short of the nearest of 4,096, for a tenth of the work.
+    """
+
+    COUNT = 64
+
+    def __init__(self, entries: Tensor) -> None:
+        self.entries = entries.contiguous()
+        others = [torch.cdist(part, entries).topk(self.COUNT + 1, largest=False).indices[:, 1:] for part in entries.split(BLOCK)]
+        self.lists = torch.cat(others)
+        self.near = entries[self.lists].transpose(1, 2).contiguous()
+        self.lists = self.lists.int()
+
+    def improve_under(self, slopes: Tensor, metric: Tensor, codes: Tensor, module: ModuleType) -> Tensor:
+        """Codes int64 ``[N]`` that are at least as good as ``codes`` for what :func:`assign_under` minimises."""
+        halves = ((self.entries @ metric) * self.entries).sum(1).div_(2)
+        found = codes.clone()
+        given = slopes, halves, self.entries, self.lists, self.near, found
+        module.search_near(*(value.contiguous().numpy() for value in given))
+        return found

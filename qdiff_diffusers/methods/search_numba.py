@@ -103,6 +103,45 @@ def search_nearest(points: Any, origins: Any, entries: Any, halves: Any, codes: 
             codes[p + i], least[p + i] = code[i], floats[i]
 
 
+@compiled("void(f4[:,::1],f4[::1],f4[:,::1],i4[:,::1],f4[:,:,::1],i8[::1])", *FREE)
+def search_near(points: Any, halves: Any, entries: Any, lists: Any, near: Any, codes: Any) -> None:
+    """Go from the entry that a point x has to the one of least ``half - <x, c>`` among those near it, and on until none is better.
+
+    Args:
+        points: ``[n, d]``.
+        halves: ``[k]``.
+        entries: ``[k, d]``.
+        lists: ``[k, count]``, which entries are near each.
+        near: ``[k, d, count]``, those entries.
+        codes: ``[n]``, where each point begins, and the result.
+    """
+    d, count = near.shape[1:]
+    gains = np.empty(count, np.float32)
+    bits = gains.view(np.int32)
+    for p in range(points.shape[0]):
+        code, found = codes[p], np.int32(1)
+        best = halves[code]
+        for j in range(d):
+            best -= points[p, j] * entries[code, j]
+        while found > 0:  # as the bits of a gain are
+            own, coordinates = lists[code], near[code]
+            for e in range(count):
+                gains[e] = best - halves[own[e]]
+            for j in range(d):
+                x, row = points[p, j], coordinates[j]
+                for e in range(count):
+                    gains[e] += x * row[e]
+            found = bits[0]
+            for e in range(count):
+                found = max(found, bits[e])
+            if found > 0:
+                e = 0
+                while bits[e] != found:
+                    e += 1
+                code, best = own[e], best - gains[e]
+        codes[p] = code
+
+
 @_inline
 def _score(scores: Any, least: Any, own: Any, before: Any, crossed: Any, pair: Any, path: Any, stage: Any) -> None:
     """Distances of one path continued with every entry of the next codebook, and the least of those at each place of a quarter."""
