@@ -6,6 +6,7 @@ with, then in turn codes by beam search and codebooks by least squares, until th
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,13 +16,16 @@ from torch import Tensor
 
 from .compiled import loops
 from .kmeans import kmeans, kmeans_operations
-from .nearest import BLOCK_WEIGHTS, ScoreBlock, assign, augment, rows_in_flight
+from .nearest import BLOCK_WEIGHTS, ScoreBlock, assign, assign_under, augment, rows_in_flight, whiten
 from .threads import map_blocks
 
 DIRECT_UNKNOWNS = 2048  # codebook entries up to which the normal equations are factorised; beyond, block after block
 SAMPLE_PER_ENTRY = 128
 CROSSED_ENTRIES = 1 << 10  # of a codebook, up to which products of entries are tabulated
-CROSSED_POINTS = 256  # that go through one codebook after another together
+CROSSED_POINTS = 128  # whose products with all entries are in the cache together
+CROSSED_FINE = 1 << 16  # products of entries that fit into the cache with 32 bits each
+FINE_BITS = 4.5  # per weight, above which products of entries are kept to more than 16 bits
+CROSSED_UNITS = {"i2": 32_000, "i4": 1 << 19}  # that the largest of them is at most
 CANDIDATES = 1 << 14  # of all the points searched at a time; their residuals stay in the cache
 BRANCH = 8  # continuations that one candidate may contribute to the next beam; 4: 0.3% more error, 16: 0.1% less
 
@@ -133,7 +137,7 @@ def encode(points: Tensor, codebooks: Tensor, beam: int = 16) -> Tensor:
         raise ValueError(f"beam must be at least 1, got {beam}")
     if num_codebooks == 1:
         return assign(points, codebooks[0])[:, None]
-    if k <= CROSSED_ENTRIES and (module := loops("search_numba", points)) is not None:
+    if (module := _compiled_search(points, codebooks)) is not None:
         search: _CompiledSearch | None = _CompiledSearch(codebooks, beam, module)
     else:
         search = None  # its buffers are one thread's own
@@ -144,35 +148,59 @@ def encode(points: Tensor, codebooks: Tensor, beam: int = 16) -> Tensor:
     return torch.cat(map_blocks(work, points, BLOCK_WEIGHTS))
 
 
+def encode_under(slopes: Tensor, codebooks: Tensor, metric: Tensor, beam: int) -> Tensor:
+    """Codes that nearly minimise ``s B s^T / 2 - <g, s>``, s being the sum of a point's entries: it is nearest to ``g B^-1`` then.
+
+    Args:
+        slopes: float32 ``[N, d]``, g.
+        codebooks: float32 ``[M, k, d]``.
+        metric: float32 ``[d, d]``, positive definite: B.
+        beam: as for :func:`encode`.
+
+    Returns:
+        int64 ``[N, M]``.
+    """
+    if len(codebooks) == 1:
+        return assign_under(slopes, codebooks[0], metric)[:, None]
+    if (module := _compiled_search(slopes, codebooks)) is not None:
+        return _CompiledSearch(codebooks, beam, module, metric).encode(slopes)
+    points, factor = whiten(slopes, metric)
+    return encode(points, codebooks @ factor, beam)
+
+
+def _compiled_search(points: Tensor, codebooks: Tensor) -> ModuleType | None:
+    """Compiled loops, for codebooks of which products of entries fill no more than the caches."""
+    module = loops("search_numba", points)
+    return module if module is not None and module.QUARTERS <= codebooks.shape[1] <= CROSSED_ENTRIES else None
+
+
 class _CompiledSearch:
     """The same search without bins, through the products of all entries with each other: a candidate's distances are sums of a
-    few rows of tables, however long vectors are."""
+    few rows of tables, however long vectors are. Tables hold integers, of which twice as many fit into the caches."""
 
-    def __init__(self, codebooks: Tensor, beam: int, module: ModuleType) -> None:
-        self.codebooks, self.beam, self.module = codebooks, beam, module
-        self.halves = codebooks.square().sum(2) / 2
-        empty = codebooks.new_empty(0, *codebooks.shape[1:2] * 2)
-        self.crossed = [torch.stack([c @ codebooks[m].T for c in codebooks[:m]]) if m else empty for m in range(len(codebooks))]
+    def __init__(self, codebooks: Tensor, beam: int, module: ModuleType, metric: Tensor | None = None) -> None:
+        count, k, d = codebooks.shape
+        bent = codebooks if metric is None else codebooks @ metric
+        self.shape, self.beam = (count, k), beam
+        halves = (bent * codebooks).sum(2).div_(2)
+        products = count * (count - 1) // 2
+        kind = "i2" if products * k * k > CROSSED_FINE and count * math.log2(k) <= FINE_BITS * d else "i4"
+        self._search = module.beam_search(kind)
+        most = halves.amax(1).clamp_min_(1e-15).sort(descending=True).values
+        units = CROSSED_UNITS[kind] / (2 * float(most[0] * most[1]) ** 0.5)  # no product of entries of two codebooks is larger
+        self.matrix = torch.cat([codebooks.reshape(-1, d) * -units, halves.view(-1, 1) * units], 1).T.contiguous()
+        self.crossed = torch.empty(products, k, k, dtype=torch.int16 if kind == "i2" else torch.int32)
+        scaled, tables, product = codebooks * units, iter(self.crossed), codebooks.new_empty(k, k)
+        for m in range(1, count):
+            for entries in scaled[:m]:
+                next(tables).copy_(torch.mm(entries, bent[m].T, out=product).round_())
 
     def encode(self, points: Tensor) -> Tensor:
-        """points ``[N, d]`` -> codes ``[N, M]``."""
-        return torch.cat([self._encode(chunk) for chunk in points.split(CROSSED_POINTS)])
-
-    def _encode(self, points: Tensor) -> Tensor:
-        num_codebooks, k = self.codebooks.shape[:2]
-        distances = points.square().sum(1, keepdim=True) / 2
-        paths = torch.empty(len(points), 1, num_codebooks, dtype=torch.int32)
-        for m, book in enumerate(self.codebooks):
-            base = torch.addmm(self.halves[m], points, book.T, alpha=-1)
-            width = 1 if m == num_codebooks - 1 else min(self.beam, distances.shape[1] * k)
-            found = (
-                torch.empty(len(points), width, dtype=torch.float32),
-                torch.empty(len(points), width, num_codebooks, dtype=torch.int32),
-            )
-            given = base, self.crossed[m], m, distances, paths, width, *found
-            self.module.search_stage(*(value.numpy() if isinstance(value, Tensor) else value for value in given))
-            distances, paths = found
-        return paths[:, 0].long()
+        """points ``[N, d]``, or their slopes under the metric -> codes ``[N, M]``."""
+        codes = torch.empty(len(points), self.shape[0], dtype=torch.long)
+        for part, found in zip(F.pad(points, (0, 1), value=1.0).split(CROSSED_POINTS), codes.split(CROSSED_POINTS), strict=True):
+            self._search((part @ self.matrix).view(-1, *self.shape).numpy(), self.crossed.numpy(), self.beam, found.numpy())
+        return codes
 
 
 class _BeamSearch:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ..formats import WeightFormat
 from .coders import CodebookCoder, ScalarCoder, make_coder
-from .error_feedback import gain, kept, prepare, row_blocks, row_errors
+from .error_feedback import kept, prepare, row_blocks, row_errors, times
 from .threads import block_threads, map_blocks
 from .unbias import MAX_GAIN, sample_rows
 
-BEAM = 16
+BEAM = 20  # of the first pass; sweeps of descent, which begin with good codes, need a quarter of it
 SWEEPS = 8
 SCALAR_TOLERANCE = 0.04  # of rounds of scalar formats, most of whose gain is that of the first pass
 ERROR_ROWS = 128  # that tell the errors of scalar formats
@@ -74,26 +74,30 @@ def _fit_codebooks(
     weight: Tensor, hessian: Tensor, coder: CodebookCoder, sweeps: int, errors: list[float]
 ) -> dict[str, Tensor] | None:
     """Codes, scales and codebooks in turn."""
-    total = row_errors(weight, hessian).sum().clamp_min(1e-30)
+    seen = times(weight, hessian)
+    total = _product(weight, seen).clamp_min(1e-30)
     tolerance = BEAM_TOLERANCE if coder.stored is None and len(coder.codebooks) > 1 else TOLERANCE
-
-    def error() -> float:
-        return float(row_errors(weight - coder.values, hessian).sum() / total)
-
-    best, found = error(), None
+    best, found = float(row_errors(weight - coder.values, hessian).sum() / total), None
     errors.append(best)
-    coder.pass_on(weight, prepare(hessian, coder.step))
+    left = float(coder.pass_on(weight, prepare(hessian, coder.step)).sum() / total)
+    slopes = times(weight - coder.values, hessian)
     for _ in range(sweeps):
-        coder.descend(weight, hessian)
-        _adapt(weight, hessian, coder)
-        now = error()
+        coder.descend(weight, hessian, slopes)
+        slopes = _adapt(weight, hessian, coder, seen, slopes)
+        now = float(_product(weight - coder.values, slopes) / total)
         if not now < best:
             break
-        gained, best, found = 1 - now / best, now, coder.pack()
+        best, found = now, coder.pack()
         errors.append(now)
-        if gained < tolerance:
+        if now > (1 - tolerance) * left:
             break
+        left = now
     return found
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``<left, right>``, of few sums that grow long."""
+    return (left * right).sum(1).sum()
 
 
 def keep_gain(weight: Tensor, fmt: WeightFormat, tensors: dict[str, Tensor], hessian: Tensor) -> dict[str, Tensor]:
@@ -107,12 +111,26 @@ def keep_gain(weight: Tensor, fmt: WeightFormat, tensors: dict[str, Tensor], hes
     return coder.pack()
 
 
-def _adapt(weight: Tensor, hessian: Tensor, coder: CodebookCoder | ScalarCoder) -> None:
-    """Scales, and a layer's own codebooks, for the present codes."""
-    if isinstance(coder, CodebookCoder) and coder.stored is not None:
+def _adapt(weight: Tensor, hessian: Tensor, coder: CodebookCoder, seen: Tensor, slopes: Tensor) -> Tensor:
+    """Scales, and a layer's own codebooks, for the present codes.
+
+    Args:
+        seen: ``weight @ hessian``.
+        slopes: ``(weight - values) @ hessian``.
+
+    Returns:
+        the slopes for the new values.
+    """
+    if coder.stored is not None:
         _train_codebooks(weight, hessian, coder)
-    factors = gain(weight, coder.values, hessian)
+        slopes = times(weight - coder.values, hessian)
+    factors = (seen * coder.values).sum(1) / ((seen - slopes) * coder.values).sum(1).clamp_min(1e-30)
+    before = coder.scales
     coder.rescale(torch.where(factors.isfinite() & (factors > 0), factors, 1.0))
+    if before.shape[1] > 1:
+        return times(weight - coder.values, hessian)
+    change = torch.where(before == 0, 1.0, coder.scales / before)
+    return torch.lerp(seen, slopes, change)
 
 
 def _train_codebooks(weight: Tensor, hessian: Tensor, coder: CodebookCoder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,14 @@ from qdiff_kernels.minifloat import scale_values
 from torch import Tensor
 
 from ..formats import CodebookFormat, IntegerFormat, MinifloatFormat, WeightFormat, codebook_table, group_columns
-from .additive import decode, encode
+from .additive import decode, encode_under
 from .columns import BLOCK, LONGEST_REFIT, RowCodes, descend, make_levels, pass_on, storable
+from .compiled import loops
 from .error_feedback import Moments, row_blocks
-from .nearest import assign_under
 from .threads import map_blocks
-from .vectors import integer_codebooks, stored_scales
+from .vectors import integer_codebooks, stored_scales, table_neighbours
 
+NEIGHBOURS_FROM = 1024  # entries of a codebook in which descent looks near the present codes only
 CODEBOOK_ROWS = 768  # that go through the vectors together: each vector's metric is applied to its codebooks for them
 
 
@@ -47,60 +49,78 @@ class CodebookCoder:
         self.decode_all()
 
     def pass_on(self, weight: Tensor, moments: Moments) -> Tensor:
-        return self._in_rows(weight, lambda coder, exact: coder._pass_on(exact, moments))
+        return self._in_rows(weight, lambda coder, part: coder._pass_on(weight[part].T, moments))
 
-    def descend(self, weight: Tensor, hessian: Tensor) -> Tensor:
-        return self._in_rows(weight, lambda coder, exact: coder._descend(exact, hessian))
+    def descend(self, weight: Tensor, hessian: Tensor, slopes: Tensor | None = None) -> Tensor:
+        """One sweep, see :meth:`Coder.descend`.
 
-    def _in_rows(self, weight: Tensor, work: Callable[[CodebookCoder, Tensor], Tensor]) -> Tensor:
+        Args:
+            slopes: ``(weight - values) @ hessian``, where that is known; it is brought up to date.
+        """
+
+        def work(coder: CodebookCoder, part: slice) -> Tensor:
+            known = (weight[part] - coder.values) @ hessian if slopes is None else slopes[part]
+            gains, slope = coder._descend(known.T.contiguous(), hessian)
+            if slopes is not None:
+                slopes[part] = slope.T
+            return gains
+
+        return self._in_rows(weight, work)
+
+    def _in_rows(self, weight: Tensor, work: Callable[[CodebookCoder, slice], Tensor]) -> Tensor:
         """Let ``work`` change the codes of some rows at a time, through a coder of those rows."""
 
         def change(part: slice) -> Tensor:
             coder = copy(self)
             coder.codes, coder.values = self.codes[part], self.values[part]
             coder.scales = self.scales[part] if len(self.scales) == len(self.codes) else self.scales
-            return work(coder, weight[part])
+            return work(coder, part)
 
         return torch.cat(map_blocks(change, weight, row_blocks(weight, CODEBOOK_ROWS)))
 
-    def _pass_on(self, weight: Tensor, moments: Moments) -> Tensor:
-        wanted, errors = weight[:, moments.order], torch.zeros_like(weight)
-        left = torch.zeros_like(weight[:, : self.step])
+    def _pass_on(self, exact: Tensor, moments: Moments) -> Tensor:
+        """``exact [columns, rows]``; what is chosen together lies together."""
+        wanted, feedback = exact[moments.order], moments.feedback
+        values, errors, left = torch.empty_like(wanted), torch.empty_like(wanted), torch.zeros_like(wanted[0])
         for chunk in self._chunks(moments.order):
             start, stop = chunk[0][0].start, chunk[-1][0].stop
-            carried = errors[:, :start] @ moments.feedback[:start, start:stop]
+            carried = feedback[:start, start:stop].T @ errors[:start]
             for place, columns in chunk:
-                unit, local = moments.feedback[place, place], slice(place.start - start, place.stop - start)
-                made_up = torch.linalg.solve_triangular(unit, carried[:, local], upper=True, left=False, unitriangular=True)
-                target, factor = wanted[:, place] + made_up, unit * moments.pivots[place].sqrt()
-                values = self._choose(columns, target, factor, self.beam)
-                left[:, : values.shape[1]] += ((target - values) @ factor).square()
-                errors[:, place] = wanted[:, place] - values
-                carried[:, local.stop :] += errors[:, place] @ moments.feedback[place, place.stop : stop]
-        return left.sum(1)
+                unit, local = feedback[place, place], slice(place.start - start, place.stop - start)
+                pull = unit * moments.pivots[place]
+                slope = pull @ torch.addmm(carried[local], unit.T, wanted[place])
+                values[place] = self._choose(columns, slope, pull @ unit.T, self.beam)
+                errors[place] = wanted[place] - values[place]
+                left += torch.addmm(carried[local], unit.T, errors[place]).square_().mul_(moments.pivots[place, None]).sum(0)
+                carried[local.stop :].addmm_(feedback[place, place.stop : stop].T, errors[place])
+        self.values[:, moments.order] = values.T
+        return left
 
-    def _descend(self, weight: Tensor, hessian: Tensor) -> Tensor:
-        errors, gains = weight - self.values, torch.zeros_like(weight[:, : self.step])
-        for chunk in self._chunks(torch.arange(self.columns, device=weight.device)):
-            start, stop = chunk[0][0].start, chunk[-1][0].stop
-            gradient = errors @ hessian[:, start:stop]
-            for columns, _ in chunk:
-                block, local = hessian[columns, columns], slice(columns.start - start, columns.stop - start)
-                factor, old, slope = torch.linalg.cholesky(block), self.values[:, columns].clone(), gradient[:, local]
-                target = old + slope @ torch.cholesky_inverse(factor)
-                new = self._choose(columns, target, factor, max(1, self.beam // 2), old)
-                change = new - old
-                gains[:, : change.shape[1]] += change * (2 * slope - change @ block)
-                errors[:, columns] = weight[:, columns] - new
-                gradient[:, local.stop :] -= change @ hessian[columns, columns.stop : stop]
-        return gains.sum(1)
+    def _descend(self, slopes: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+        """From the error's slopes ``[columns, rows]`` to what each row gains, and the slopes that are left in their place."""
+        values, gains = self.values.T.contiguous(), torch.zeros_like(slopes[0])
+        for chunk in self._chunks(torch.arange(self.columns, device=slopes.device)):
+            part = slice(chunk[0][1].start, chunk[-1][1].stop)
+            slope, before = slopes[part].clone(), values[part].clone()
+            for _, columns in chunk:
+                metric, local = hessian[columns, columns], slice(columns.start - part.start, columns.stop - part.start)
+                old = values[columns]
+                wanted = torch.addmm(slope[local], metric, old)
+                change = self._choose(columns, wanted, metric, max(1, self.beam // 4), old) - old
+                gains += torch.addmm(slope[local], metric, change, beta=2, alpha=-1).mul_(change).sum(0)
+                values[columns] += change
+                slope[local.stop :].addmm_(hessian[columns.stop : part.stop, columns], change, alpha=-1)
+            slopes.addmm_(hessian[:, part], values[part] - before, alpha=-1)
+        self.values.copy_(values.T)
+        return gains, slopes
 
     def _chunks(self, order: Tensor) -> list[list[tuple[slice, slice]]]:
         """Vectors in the order of their columns, as slices of that order and of the columns, in chunks of about BLOCK columns."""
         chunks: list[list[tuple[slice, slice]]] = []
         place = 0
-        while place < len(order):
-            column = int(order[place])
+        starts = order.tolist()
+        while place < len(starts):
+            column = starts[place]
             width = min(self.step, self.columns - column)
             if not chunks or place + width - chunks[-1][0][0].start > max(BLOCK, self.step):
                 chunks.append([])
@@ -108,33 +128,40 @@ class CodebookCoder:
             place += width
         return chunks
 
-    def _choose(self, columns: slice, targets: Tensor, factor: Tensor, beam: int, old: Tensor | None = None) -> Tensor:
-        """Choose codes that nearly minimise ``|(targets - values) @ factor|^2`` in each row.
+    def _choose(self, columns: slice, slopes: Tensor, metric: Tensor, beam: int, old: Tensor | None = None) -> Tensor:
+        """Choose codes of values v that nearly minimise ``v B v^T / 2 - <g, v>`` in each row.
 
         Args:
             columns: of a vector, or of what there is of the last one.
-            targets: ``[rows, n]``.
-            factor: ``[n, n]``.
+            slopes: ``[n, rows]``, g.
+            metric: ``[n, n]``, B.
             beam: width of the search.
-            old: values ``[rows, n]`` of the present codes, which stay where they are better.
+            old: values ``[n, rows]`` of the present codes, which stay unless others are better.
 
         Returns:
-            the values of the codes, ``[rows, n]``.
+            the values of the codes, ``[n, rows]``.
         """
-        vector, scale = columns.start // self.step, self.scale(columns)
-        books = self.codebooks[:, :, : targets.shape[1]].contiguous()
-        points = targets / torch.where(scale == 0, 1, scale)
-        if len(books) == 1:
-            codes = assign_under(points, books[0], factor)[:, None]
+        vector, scale = columns.start // self.step, self.scale(columns)[:, 0]
+        books = self.codebooks[:, :, : len(slopes)].contiguous()
+        points = (slopes / torch.where(scale == 0, 1, scale)).T.contiguous()
+        if old is not None and len(slopes) == self.step and (module := self._neighbours(points)) is not None:
+            lists = table_neighbours(str(self.format.table))
+            codes = lists.improve_under(points, metric, self.codes[:, vector, 0], module)[:, None]
         else:
-            codes = encode(points @ factor, books @ factor, beam)
-        values = decode(codes, books) * scale
-        if old is not None and len(books) > 1:  # one codebook is searched whole
-            better = ((targets - values) @ factor).square().sum(1) < ((targets - old) @ factor).square().sum(1)
+            codes = encode_under(points, books, metric, beam)
+        values = decode(codes, books).T * scale
+        if old is not None:
+            change = values - old
+            better = torch.addmm(slopes, metric, values + old, beta=2, alpha=-1).mul_(change).sum(0) > 0
             codes = torch.where(better[:, None], codes, self.codes[:, vector])
-            values = torch.where(better[:, None], values, old)
-        self.codes[:, vector], self.values[:, columns] = codes, values
+            values = torch.where(better, values, old)
+        self.codes[:, vector] = codes
         return values
+
+    def _neighbours(self, points: Tensor) -> ModuleType | None:
+        """The loops that search near the present codes, where that is worth it: in one large codebook, known beforehand."""
+        large = self.format.table is not None and len(self.codebooks) == 1 and self.codebooks.shape[1] >= NEIGHBOURS_FROM
+        return loops("search_numba", points) if large else None
 
     can_rescale = True
 

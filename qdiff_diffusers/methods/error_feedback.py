@@ -120,14 +120,9 @@ def descend(weight: Tensor, hessian: Tensor, coder: Coder) -> Tensor:
     return coder.descend(weight, hessian)
 
 
-def gain(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
-    """Factor ``[rows]`` on each row of ``values`` that brings its output closest to that of ``weight``."""
-
-    def work(part: slice) -> Tensor:
-        seen = values[part] @ hessian
-        return (seen * weight[part]).sum(1) / (seen * values[part]).sum(1).clamp_min(1e-30)
-
-    return _in_rows(work, weight)
+def times(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """``matrix @ hessian``, some rows at a time."""
+    return _in_rows(lambda part: matrix[part] @ hessian, matrix)
 
 
 def kept(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:

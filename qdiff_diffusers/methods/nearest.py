@@ -29,11 +29,29 @@ def assign(points: Tensor, centroids: Tensor) -> Tensor:
     return nearest(points, centroids)[0]
 
 
-def assign_under(points: Tensor, centroids: Tensor, factor: Tensor) -> Tensor:
-    """Index of the centroid with the least ``|(x - c) @ factor|^2``, int64 ``[N]``, for ``factor [d, d]``."""
-    if len(centroids) < COMPILED_FROM or points.shape[1] == 1 or (module := loops("search_numba", points)) is None:
-        return assign(points @ factor, centroids @ factor)
-    return _nearest_compiled(points @ factor, factor.T @ centroids.T, module)[0]
+def assign_under(slopes: Tensor, centroids: Tensor, metric: Tensor) -> Tensor:
+    """Index of the centroid with the least ``c B c^T / 2 - <g, c>``, which is the one nearest to ``g B^-1`` under the metric B.
+
+    Args:
+        slopes: float32 ``[N, d]``, g.
+        centroids: float32 ``[k, d]``.
+        metric: float32 ``[d, d]``, positive definite: B.
+
+    Returns:
+        int64 ``[N]``.
+    """
+    if len(centroids) >= COMPILED_FROM and slopes.shape[1] > 1 and (module := loops("search_numba", slopes)) is not None:
+        halves = ((centroids @ metric) * centroids).sum(1).div_(2)
+        origins = slopes.square().sum(1).mul_(centroids.square().sum(1).max() * (1 + 1e-4)).sqrt_()  # no product is larger
+        return _least_compiled(slopes, origins, centroids.T, halves, module)[0]
+    points, factor = whiten(slopes, metric)
+    return assign(points, centroids @ factor)
+
+
+def whiten(slopes: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Points ``[N, d]`` in whose space distances to ``centroids @ factor`` are those of ``slopes B^-1`` to centroids under B."""
+    factor = torch.linalg.cholesky(metric)
+    return torch.linalg.solve_triangular(factor, slopes.T, upper=False).T.contiguous(), factor
 
 
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,15 +91,22 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_compiled(points: Tensor, entries: Tensor, module: ModuleType) -> tuple[Tensor, Tensor]:
-    """Of ``entries [d, k]``."""
-    d, k = entries.shape
+    """Codes and squared distances, of ``entries [d, k]``."""
+    codes, least = _least_compiled(points, points.square().sum(1).div_(2), entries, entries.square().sum(0).div_(2), module)
+    return codes, least.mul_(2).clamp_min_(0)
+
+
+def _least_compiled(points: Tensor, origins: Tensor, entries: Tensor, halves: Tensor, module: ModuleType) -> tuple[Tensor, Tensor]:
+    """Index of the least ``origin + half - <x, c>`` of ``entries [d, k]`` for each of ``points [N, d]``, and that sum."""
+    (n, d), k = points.shape, entries.shape[1]
+    if n % 4 or d % 2:
+        points, origins = F.pad(points, (0, d % 2, 0, -n % 4)), F.pad(origins, (0, -n % 4))
     if d % 2 or k % module.RUN:
-        entries, points = F.pad(entries, (0, -k % module.RUN, 0, d % 2)), F.pad(points, (0, d % 2))
-    halves = entries.square().sum(0).div_(2)
-    halves[k:] = torch.inf
-    codes, distances = torch.empty(len(points), dtype=torch.long), torch.empty(len(points), dtype=torch.float32)
-    module.search_nearest(*(t.contiguous().numpy() for t in (points, entries, halves, codes, distances)))
-    return codes, distances
+        entries = F.pad(entries, (0, -k % module.RUN, 0, d % 2))
+        halves = F.pad(halves, (0, -k % module.RUN), value=torch.inf)
+    codes, least = torch.empty(len(points), dtype=torch.long), torch.empty(len(points), dtype=torch.float32)
+    module.search_nearest(*(t.contiguous().numpy() for t in (points, origins, entries, halves, codes, least)))
+    return codes[:n], least[:n]
 
 
 def rows_in_flight(k: int, device: torch.device) -> int:
@@ -166,3 +191,28 @@ class EntryIndex:
         parts = points[order].split(torch.bincount(cell, minlength=self.CELLS).tolist())
         found = [near[_nearest(part, self.entries[near])[0]] for part, near in zip(parts, self.lists, strict=True) if len(part)]
         return torch.empty_like(order).scatter_(0, order, torch.cat(found))
+
+
+class NeighbourLists:
+    """For each entry of a large codebook those around it: where a search that begins with a good entry looks.
+
+    A point's nearest entry under the second moments of a layer's inputs is seldom far from the one it has. From 64 neighbours to
+    theirs and so on, 1 in 1,000 points stops short of the nearest of 4,096, for a tenth of the work.
+    """
+
+    COUNT = 64
+
+    def __init__(self, entries: Tensor) -> None:
+        self.entries = entries.contiguous()
+        others = [torch.cdist(part, entries).topk(self.COUNT + 1, largest=False).indices[:, 1:] for part in entries.split(BLOCK)]
+        self.lists = torch.cat(others)
+        self.near = entries[self.lists].transpose(1, 2).contiguous()
+        self.lists = self.lists.int()
+
+    def improve_under(self, slopes: Tensor, metric: Tensor, codes: Tensor, module: ModuleType) -> Tensor:
+        """Codes int64 ``[N]`` that are at least as good as ``codes`` for what :func:`assign_under` minimises."""
+        halves = ((self.entries @ metric) * self.entries).sum(1).div_(2)
+        found = codes.clone()
+        given = slopes, halves, self.entries, self.lists, self.near, found
+        module.search_near(*(value.contiguous().numpy() for value in given))
+        return found

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..formats import CodebookFormat, GroupSize, group_columns, table_shapes
+from ..formats import CodebookFormat, GroupSize, codebook_table, group_columns, table_shapes
 from ..formats.base import SCALE_DTYPES
 from ..formats.codebook import TABLES_FILE
 from .additive import decode
+from .nearest import NeighbourLists
 from .threads import map_blocks
 
 WIDER = (1.2, 1.45, 1.75, 2.1, 2.5)  # factors on the scale of a row that a codebook does not cover
@@ -60,6 +61,13 @@ def table_step(name: str) -> float:
     """Value of one integer unit of a universal codebook when it stands for N(0, 1) vectors."""
     with safe_open(TABLES_FILE, "pt") as file:
         return float(json.loads(file.metadata()[name])["step"])
+
+
+@lru_cache(maxsize=16)
+def table_neighbours(name: str) -> NeighbourLists:
+    """Those of a universal codebook that is used alone: they take 0.2 s to find, so they are kept."""
+    with torch.inference_mode(False):
+        return NeighbourLists(codebook_table(name)[0].float())
 
 
 def group_rms(weight: Tensor, fmt: CodebookFormat) -> Tensor:

@@ -29,7 +29,7 @@ def test_the_nearest_entry_is_found(k, d, count):
 @pytest.mark.parametrize("k", [16, 256])
 def test_the_nearest_entry_under_a_metric_is_found(k):
     points, entries, factor = normal(200, 5), normal(k, 5, seed=1), normal(5, 5, seed=2).tril()
-    codes = assign_under(points, entries, factor)
+    codes = assign_under(points @ factor @ factor.T, entries, factor @ factor.T)
     expected = torch.cdist((points @ factor).double(), (entries @ factor).double())
     torch.testing.assert_close(expected.gather(1, codes[:, None])[:, 0], expected.amin(1), rtol=1e-4, atol=1e-5)
 
