@@ -438,8 +438,14 @@ def _is_installed(module: str | None) -> bool:
 @functools.lru_cache(maxsize=512)
 def _installed_version(module: str) -> str:
     top = module.partition(".")[0]
-    names = packages_distributions().get(top)
+    names = _distributions().get(top)
     return (_version(names[0]) or "") if names else _python_version()
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Installed packages by the modules that belong to them, which takes half a second to find out."""
+    return packages_distributions()
 
 
 def _version(name: str) -> str | None:

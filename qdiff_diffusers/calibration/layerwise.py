@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ..formats.layer_table import StoredLayer
 from ..methods import LayerInputs, format_target, quantize_weight
 from . import parallel
 from .settings import Calibration
-from .statistics import SAMPLES, InputStatistics, collect, hessian_bytes, recall
+from .statistics import SAMPLES, InputStatistics, collect, recall, statistics_bytes
 from .store import Store, groups_within, read_tensors, write_tensors
 
 SAVED = "saved_seconds"  # key in the log: seconds saved by reading the recordings of an earlier calibration
@@ -63,16 +64,18 @@ def quantize_layers(
     finished = parallel.share(finished, 0)
     left = [name for name in targets if name not in finished]
     share = -(-len(left) // parallel.world_size())
-    sizes = {name: hessian_bytes(model.get_submodule(name)) for name in left}
+    wanted = {name: calls is not None and (calibration.hessian or targets[name].needs_samples) for name in left}
+    keep = SAMPLES if any(targets[name].takes_samples for name in left) else 0
+    sizes = {name: statistics_bytes(model.get_submodule(name), keep, calibration.hessian) * wanted[name] for name in left}
     groups = [part for group in groups_within(sizes, calibration.memory_limit) for part in _split(group, share)]
     progress = logging.tqdm(total=len(left), desc="Quantizing layers", unit="layer", delay=2)
     for index, group in enumerate(groups):
         found: dict[str, FinishedLayer] = {}
         if parallel.is_mine(index):
-            keep = SAMPLES if any(targets[name].takes_samples for name in group) else 0
             statistics: dict[str, InputStatistics] = {}
-            if calls is not None:
-                statistics = recall(model, group, calls, keep, kept) if kept else collect(model, group, calls, keep)
+            if calls is not None and (watched := [name for name in group if wanted[name]]):
+                look = partial(recall, folder=kept) if kept else collect
+                statistics = look(model, watched, calls, keep, second_moments=calibration.hessian)
             for name in group:
                 found[name] = _quantize(model.get_submodule(name), name, targets[name], calibration, statistics.pop(name, None))
                 _write(folder / f"{name}.safetensors", found[name])
@@ -92,8 +95,8 @@ def _quantize(
     errors: list[float] = []
     inputs = None
     if statistics and statistics.tokens:
-        hessian = statistics.hessian if calibration.hessian else None
-        inputs = LayerInputs(hessian, calibration.damping, errors, statistics.rows, _is_shiftable(layer), calibration.noise_share)
+        hessian, rows = statistics.hessian, statistics.rows
+        inputs = LayerInputs(hessian, calibration.damping, errors, rows, _is_shiftable(layer), calibration.noise_share)
     try:
         spec, tensors, error = quantize_weight(layer.weight, config, seed, inputs)
     except ValueError as failure:

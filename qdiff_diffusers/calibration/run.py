@@ -85,7 +85,7 @@ def calibrate(
             calls, _ = _recorded(pipe, models, calibration, folder, keep)
         logs: dict[str, list[dict[str, Any]]] = {}
         for name, model in models.items():
-            statistics = shared / name / "statistics" if shared else None
+            statistics = shared / name / "moments" if shared else None
             logs[name] = [{"stage": "recording", SAVED: round(saved / len(models), 3)}] if saved else []
             logs[name] += _calibrate(model, config, calibration, calls.get(name), folder / name, statistics)
         return logs

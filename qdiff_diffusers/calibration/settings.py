@@ -14,6 +14,7 @@ OBJECTIVES = ("model", "blocks")
 ASSIGNMENTS = ("pv", "candidates", "rounding", "fixed")
 STARTS = ("distance", "uniform")
 CODEBOOKS = ("with", "after", "fixed")
+PRECISIONS = ("auto", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Tuning:
         reset_at_wrap: forget momentum where one trajectory ends and another begins (SeMI-PV).
         reset_changed: forget momentum of weights whose codes just changed (SeMI-PV).
         dense: also train the parameters that are not packed: biases, norms, embeddings.
+        precision: of a float32 model's products and their gradients; parameters and the optimizer's state stay float32.
+            "auto" is "bfloat16" where the processor has instructions for it, else "float32".
     """
 
     steps: int = 0
@@ -57,9 +60,11 @@ class Tuning:
     reset_at_wrap: bool = True
     reset_changed: bool = True
     dense: bool = True
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("objective", OBJECTIVES), ("assignments", ASSIGNMENTS), ("start", STARTS), ("codebooks", CODEBOOKS)):
+        known = {"objective": OBJECTIVES, "assignments": ASSIGNMENTS, "start": STARTS, "codebooks": CODEBOOKS, "precision": PRECISIONS}
+        for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"tuning: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.steps < 0 or self.candidates < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..formats import dtype_name
 from ..model.packing import packed_layers
 from .settings import Calibration, Tuning
 from .store import Store, read_tensors, write_tensors
@@ -163,17 +165,23 @@ def tune(
 ) -> list[dict[str, Any]]:
     """Tune packed layers and other parameters against ``loss_of`` recorded calls; see :func:`tune_model`."""
     trained = {name: TrainedLayer(layer, dense.get(name), tuning) for name, layer in layers.items()}
+    rough = _in_bfloat16(tuning.precision, layers)
     before = {name: parameter.detach().clone() for name, parameter in others.items()}
     log: list[dict[str, Any]] = []
     trial = [int(i) for i in torch.linspace(0, len(calls) - 1, min(TRIAL_CALLS, len(calls))).round()]
     first = _mean_loss(calls, trial, loss_of)
+
+    def loss_to_lower(call: Call) -> Tensor:
+        with rough or nullcontext():
+            return loss_of(call)
+
     tuner = Tuner(trained, others, tuning, loss_unit=first)
     for parameter in others.values():
         parameter.requires_grad_(True)
     if snapshot.is_file():
         log = _resume(tuner, snapshot)
     elif tuning.minutes:
-        tuner.total = _steps_within(tuning.minutes, trained, calls, loss_of)
+        tuner.total = _steps_within(tuning.minutes, trained, calls, loss_to_lower)
     progress = logging.tqdm(total=tuner.total, initial=tuner.step_number, desc=description, unit="step", delay=2)
     losses: list[float] = []
     with training(trained), torch.enable_grad():
@@ -181,7 +189,7 @@ def tune(
             call = calls[tuner.step_number % len(calls)]
             if tuning.reset_at_wrap and call["step"] == 0:
                 tuner.forget_momentum()
-            losses.append(tuner.step(loss_of(call)))
+            losses.append(tuner.step(loss_to_lower(call)))
             progress.update()
             if tuner.step_number % SAVE_EVERY == 0 or tuner.step_number == tuner.total:
                 log.append({"stage": "tuning", "step": tuner.step_number, "loss": float(f"{sum(losses) / len(losses):.6g}")})
@@ -189,6 +197,7 @@ def tune(
                 write_tensors(snapshot, tuner.state(), {"log": log})
     progress.close()
     end = _conclude(tuner, before, others, first, lambda: _mean_loss(calls, trial, loss_of))
+    end["precision"] = "bfloat16" if rough else dtype_name(next(iter(layers.values())).compute_dtype)
     if not end["kept"]:
         logger.warning(
             "%s did not lower the loss (%.4g before, %.4g after) and was taken back; other steps, lr or code_lr may do better",
@@ -219,6 +228,25 @@ def _is_doubled(inputs: dict[str, Any]) -> bool:
         return False
     first, second = sample.chunk(2)
     return torch.equal(first, second)
+
+
+def _in_bfloat16(precision: str, layers: dict[str, Any]) -> torch.autocast | None:
+    """A context in which a float32 model's products are made in bfloat16, if they are to be; a model of 16 bits makes its own.
+
+    Losses that decide whether the result is kept are taken without it.
+    """
+    layer = next(iter(layers.values()))
+    device = next(iter(layer.packed_tensors().values())).device.type
+    wanted = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device))
+    return torch.autocast(device, torch.bfloat16) if wanted and layer.compute_dtype == torch.float32 else None
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a kind of device has instructions that multiply bfloat16 numbers faster than float32 ones: any GPU that knows the
+    type, CPUs with AMX or AVX-512 BF16."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def _conclude(
