@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..formats import TensorInfo, dtype_name
 from .files import read_header
+from .pages import release_pages
 from .stand_ins import StandIn
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -96,6 +97,10 @@ class EightBit(StandIn):
         parts = [rows.decode(device) for rows in self.pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def stored(self) -> list[Tensor]:
+        """The rows that it consists of, as they are stored."""
+        return [rows.numbers[rows.start : rows.stop] for rows in self.pieces]
+
     @classmethod
     def other(cls, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*_decoded(args), **_decoded(kwargs))
@@ -115,6 +120,21 @@ class EightBitSlice:
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.rows.decode()[index]
+
+
+class ReadSlice:
+    """A slice of safetensors that remembers what was read of it."""
+
+    def __init__(self, numbers: Any, read: list[Tensor]) -> None:
+        self.numbers, self.read = numbers, read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.numbers, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        out: Tensor = self.numbers[index]
+        self.read.append(out)
+        return out
 
 
 def _decoded(value: Any) -> Any:
@@ -167,6 +187,7 @@ class SourceWeights:
         self.scales = {name: self._value(name, key, values[key]) for name, key in scales.items()}
         self._coded = {name for name, info in infos.items() if (name in self.scales or info.dtype in FLOAT8) and info.shape}
         self._unread = set(self.scales)
+        self._read: list[Tensor] = []
 
     def defer(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """Replace 8-bit weights by :class:`EightBit` and remove companions, in place, in all or some of its tensors."""
@@ -179,8 +200,15 @@ class SourceWeights:
 
     def defer_slices(self, slices: dict[str, Any]) -> dict[str, Any]:
         """:meth:`defer` for the slices of safetensors, or tensors, that transformers loads; returns a new dictionary."""
-        coded = {name: EightBitSlice(self._rows(name, slices[name])) for name in self._coded & slices.keys()}
-        return {name: coded.get(name, value) for name, value in slices.items() if name not in self.companions}
+        kept = {name: value for name, value in slices.items() if name not in self.companions}
+        noted = {name: value if isinstance(value, Tensor) else ReadSlice(value, self._read) for name, value in kept.items()}
+        coded = {name: EightBitSlice(self._rows(name, noted[name])) for name in self._coded & kept.keys()}
+        return noted | coded
+
+    def release_read(self) -> None:
+        """Let the pages go of what has been read through :meth:`defer_slices` since the last time."""
+        while self._read:
+            release_pages(self._read.pop())
 
     def _rows(self, name: str, numbers: Any) -> Rows:
         self._unread.discard(name)

@@ -11,6 +11,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..checkpoint.files import check_shapes, check_tensors, read_headers
+from ..checkpoint.pages import release_pages
 from ..checkpoint.provenance import new_provenance, origin_of, origin_of_model
 from ..checkpoint.quantization import Quantization
 from ..checkpoint.source_weights import EightBit, SourceWeights, defer_source_tensors, read_source_files
@@ -195,10 +196,12 @@ class QDiffQuantizer(KeepsRecord, DiffusersQuantizer):  # type: ignore[misc]
         if leaf != "weight" or name not in self.targets:
             dtype = torch.float32 if any(part in param_name.split(".") for part in self.keep) else self.compute_dtype
             set_module_tensor_to_device(model, param_name, target_device, value=weight.to(dtype), dtype=dtype)
-            return
-        stored = quantize_layer(module, name, weight, self.targets[name], self.compute_dtype)
-        self.quantization_config.layers[name] = stored
-        self.progress.update()
+        else:
+            stored = quantize_layer(module, name, weight, self.targets[name], self.compute_dtype)
+            self.quantization_config.layers[name] = stored
+            self.progress.update()
+        for tensor in raw.stored() if isinstance(raw, EightBit) else [raw]:
+            release_pages(tensor)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if self.pre_quantized and missing_keys:

@@ -12,6 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 
 from ..checkpoint.files import check_tensors, read_headers
+from ..checkpoint.pages import release_pages
 from ..checkpoint.provenance import new_provenance, origin_of
 from ..checkpoint.quantization import Quantization
 from ..checkpoint.source_weights import SourceWeights, read_source_files, read_source_tensors
@@ -130,6 +131,9 @@ class QDiffTransformersQuantizer(KeepsRecord, HfQuantizer):  # type: ignore[misc
         for tensor in (*cast(PackedLayer, module).packed_tensors().values(), module):
             tensor._is_hf_initialized = True  # type: ignore[union-attr]  # or transformers would initialise it afresh
         self.quantization_config.layers[name] = stored
+        release_pages(weight)
+        if self.source is not None:
+            self.source.release_read()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.source is not None:

@@ -8,6 +8,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.pages import release_pages
 from ..config import COMPUTE_DTYPES, QDiffConfig
 from ..errors import CheckpointError, ConfigError, QDiffError
 from ..formats import dtype_name
@@ -140,7 +141,8 @@ def release_checkpoint(model: nn.Module) -> None:
         if tensor.device.type != "cpu" or name.rpartition(".")[2] == "codes":
             continue
         if tensor.data_ptr() % ALIGNMENT or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor.data = tensor.data.clone()
+            mapped, tensor.data = tensor.data, tensor.data.clone()
+            release_pages(mapped)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
