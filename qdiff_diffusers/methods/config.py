@@ -24,6 +24,7 @@ from .fields import Between, check_fields
 
 FORMAT_VERSION = 1
 STORED = ("specs", "layers", "skipped", "provenance")  # what a checkpoint\'s config has besides settings
+REGULAR = "regular"  # rotation by ConvRot's matrices
 ACTIVATION_SCALES = ("token", "static", "timestep")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 SEEDS = Between(-(1 << 62), 1 << 62)  # generators take 64 bits, and layers add to it
@@ -56,7 +57,8 @@ class QDiffConfig(QuantizationConfigMixin):
 
     Args:
         bits: nominal bits per weight; each method says which it offers.
-        rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None``: as the method prefers.
+        rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None``: as the method prefers. "regular": by
+            the matrices of ConvRot, which ComfyUI's rotated formats have, in blocks of a power of four.
         activations: ``None`` (16-bit), "int8" or "fp8", or for SVDQuant "int4" (groups of 64) or "nvfp4" (groups of 16).
         activation_scales: scales of "int8" and "fp8" activations. "token": each token's own, found at run time. "static": one per
             layer, "timestep": one per layer and timestep, both found on a calibration, which they need.
@@ -75,7 +77,7 @@ class QDiffConfig(QuantizationConfigMixin):
 
     method: str | None = None
     bits: float | None = None
-    rotation: bool | None = None
+    rotation: bool | Literal["regular"] | None = None
     activations: str | None = None
     activation_scales: Literal["token", "static", "timestep"] = "token"
     unsigned: bool = False
@@ -150,8 +152,10 @@ class QDiffConfig(QuantizationConfigMixin):
         if self.by_kind and self.bits is None:
             raise ConfigError(f"{name}: by_kind spreads a given mean over the layers; give bits too")
         for flag in ("rotation", "keep_outer_layers", "unsigned"):
-            if not isinstance(getattr(self, flag), bool | None if flag == "rotation" else bool):
-                raise ConfigError(f"{name}: {flag} must be True or False, got {getattr(self, flag)!r}")
+            value = getattr(self, flag)
+            if not (isinstance(value, bool) or (flag == "rotation" and (value is None or value == REGULAR))):
+                allowed = f"True, False or {REGULAR!r}" if flag == "rotation" else "True or False"
+                raise ConfigError(f"{name}: {flag} must be {allowed}, got {value!r}")
         choices = METHODS["rtn"].config.bit_choices
         if self.outer_bits is not None and (not self.keep_outer_layers or not _is_one_of(self.outer_bits, choices)):
             raise ConfigError(
