@@ -45,6 +45,11 @@ class Rows(NamedTuple):
         """Some of the rows."""
         return Rows({name: tensor[start:stop] for name, tensor in self.per_row.items()}, self.shared)
 
+    def swapped(self) -> Rows:
+        """The two halves of the rows exchanged."""
+        rows = len(next(iter(self.per_row.values())))
+        return joined([self.select(rows // 2, rows), self.select(0, rows // 2)])
+
 
 def joined(parts: Sequence[Rows]) -> Rows:
     """The rows of several weights one after the other, whose shared tensors must be the same."""

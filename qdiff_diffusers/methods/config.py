@@ -21,6 +21,7 @@ from ..formats import dtype_name
 from ..formats.spec import STATIC
 from .base import METHODS, method_of
 from .fields import Between, check_fields
+from .targets import check_settings
 
 FORMAT_VERSION = 1
 STORED = ("specs", "layers", "skipped", "provenance")  # what a checkpoint\'s config has besides settings
@@ -71,6 +72,8 @@ class QDiffConfig(QuantizationConfigMixin):
         unbiased: rescale each packed weight so that it keeps its gain, at slightly more squared error (see methods/unbias.py).
         keep_outer_layers: leave the layers outside the repeated blocks (embedders, final norm and projection) in 16 bits.
         outer_bits: 8 (or another width of RTNConfig) rounds those outer layers to nearest instead of leaving them in 16 bits.
+        target: format of another program that holds these layers exactly, such as "comfyui:nvfp4"; layers that have no place there
+            stay in 16 bits. Use :func:`~qdiff_diffusers.target_config`, which makes the whole config.
         compute_dtype: dtype of the model's other parameters, "bfloat16" and the like; set by loading.
         seed: seeds everything random.
     """
@@ -87,6 +90,7 @@ class QDiffConfig(QuantizationConfigMixin):
     unbiased: bool = True
     keep_outer_layers: bool = True
     outer_bits: int | None = None
+    target: str | None = None
     compute_dtype: str | None = None
     seed: Annotated[int, SEEDS] = 0
 
@@ -169,6 +173,7 @@ class QDiffConfig(QuantizationConfigMixin):
     def _check_method(self) -> None:
         """What only the method can say: whether the settings go together, and a layer of ordinary shape can be quantized so."""
         method, name = method_of(self), type(self).__name__
+        check_settings(self)
         if self.by_kind and not self.bits_are_free:
             raise ConfigError(f"{name}: by_kind spreads bits over the layers, but other settings fix them here: {self._given()}")
         try:

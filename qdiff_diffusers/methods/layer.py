@@ -75,7 +75,9 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         raise QDiffError("the weight holds NaN or infinity")
     channels, block = shape[1], rotation_block(shape[1], config)
     by_kernels = method.kernel_vectors(config, shape)
-    exact, exponents = matrix, row_exponents(matrix, reach(method.formats(config, matrix_shape(shape))))
+    given = getattr(config, "tensor_scale", None) is not None  # which fits weights of any size
+    exact = matrix
+    exponents = None if given else row_exponents(matrix, reach(method.formats(config, matrix_shape(shape))))
     if exponents is not None:
         matrix = times_power(matrix, -exponents)
     smooth = _smoothing(matrix, config, seed, inputs, channels, block)
