@@ -10,6 +10,7 @@ from .config import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, 
 from .errors import CalibrationError, CheckpointError, ConfigError, OutputError, QDiffError
 from .integrations.registration import register
 from .methods import Method, register_method
+from .methods.targets import target_config
 from .model.high_precision_steps import high_precision_steps
 from .version import package_version
 
@@ -38,6 +39,7 @@ __all__ = [
     "quantize",
     "register",
     "register_method",
+    "target_config",
 ]
 
 register()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from . import image, video
-from .rules import MissingPart, Part, Rule, Shape, Slice, parse, to_diffusers, to_native
+from .rules import MissingPart, Part, Rule, Shape, Slice, matches, parse, to_diffusers, to_native
 from .unet import unet_table
 
 __all__ = [
@@ -32,6 +32,8 @@ class Family(NamedTuple):
         native: names of ComfyUI's model classes (``comfy.model_base``), to notice a model taken for another one.
         table: see rules.py; or a function of the tensors' names that makes it.
         unused: ComfyUI's tensors that only training reads; diffusers does not have them.
+        measured: ComfyUI's modules by the shapes of whose weights it tells what model it has, in the notation of the tables. A
+            format that packs several numbers into one, or pads, would mislead it.
     """
 
     name: str
@@ -39,10 +41,15 @@ class Family(NamedTuple):
     native: tuple[str, ...]
     table: str | Callable[[Iterable[str]], str] = ""
     unused: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
 
     def rules(self, keys: Iterable[str]) -> list[Rule]:
         """The rules for a model with these tensors, named as either program names them."""
         return parse(self.table if isinstance(self.table, str) else self.table(keys))
+
+    def is_measured(self, key: str) -> bool:
+        """Whether the shape of ComfyUI's tensor ``key`` tells it what model it has."""
+        return any(matches(name, key) for name in self.measured)
 
 
 # ComfyUI tells these apart by the number of input channels, or by what else the model is conditioned on.
@@ -56,23 +63,33 @@ UNETS = (
     "SD_X4Upscaler",
     "Lotus",
 )
+MEASURED_UNET = ("label_emb.0.0", "input_blocks.N.1.transformer_blocks.0.attn2.to_k")
+MEASURED_WAN = ("blocks.0.ffn.0", "head.head")
+MEASURED_HUNYUAN_VIDEO = ("txt_in.input_embedder", "final_layer.linear")
 HUNYUAN_VIDEOS = ("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V")
 
 FAMILIES = (
-    Family("Flux.1", ("FluxTransformer2DModel",), ("Flux",), image.FLUX),
-    Family("Flux.2", ("Flux2Transformer2DModel",), ("Flux2",), image.FLUX2),
-    Family("Chroma", ("ChromaTransformer2DModel",), ("Chroma",), image.CHROMA),
-    Family("Stable Diffusion 3", ("SD3Transformer2DModel",), ("SD3",), image.SD3),
-    Family("Stable Diffusion UNet", ("UNet2DConditionModel",), UNETS, unet_table),
+    Family("Flux.1", ("FluxTransformer2DModel",), ("Flux",), image.FLUX, (), ("vector_in.in_layer", "txt_in", "img_in")),
+    Family("Flux.2", ("Flux2Transformer2DModel",), ("Flux2",), image.FLUX2, (), ("txt_in", "img_in")),
+    Family("Chroma", ("ChromaTransformer2DModel",), ("Chroma",), image.CHROMA, (), ("txt_in",)),
+    Family(
+        "Stable Diffusion 3",
+        ("SD3Transformer2DModel",),
+        ("SD3",),
+        image.SD3,
+        (),
+        ("y_embedder.mlp.0", "context_embedder", "final_layer.linear"),
+    ),
+    Family("Stable Diffusion UNet", ("UNet2DConditionModel",), UNETS, unet_table, (), MEASURED_UNET),
     Family("PixArt", ("PixArtTransformer2DModel",), ("PixArt",), image.PIXART, ("y_embedder.y_embedding",)),
-    Family("AuraFlow", ("AuraFlowTransformer2DModel",), ("AuraFlow",), image.AURAFLOW),
-    Family("Lumina 2", ("Lumina2Transformer2DModel",), ("Lumina2",), image.LUMINA2),
-    Family("Z-Image", ("ZImageTransformer2DModel",), ("Lumina2", "ZImage"), image.Z_IMAGE),
-    Family("Qwen-Image", ("QwenImageTransformer2DModel",), ("QwenImage",)),
+    Family("AuraFlow", ("AuraFlowTransformer2DModel",), ("AuraFlow",), image.AURAFLOW, (), ("cond_seq_linear",)),
+    Family("Lumina 2", ("Lumina2Transformer2DModel",), ("Lumina2",), image.LUMINA2, (), ("cap_embedder.1",)),
+    Family("Z-Image", ("ZImageTransformer2DModel",), ("Lumina2", "ZImage"), image.Z_IMAGE, (), ("cap_embedder.1",)),
+    Family("Qwen-Image", ("QwenImageTransformer2DModel",), ("QwenImage",), "", (), ("img_in",)),
     Family("HiDream", ("HiDreamImageTransformer2DModel",), ("HiDream",)),
-    Family("Wan", ("WanTransformer3DModel",), ("WAN21", "WAN22"), video.WAN),
-    Family("LTX-Video", ("LTXVideoTransformer3DModel",), ("LTXV",), video.LTX),
-    Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), HUNYUAN_VIDEOS, video.HUNYUAN_VIDEO),
+    Family("Wan", ("WanTransformer3DModel",), ("WAN21", "WAN22"), video.WAN, (), MEASURED_WAN),
+    Family("LTX-Video", ("LTXVideoTransformer3DModel",), ("LTXV",), video.LTX, (), ("transformer_blocks.0.attn2.to_k",)),
+    Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), HUNYUAN_VIDEOS, video.HUNYUAN_VIDEO, (), MEASURED_HUNYUAN_VIDEO),
     Family("Mochi", ("MochiTransformer3DModel",), ("GenmoMochi",), video.MOCHI),
 )
 

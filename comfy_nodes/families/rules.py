@@ -71,6 +71,11 @@ def _rule(line: str) -> Rule:
     )
 
 
+def matches(name: str, key: str) -> bool:
+    """Whether a tensor belongs to the module that ``name`` stands for."""
+    return _compile(name).fullmatch(key) is not None
+
+
 def to_native(rules: list[Rule], keys: Iterable[str]) -> dict[str, list[Part]]:
     """Which diffusers tensors make up each ComfyUI tensor.
 

@@ -18,6 +18,7 @@ from ..checkpoint.quantization import Quantization
 from ..checkpoint.writing import write_text
 from ..config import QDiffConfig
 from ..errors import ConfigError, QDiffError
+from ..model.fused import shares_scales
 from ..model.packing import packed_layers
 from ..model.patterns import one_config_for_all
 from . import parallel
@@ -57,8 +58,10 @@ def quantize_source(
         raise ConfigError(f"{', '.join(loading)} say how to read files; {type(source).__name__} is loaded already")
     components = [components] if isinstance(components, str) else components
     settings = None
-    if calibration is not None or not stored:
+    if calibration is not None or not stored or shares_scales(config):  # scales that follow from several weights
         settings = as_calibration({"hessian": False} if calibration is None else calibration)
+        if settings.tuning.wanted and shares_scales(config):
+            raise ConfigError(f"tuning moves the scales that {config.target} has in common for some layers; leave it out")
     if output_dir is None:
         loaded, _ = _quantize(source, config, settings, components, dtype, loading, None)
         discard_workspace(settings, None)

@@ -22,6 +22,7 @@ from ..config import QDiffConfig
 from ..errors import ConfigError
 from ..integrations.diffusers_quantizer import QDiffQuantizer
 from ..layers.timesteps import timestep_argument
+from ..model.fused import with_common_scales
 from ..model.packing import pack_finished
 from . import parallel
 from .allocation import allocate
@@ -154,6 +155,7 @@ def _calibrate(
     quantizer = QDiffQuantizer.of_model(model, config)
     if calibration.mixed and calls is not None:
         quantizer.targets = allocate(model, quantizer.targets, calls, calibration, folder)
+    quantizer.targets = with_common_scales(model, quantizer.targets)
     seen = calls if calibration.hessian or config.needs_calibration else None
     layers = quantize_layers(model, quantizer.targets, calibration, seen, folder / "layers", kept)
     log = [{"stage": "layer", "name": name, **layer.facts} for name, layer in layers.items()]

@@ -12,13 +12,11 @@ import typer
 from .. import __version__
 from ..checkpoint.folders import written_at_once
 from ..errors import ConfigError
+from ..integrations.comfy_pack import PARTS, SOURCES, find_pack
 from .console import stdout
 
 NAME = "qdiff"
 PACK = "qdiff_pack.json"  # marks a folder that this command has written
-PACKAGE = Path(__file__).resolve().parents[1]
-SOURCES = (PACKAGE / "comfy_pack", PACKAGE.parent)  # in a wheel, in a clone
-PARTS = ("comfy_nodes", "example_workflows", "locales")
 SHIM = '''"""The qdiff nodes, put here by ``qdiff comfy install``."""
 
 from .comfy_nodes import comfy_entrypoint as comfy_entrypoint
@@ -51,7 +49,7 @@ def install_pack(path: Path, overwrite: bool = False) -> Path:
         ConfigError: ``path`` is no ComfyUI, ``custom_nodes/qdiff`` exists already, or this installation lacks the pack's files.
     """
     folder = _custom_nodes(path)
-    source = _source()
+    source = find_pack(SOURCES)
     target = folder / NAME
     if target.exists() or target.is_symlink():
         if not (target / PACK).is_file():
@@ -73,12 +71,3 @@ def _custom_nodes(path: Path) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"{path} has no custom_nodes folder; give ComfyUI's folder, or the one of its --base-directory")
     return folder
-
-
-def _source() -> Path:
-    for source in SOURCES:
-        if all((source / part).is_dir() for part in PARTS):
-            return source
-    raise ConfigError(
-        "this installation lacks the node pack's files; install it again: pip install --force-reinstall --no-deps qdiff-diffusers"
-    )

@@ -56,6 +56,23 @@ def to_nunchaku(
     stdout().print(f"{output}", highlight=False)
 
 
+@convert.command("to-comfy")
+def to_comfy(
+    source: Annotated[str, typer.Argument(help="Folder or Hub name of a quantized model or pipeline.")],
+    output: Annotated[Path, typer.Argument(help="The .safetensors file to write, for ComfyUI's models/diffusion_models.")],
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Let ComfyUI quantize the inputs of layers that have them in 16 bits here, too.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Convert a model that was quantized for ComfyUI (qdiff quantize --for comfyui:...) to one file for its own loader."""
+    from ..convert import export_comfy
+
+    with _progress() as advance:
+        export_comfy(source, output, fast=fast, overwrite=overwrite, advance=advance)
+    stdout().print(f"{output}: {output.stat().st_size / 1e6:.1f} MB", highlight=False)
+
+
 @convert.command()
 def gguf(
     source: Annotated[Path, typer.Argument(help="A .gguf file.")],

@@ -15,6 +15,7 @@ from ..calibration.settings import ASSIGNMENTS
 from ..errors import ConfigError
 from ..methods import DEFAULT_METHOD, METHODS
 from ..methods.base import default_first
+from ..methods.targets import TARGETS, check_target, target_config
 from .console import stdout
 
 CLASSES = re.compile(r"[\d,\s-]+")
@@ -64,6 +65,13 @@ def quantize(
     source: Annotated[str, typer.Argument(help="Folder or Hub name of a pipeline, or folder of a model.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     method: Annotated[str, typer.Option("-m", "--method", help=f"Quantization method. {describe_methods()}.")] = DEFAULT_METHOD,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help=f"Instead of a method: a format of another program that holds the result exactly: {', '.join(TARGETS)}.",
+        ),
+    ] = None,
     bits: Annotated[float | None, typer.Option("-b", "--bits", help=f"Nominal bits per weight. {describe_widths()}.")] = None,
     rank: Annotated[
         int | None,
@@ -163,7 +171,10 @@ def quantize(
         "modules_to_not_convert": skip or None,
         "seed": seed,
     }
-    config = make_config(method, {name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    if target is not None and method != DEFAULT_METHOD:
+        raise ConfigError(f"--for {target} has a method of its own; leave --method out")
+    config = make_config(method, given) if target is None else target_config(target, **known_options(target, given))
     if calibrate is None and (samples or guidance or tune or workspace or recordings or mixed):
         raise ConfigError("--samples, --guidance, --mixed, --tune, --workspace and --recordings go with --calibrate")
     calibration = None
@@ -231,6 +242,23 @@ def parse_classes(text: str) -> list[int]:
     return out
 
 
+def known_options(target: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, if the method of a target has them.
+
+    Raises:
+        ConfigError: the target is unknown, or its method does not have one of the options.
+    """
+    known = {f.name for f in fields(METHODS[check_target(target).method].config)}
+    if foreign := sorted(set(options) - known):
+        raise ConfigError(f"{', '.join(map(option_name, foreign))} does not go with --for {target}")
+    return options
+
+
+def option_name(field: str) -> str:
+    """The command's option for a field of a config."""
+    return f"--{field.replace('_', '-')}"
+
+
 def make_config(method: str, options: dict[str, Any]) -> Any:
     """The config of a method from the command's options, which errors name.
 
@@ -242,6 +270,6 @@ def make_config(method: str, options: dict[str, Any]) -> Any:
     kind = METHODS[method].config
     known = {f.name for f in fields(kind)}
     if foreign := sorted(set(options) - known):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        names = ", ".join(map(option_name, foreign))
         raise ConfigError(f"{names} does not go with --method {method}")
     return kind(**options)

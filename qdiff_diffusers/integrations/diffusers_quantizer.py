@@ -19,6 +19,7 @@ from ..config import FORMAT_VERSION, QDiffConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import TensorInfo, dtype_name
 from ..layers import set_tensor
+from ..model.fused import fused_with_own_scales
 from ..model.packing import (
     check_compute_dtype,
     check_loaded,
@@ -155,6 +156,11 @@ class QDiffQuantizer(KeepsRecord, DiffusersQuantizer):  # type: ignore[misc]
         if self.source is not None:
             self.source.check_floating(model)
         self._select(model, keep)
+        if any(config.target for config in self.targets.values()) and (groups := fused_with_own_scales(model, self.targets)):
+            raise ConfigError(
+                f"ComfyUI has {', '.join(groups[0])} in one weight with one scale, which cannot be found while they are loaded one "
+                "by one; quantize with qdiff_diffusers.quantize(source, config, folder) or `qdiff quantize --for ...`"
+            )
         self.keep = keep
         description = f"Quantizing ({self.quantization_config.method_name})"
         self.progress = logging.tqdm(total=len(self.targets), desc=description, unit="layer", delay=2)

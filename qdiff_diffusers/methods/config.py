@@ -21,9 +21,11 @@ from ..formats import dtype_name
 from ..formats.spec import STATIC
 from .base import METHODS, method_of
 from .fields import Between, check_fields
+from .targets import check_settings
 
 FORMAT_VERSION = 1
 STORED = ("specs", "layers", "skipped", "provenance")  # what a checkpoint\'s config has besides settings
+REGULAR = "regular"  # rotation by ConvRot's matrices
 ACTIVATION_SCALES = ("token", "static", "timestep")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 SEEDS = Between(-(1 << 62), 1 << 62)  # generators take 64 bits, and layers add to it
@@ -56,7 +58,8 @@ class QDiffConfig(QuantizationConfigMixin):
 
     Args:
         bits: nominal bits per weight; each method says which it offers.
-        rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None``: as the method prefers.
+        rotation: rotate input channels by a block Hadamard matrix before quantizing; ``None``: as the method prefers. "regular": by
+            the matrices of ConvRot, which ComfyUI's rotated formats have, in blocks of a power of four.
         activations: ``None`` (16-bit), "int8" or "fp8", or for SVDQuant "int4" (groups of 64) or "nvfp4" (groups of 16).
         activation_scales: scales of "int8" and "fp8" activations. "token": each token's own, found at run time. "static": one per
             layer, "timestep": one per layer and timestep, both found on a calibration, which they need.
@@ -69,13 +72,15 @@ class QDiffConfig(QuantizationConfigMixin):
         unbiased: rescale each packed weight so that it keeps its gain, at slightly more squared error (see methods/unbias.py).
         keep_outer_layers: leave the layers outside the repeated blocks (embedders, final norm and projection) in 16 bits.
         outer_bits: 8 (or another width of RTNConfig) rounds those outer layers to nearest instead of leaving them in 16 bits.
+        target: format of another program that holds these layers exactly, such as "comfyui:nvfp4"; layers that have no place there
+            stay in 16 bits. Use :func:`~qdiff_diffusers.target_config`, which makes the whole config.
         compute_dtype: dtype of the model's other parameters, "bfloat16" and the like; set by loading.
         seed: seeds everything random.
     """
 
     method: str | None = None
     bits: float | None = None
-    rotation: bool | None = None
+    rotation: bool | Literal["regular"] | None = None
     activations: str | None = None
     activation_scales: Literal["token", "static", "timestep"] = "token"
     unsigned: bool = False
@@ -85,6 +90,7 @@ class QDiffConfig(QuantizationConfigMixin):
     unbiased: bool = True
     keep_outer_layers: bool = True
     outer_bits: int | None = None
+    target: str | None = None
     compute_dtype: str | None = None
     seed: Annotated[int, SEEDS] = 0
 
@@ -150,8 +156,10 @@ class QDiffConfig(QuantizationConfigMixin):
         if self.by_kind and self.bits is None:
             raise ConfigError(f"{name}: by_kind spreads a given mean over the layers; give bits too")
         for flag in ("rotation", "keep_outer_layers", "unsigned"):
-            if not isinstance(getattr(self, flag), bool | None if flag == "rotation" else bool):
-                raise ConfigError(f"{name}: {flag} must be True or False, got {getattr(self, flag)!r}")
+            value = getattr(self, flag)
+            if not (isinstance(value, bool) or (flag == "rotation" and (value is None or value == REGULAR))):
+                allowed = f"True, False or {REGULAR!r}" if flag == "rotation" else "True or False"
+                raise ConfigError(f"{name}: {flag} must be {allowed}, got {value!r}")
         choices = METHODS["rtn"].config.bit_choices
         if self.outer_bits is not None and (not self.keep_outer_layers or not _is_one_of(self.outer_bits, choices)):
             raise ConfigError(
@@ -165,6 +173,7 @@ class QDiffConfig(QuantizationConfigMixin):
     def _check_method(self) -> None:
         """What only the method can say: whether the settings go together, and a layer of ordinary shape can be quantized so."""
         method, name = method_of(self), type(self).__name__
+        check_settings(self)
         if self.by_kind and not self.bits_are_free:
             raise ConfigError(f"{name}: by_kind spreads bits over the layers, but other settings fix them here: {self._given()}")
         try:

@@ -10,18 +10,22 @@ with a peak. The choice sits in the sign of the group's scale and costs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from qdiff_kernels.activations import FP8_MAX
 from torch import Tensor
 
 from ..formats import MinifloatFormat, WeightFormat
 from .base import Method, Stored, register_method
 from .clips import ClipSearch
 from .config import GroupSize, QDiffConfig
+from .fields import Between
 from .grids import encoding_grid, format_grids
-from .scales import ABSMAX, Search, quantize_groups
+from .scales import ABOVE_ABSMAX, ABSMAX, Search, quantize_groups
+from .targets import POWER
 from .threads import block_threads
 
 NAMED_FORMATS = {
@@ -31,6 +35,7 @@ NAMED_FORMATS = {
 }
 ANY = "exmy"  # every split of the width, compared on the weight
 SEARCHES: dict[str, Search | None] = {"fast": None, "grid": ClipSearch(), "absmax": ABSMAX}
+SMALLEST = 2.0**-40  # stands in for the largest weight of a layer of zeros
 SAMPLE = 1 << 16  # weights on which encodings are compared; their errors differ by percents, the sample's by parts of one
 
 # Encodings of a bit width in short groups, by lowest error on Gaussian, Student-t and trained weights.
@@ -59,6 +64,9 @@ class FPConfig(QDiffConfig):
             encodings of ``bits`` the one that fits a layer's weights best, as in the paper.
         group_size: columns that share a scale, "row" or "tensor".
         scale_dtype: "float16", "bfloat16", "float32", "e4m3" or "e8m0" (powers of two, of symmetric encodings).
+        tensor_scale: of formats with one scale for the whole weight (NVFP4 above its others), that scale. ``None``: found by error.
+            "power": the smallest power of two under which the largest weight fits. A number: this one, for weights that another
+            program joins.
         scale_search: of scales, which are what the paper calls exponent biases. "fast": few candidates about the largest weight,
             then least squares. "grid": the paper's 111 clips from 0.1 to 1.2 times the largest weight, each tried on every
             weight. "absmax": none, the largest weight is the largest number.
@@ -67,6 +75,7 @@ class FPConfig(QDiffConfig):
     weight_format: str | None = None
     group_size: GroupSize | None = None
     scale_dtype: Literal["float16", "bfloat16", "float32", "e4m3", "e8m0"] | None = None
+    tensor_scale: Annotated[float, Between(2.0**-60, 2.0**60)] | Literal["power"] | None = None
     scale_search: Literal["fast", "grid", "absmax"] = "fast"
 
     method_name: ClassVar[str] = "fp"
@@ -82,6 +91,7 @@ def quantize(
     weight: Tensor,
     weight_format: MinifloatFormat | Sequence[MinifloatFormat],
     search: Search | None = None,
+    tensor_scale: float | None = None,
 ) -> tuple[MinifloatFormat, dict[str, Tensor]]:
     """Quantize a matrix to a minifloat format, or to the one of several that fits it best.
 
@@ -90,19 +100,35 @@ def quantize(
         weight_format: a format, or candidates of equal cost that are compared by squared error, on a sample of rows or, as the
             paper does, together with all clips on all of them.
         search: scale candidates; the default adapts to the grid and the group size.
+        tensor_scale: the scale of the whole tensor, where it is given.
 
     Returns:
         The format and its tensors.
     """
     candidates = [weight_format] if isinstance(weight_format, MinifloatFormat) else list(weight_format)
     best = candidates[0] if len(candidates) == 1 else _fittest(weight, candidates, search)
-    found = quantize_groups(weight, format_grids(best), best.group_size, best.scale_dtype, bool(best.tensor_scale), search)
+    arguments = best.group_size, best.scale_dtype, bool(best.tensor_scale), search
+    found = quantize_groups(weight, format_grids(best), *arguments, tensor_value=tensor_scale)
     return best, best.pack(found.codes, found.scales, found.tensor_scale)
 
 
 def quantize_config(weight: Tensor, config: FPConfig) -> tuple[MinifloatFormat, dict[str, Tensor]]:
     """Quantize ``weight [rows, columns]`` as a config asks."""
-    return quantize(weight, _formats(config), SEARCHES[config.scale_search])
+    formats, given = _formats(config), config.tensor_scale
+    scale = power_scale(float(weight.abs().max()), formats[0]) if given == POWER else given
+    return quantize(weight, formats, SEARCHES[config.scale_search], scale)  # type: ignore[arg-type]
+
+
+def power_scale(largest: float, weight_format: MinifloatFormat) -> float:
+    """The smallest power of two that is a tensor's scale under which a weight of ``largest`` magnitude fits, with its search."""
+    top = max(abs(level) for levels in weight_format.levels() for level in levels)
+    room = FP8_MAX / ABOVE_ABSMAX if weight_format.tensor_scale else 1.0
+    return 2.0 ** math.ceil(math.log2(max(largest, SMALLEST) / (top * room)))
+
+
+def has_tensor_scale(weight_format: MinifloatFormat) -> bool:
+    """Whether one scale serves the whole weight, above others or alone."""
+    return weight_format.tensor_scale is True or weight_format.group_size == "tensor"
 
 
 def _formats(config: FPConfig) -> list[MinifloatFormat]:
@@ -224,6 +250,10 @@ are chosen by squared error."""
     def check(self, config: FPConfig) -> None:
         if not config.bits_are_free:
             check_width(config.bits, _formats(config)[0].bits, str(config.weight_format))
+        if config.tensor_scale is not None and not all(map(has_tensor_scale, _formats(config))):
+            raise ValueError('tensor_scale goes with group_size "tensor", and with e4m3 scales such as those of "nvfp4"')
+        if config.tensor_scale is not None and config.unbiased:
+            raise ValueError("tensor_scale goes with unbiased=False, as unbiased weights have a scale of their own")
 
     def formats(self, config: FPConfig, shape: tuple[int, int]) -> list[WeightFormat]:
         return [*_formats(config)]

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..errors import QDiffError
 from ..formats import LayerSpec, WeightFormat, matrix_shape, rotate_matrix, unrotate_matrix
+from ..formats.regular import regular_block, regular_signs
 from ..formats.transform import kernels_first, smooth_matrix
 from .base import method_of
 from .calibrated import fit_to_inputs, keep_gain
-from .config import QDiffConfig
+from .config import REGULAR, QDiffConfig
 from .error_feedback import damped
 from .inputs import NOISE_SHARE, Samples, fit_inputs, for_noisy_inputs, input_noise
 from .magnitude import even_exponent, half_precision, reach, restore, row_exponents, times_power
@@ -74,7 +75,9 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         raise QDiffError("the weight holds NaN or infinity")
     channels, block = shape[1], rotation_block(shape[1], config)
     by_kernels = method.kernel_vectors(config, shape)
-    exact, exponents = matrix, row_exponents(matrix, reach(method.formats(config, matrix_shape(shape))))
+    given = getattr(config, "tensor_scale", None) is not None  # which fits weights of any size
+    exact = matrix
+    exponents = None if given else row_exponents(matrix, reach(method.formats(config, matrix_shape(shape))))
     if exponents is not None:
         matrix = times_power(matrix, -exponents)
     smooth = _smoothing(matrix, config, seed, inputs, channels, block)
@@ -124,7 +127,10 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
 def _smoothing(
     matrix: Tensor, config: QDiffConfig, seed: int, inputs: LayerInputs | None, channels: int, block: int
 ) -> Tensor | None:
-    """The vector that inputs are divided by, where a config asks for one and there are inputs to find it on."""
+    """The vector that inputs are divided by: signs that make the rotation regular, or where a config asks for one and there are
+    inputs to find it on, that one."""
+    if config.rotation == REGULAR:
+        return regular_signs(channels, block).to(matrix) if block else None
     quantize = method_of(config).smoother(config, seed)
     if quantize is None or inputs is None or not inputs.samples:
         return None
@@ -198,7 +204,7 @@ def rotation_block(channels: int, config: QDiffConfig) -> int:
     inner = method.inner(config)
     rotates = (method if inner is None else method_of(inner)).rotates
     wanted = rotates if config.rotation is None else config.rotation
-    block = largest_block(channels) if wanted else 0
+    block = (regular_block(channels) if wanted == REGULAR else largest_block(channels)) if wanted else 0
     return block if block >= MIN_ROTATION else 0
 
 

@@ -24,6 +24,7 @@ from .grids import Grid
 from .threads import block_threads, map_blocks
 
 TENSOR_SAMPLE = 1 << 18  # weights on which a per-tensor scale is searched
+ABOVE_ABSMAX = 1.75  # the highest step of the ladders in E4M3
 TINY = 1e-18  # stands in for a scale that its dtype rounded to zero
 
 
@@ -131,6 +132,7 @@ def quantize_groups(
     tensor_scale: bool = False,
     search: Search | None = None,
     with_dense: bool = False,
+    tensor_value: float | None = None,
 ) -> Quantized:
     """Quantize a matrix to scalar codes with least-squares scales.
 
@@ -144,17 +146,21 @@ def quantize_groups(
         search: candidates per group; by default :func:`default_search`. Ladder steps are never worse than the absmax scale if 0 is
             among them.
         with_dense: also return the stored weight, to the bit what the format's ``dequantize`` gives.
+        tensor_value: what ``tensor_scale``, or the only scale of ``group_size`` "tensor", is to be.
     """
     if scale_dtype == "e8m0" and (len(grids) > 1 or not grids[0].symmetric):
         raise ValueError("e8m0 scales have no sign; use one symmetric encoding, or float16 or e4m3 scales")
-    store = ScaleStore(scale_dtype, _tensor_unit(weight, grids) if tensor_scale else 1.0)
+    unit = 1.0
+    if tensor_scale:
+        unit = _tensor_unit(weight, grids) if tensor_value is None else tensor_value
+    store = ScaleStore(scale_dtype, unit)
     out = _Output(weight, grids, with_dense)
     if group_size == "tensor":
-        scales, error = _quantize_tensor(weight, grids, store, search, out)
+        scales, error = _quantize_tensor(weight, grids, store, search, out, None if tensor_scale else tensor_value)
     else:
         scales, error = _quantize_rows(weight, grids, group_columns(group_size, weight.shape[1]), store, search, out)
-    unit = torch.tensor([store.unit], dtype=torch.float32, device=weight.device) if tensor_scale else None
-    return Quantized(out.codes, store.to_storage(scales), unit, error, out.dense)
+    second = torch.tensor([store.unit], dtype=torch.float32, device=weight.device) if tensor_scale else None
+    return Quantized(out.codes, store.to_storage(scales), second, error, out.dense)
 
 
 class _Output:
@@ -185,7 +191,7 @@ def _tensor_unit(weight: Tensor, grids: Sequence[Grid]) -> float:
     """Second-level scale: the largest group's scale, six ladder steps above absmax included, is E4M3's largest number."""
     low, high = (float(v) for v in weight.aminmax())
     largest = max(-low, high) / min(max(g.high, g.low) * g.unit for g in grids)
-    return float(short_scale(torch.tensor(max(largest * 1.75 / 448, TINY), dtype=torch.float32)))
+    return float(short_scale(torch.tensor(max(largest * ABOVE_ABSMAX / 448, TINY), dtype=torch.float32)))
 
 
 def _quantize_rows(
@@ -209,7 +215,7 @@ def _quantize_rows(
 
 
 def _quantize_tensor(
-    weight: Tensor, grids: Sequence[Grid], store: ScaleStore, search: Search | None, out: _Output
+    weight: Tensor, grids: Sequence[Grid], store: ScaleStore, search: Search | None, out: _Output, given: float | None = None
 ) -> tuple[Tensor, float]:
     """One scale in all: searched on evenly spaced weights, then held against the absmax scale on all of them.
 
@@ -221,7 +227,10 @@ def _quantize_tensor(
         if (step := flat.numel() // TENSOR_SAMPLE | 1) > 1:
             sample = torch.cat([flat[::step], flat[flat.abs().argmax()][None]])
     scratch = _Scratch()
-    found = [_search(_Block(sample[None], scratch), grids, store, s)[0] for s in (search, ABSMAX)]
+    if given is None:
+        found = [_search(_Block(sample[None], scratch), grids, store, s)[0] for s in (search, ABSMAX)]
+    else:
+        found = [store.round(torch.tensor([given], dtype=torch.float32, device=weight.device))]
 
     def block(part: slice) -> _Block:
         return _Block(weight[part].reshape(1, -1), scratch)

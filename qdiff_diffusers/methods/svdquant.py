@@ -18,7 +18,7 @@ from ..formats import IntegerFormat, MinifloatFormat, WeightFormat
 from ..formats.spec import MAX_RANK
 from . import fp
 from .base import METHODS, Method, Option, Smoother, Stored, method_of, register_method
-from .config import GroupSize, QDiffConfig
+from .config import REGULAR, GroupSize, QDiffConfig
 from .fields import Between
 from .grids import format_grids
 from .low_rank import FACTOR_BITS, LowRank, energies, rank_bits, truncated_svd
@@ -333,6 +333,8 @@ refined in turn."""
     few_rows_suffice = False  # a branch fits few rows too well
 
     def check(self, config: SVDQuantConfig) -> None:
+        if config.smoothing and config.rotation == REGULAR:
+            raise ValueError(f"smoothing goes without rotation {REGULAR!r}, which is made by a smoothing vector of signs")
         if config.branch_bits is not None and config.rank is not None:
             raise ValueError("branch_bits goes without rank, which it replaces")
         if config.codebooks() is not None:  # raises if there are none of these bits

@@ -13,7 +13,9 @@ from ..errors import ConfigError
 from ..layers import unsupported_reason
 from ..methods import method_of
 from ..methods.base import DENSE_BITS
+from ..methods.targets import TARGETS
 from .bit_allocation import spread_by_kind
+from .fused import check_fused, measured_layers
 from .patterns import check_patterns
 
 logger = logging.get_logger(__name__)
@@ -38,6 +40,7 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
     targets: dict[str, QDiffConfig] = {}
     skipped: dict[str, str] = {}
     inside = _inside_blocks(model)
+    measured = measured_layers(model) if any(one.target for one in config.with_overrides()) else set()
     for name, module in model.named_modules():
         if not isinstance(module, WEIGHTED):
             continue
@@ -46,6 +49,8 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
             skipped[name] = reason
         elif layer_config is None:
             skipped[name] = "named in modules_to_not_convert or overrides"
+        elif layer_config.target and (reason := _has_no_place(layer_config.target, module, name in measured)):
+            skipped[name] = reason
         elif isinstance(module, nn.Embedding):
             # A table is no product: it takes no time, and is worth its errors only where it is large. See docs/text_encoders.md.
             if layer_config is config:
@@ -64,10 +69,19 @@ def select_layers(model: nn.Module, config: QDiffConfig, keep: list[str]) -> tup
     shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if name in targets}  # type: ignore[union-attr, arg-type]
     targets = spread_by_kind(targets, shapes)
     check_layers(targets, shapes)
+    if any(target.target for target in targets.values()):
+        check_fused(model, targets)
     modules = dict(model.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, WEIGHTED)]
     check_patterns(config, modules, layers, type(model).__name__)
     return targets, skipped
+
+
+def _has_no_place(target: str, module: nn.Module, is_measured: bool) -> str | None:
+    """Why another program's format has no place for a module; ``None`` if it has."""
+    if isinstance(module, nn.Embedding):
+        return "ComfyUI quantizes linear layers only"
+    return TARGETS[target].reason_to_skip(target, tuple(module.weight.shape), is_measured)  # type: ignore[union-attr, arg-type]
 
 
 def check_layers(targets: Mapping[str, QDiffConfig], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -50,6 +50,7 @@ OF_ALL = {
     "unbiased": ["no", 0, None],
     "keep_outer_layers": ["no", 1, None],
     "outer_bits": [9, "8", True, 2.5],
+    "target": ["forge", 7, True, ["comfyui:int8"], "comfyui:fp8"],
     "compute_dtype": ["float12", 16, "int8", True],
     "seed": ["7", 1.5, True, 2**70, None, math.nan],
     "method": ["gptq", 3],
@@ -76,6 +77,7 @@ OF_METHODS = {
         "group_size": [0, -1, 10**9, "col", 16.0, True],
         "scale_dtype": ["fp99", 16, True],
         "scale_search": ["slow", None, 1],
+        "tensor_scale": ["two", -1.0, 0, math.inf, True],
     },
     "svdquant": {
         "weight_format": ["bogus", "", "int9", "int1", "intx", "exmy", 4],
@@ -131,6 +133,8 @@ CONTRADICTIONS = {
     "has modules_to_not_convert of its own": lambda: RTNConfig(overrides={"ff": RTNConfig(modules_to_not_convert=["net"])}),
     "has outer_bits of its own": lambda: AQConfig(overrides={"ff": FPConfig(outer_bits=8)}),
     "give bits too": lambda: RTNConfig(by_kind=True),
+    "make the config": lambda: RTNConfig(target="comfyui:int8"),
+    "that target_config makes": lambda: FPConfig(weight_format="nvfp4", target="comfyui:mxfp8"),
 }
 
 
