@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from qdiff_diffusers.checkpoint.stored_model import StoredModel, read_stored_model
 from qdiff_diffusers.errors import CheckpointError
 
-from .families import FAMILIES, Family, MissingPart, Part, family_of_class, family_of_native, to_native
+from .families import FAMILIES, Family, MissingPart, Part, Slice, family_of_class, family_of_native, to_native
 from .layout import Piece, is_packed, make_weight
 from .ops import Operations
 from .patches import adopt
@@ -22,6 +23,8 @@ from .patches import adopt
 # Key in a file's settings: the class of ComfyUI's that its tensors are for, where diffusers' config cannot be told from them. Those
 # of a family that we know have diffusers' names all the same, as the parts of fused layers have no others.
 NATIVE = "comfyui_class"
+# What ComfyUI cannot tell from the tensors and has read from the metadata of the file that the model came from.
+CONFIG = "comfyui_config"
 ATTACHMENT = "qdiff"
 
 
@@ -40,7 +43,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, disable_dynam
     family = stored_family(stored)
     dtype = dtype or getattr(torch, stored.quantization.compute_dtype or "bfloat16")
     tensors = native_tensors(stored, family, stored.load(), dtype)
-    patcher = native_model(tensors, dtype, family, disable_dynamic)
+    patcher = native_model(tensors, dtype, family, disable_dynamic, config=native_config(stored, family))
     patcher.cached_patcher_init = (load_model, (path, dtype))
     patcher.set_attachments(ATTACHMENT, {"settings": stored.settings, "quantization": stored.quantization, "path": str(path)})
     return patcher
@@ -89,13 +92,27 @@ def native_tensors(stored: StoredModel, family: Family | None, tensors: dict[str
         name = part.key.removesuffix(".weight")
         if name not in layers:
             value = tensors[part.key]
-            value = value.to(dtype) if value.is_floating_point() else value
-            return Piece(None, name, tuple(value.shape), {"weight": swap_halves(value) if part.swapped else value}, part.swapped)
+            value = placed(value.to(dtype) if value.is_floating_point() else value, part)
+            return Piece(None, name, tuple(value.shape), {"weight": value}, part.swapped)
         spec, shape, _ = layers[name]
         values = stored_tensors(spec, shape, lambda leaf: tensors[f"{name}.{leaf}"])
         return Piece(spec, name, shape, swap_rows(spec, shape, values) if part.swapped else values, part.swapped)
 
-    return {native: assemble([piece(part) for part in sources], dtype) for native, sources in parts.items()}
+    computed = family.computed(stored.settings) if family and NATIVE not in stored.settings else {}
+    return computed | {native: assemble([piece(part) for part in sources], dtype) for native, sources in parts.items()}
+
+
+def placed(tensor: Tensor, part: Part) -> Tensor:
+    """A diffusers tensor as it lies in ComfyUI's."""
+    tensor = tensor.reshape(part.shape) if part.shape else tensor
+    return swap_halves(tensor) if part.swapped else tensor
+
+
+def taken(tensor: Tensor, part: Slice) -> Tensor:
+    """A diffusers tensor out of ComfyUI's; the inverse of :func:`placed`."""
+    rows = tensor[part.start : part.stop] if tensor.ndim else tensor
+    rows = swap_halves(rows) if part.swapped else rows.clone()
+    return rows.reshape(part.shape) if part.shape else rows
 
 
 def stored_tensors(spec: Any, shape: tuple[int, ...], get: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -127,8 +144,29 @@ def swap_halves(tensor: Tensor) -> Tensor:
     return torch.cat([second, first])
 
 
-def native_model(tensors: dict[str, Tensor], dtype: torch.dtype, family: Family | None, disable_dynamic: bool = False) -> Any:
+def native_config(stored: StoredModel, family: Family | None) -> dict[str, Any]:
+    """What ComfyUI has to be told of a model besides its tensors."""
+    if NATIVE in stored.settings:
+        return dict(stored.settings.get(CONFIG, {}))
+    return family.told(stored.settings) if family else {}
+
+
+def file_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a file that tells ComfyUI so."""
+    return {"config": json.dumps({"transformer": dict(config)})}
+
+
+def native_model(
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    family: Family | None,
+    disable_dynamic: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
     """ComfyUI's model patcher around a model with these tensors.
+
+    Args:
+        config: what it cannot tell from them; see :func:`native_config`.
 
     Raises:
         CheckpointError: this ComfyUI does not recognise the model, or recognises another one in it.
@@ -136,7 +174,8 @@ def native_model(tensors: dict[str, Tensor], dtype: torch.dtype, family: Family 
     name = family.name if family else "this model"
     options = {"custom_operations": Operations, "dtype": dtype}
     supported = inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
-    extra = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in supported else {}
+    extra: dict[str, Any] = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in supported else {}
+    extra |= {"metadata": file_metadata(config)} if config else {}
     try:
         patcher = comfy.sd.load_diffusion_model_state_dict(dict(tensors), model_options=options, **extra)
     except (KeyError, AttributeError, RuntimeError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.lora
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -31,7 +32,18 @@ from qdiff_diffusers.model.selection import check_layers
 
 from .families import Family, Slice, family_of_native, to_diffusers
 from .layout import Piece, is_packed
-from .loader import ATTACHMENT, NATIVE, assemble, packed_weights, stored_tensors, swap_halves, swap_rows
+from .loader import (
+    ATTACHMENT,
+    CONFIG,
+    NATIVE,
+    assemble,
+    file_metadata,
+    packed_weights,
+    stored_tensors,
+    swap_halves,
+    swap_rows,
+    taken,
+)
 from .ops import Operations
 from .patches import adopt
 from .settings import diffusers_settings
@@ -239,11 +251,27 @@ def _rebuild(patcher: Any, tensors: dict[str, Tensor], record: Quantization, fam
         new.cached_patcher_init = (_patcher, parts)
     new.model_options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
     new.object_patches = dict(patcher.object_patches)
-    shapes = {part.key: (part.stop - part.start, *tensors[key].shape[1:]) for key, parts in names.items() for part in parts}
+    shapes = {part.key: part.shape_of(tuple(tensors[key].shape)) for key, parts in names.items() for part in parts}
     settings = diffusers_settings(family, shapes, model_config) if family else None
-    settings = settings or {NATIVE: type(patcher.model).__name__}
+    settings = settings or {NATIVE: type(patcher.model).__name__} | _untold(patcher.model.model_config, tensors)
     new.set_attachments(ATTACHMENT, {"settings": settings, "quantization": record, "path": ""})
     return new
+
+
+def _untold(model_config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What ComfyUI has read of the model from its file's metadata and cannot tell from its tensors, for our file."""
+    plain = comfy.model_detection.detect_unet_config(dict(tensors), "") or {}
+    known = {key: value for key, value in model_config.unet_config.items() if key not in model_config.unet_extra_config}
+    told = {key: value for key, value in known.items() if _is_json(value) and plain.get(key) != value}
+    if not told or comfy.model_detection.detect_unet_config(dict(tensors), "", metadata=file_metadata(told)) == plain:
+        return {}
+    return {CONFIG: told}
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value is one that a file's metadata can hold."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(item is None or isinstance(item, bool | int | float | str) for item in values)
 
 
 def _patcher(
@@ -297,8 +325,7 @@ def _stored(patcher: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _unpack(weight)
             continue
         for part in names[key]:
-            rows = weight[part.start : part.stop] if weight.ndim else weight
-            yield part.key, swap_halves(rows) if part.swapped else rows.clone()
+            yield part.key, taken(weight, part)
 
 
 def _unpack(weight: Any) -> Iterator[tuple[str, Tensor]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from . import image, video
 from .rules import MissingPart, Part, Rule, Shape, Slice, matches, parse, to_diffusers, to_native
@@ -23,6 +25,9 @@ __all__ = [
 ]
 
 
+Settings = Mapping[str, Any]  # diffusers' config.json
+
+
 class Family(NamedTuple):
     """A family of models.
 
@@ -34,6 +39,8 @@ class Family(NamedTuple):
         unused: ComfyUI's tensors that only training reads; diffusers does not have them.
         measured: ComfyUI's modules by the shapes of whose weights it tells what model it has, in the notation of the tables. A
             format that packs several numbers into one, or pads, would mislead it.
+        computed: ComfyUI's tensors that diffusers computes instead of storing, from diffusers' settings of the model.
+        told: what ComfyUI reads from its own files' metadata and cannot tell from the tensors, from diffusers' settings.
     """
 
     name: str
@@ -42,6 +49,8 @@ class Family(NamedTuple):
     table: str | Callable[[Iterable[str]], str] = ""
     unused: tuple[str, ...] = ()
     measured: tuple[str, ...] = ()
+    computed: Callable[[Settings], dict[str, Tensor]] = lambda settings: {}
+    told: Callable[[Settings], dict[str, Any]] = lambda settings: {}
 
     def rules(self, keys: Iterable[str]) -> list[Rule]:
         """The rules for a model with these tensors, named as either program names them."""
@@ -67,6 +76,7 @@ MEASURED_UNET = ("label_emb.0.0", "input_blocks.N.1.transformer_blocks.0.attn2.t
 MEASURED_WAN = ("blocks.0.ffn.0", "head.head")
 MEASURED_HUNYUAN_VIDEO = ("txt_in.input_embedder", "final_layer.linear")
 HUNYUAN_VIDEOS = ("HunyuanVideo", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V")
+HUNYUAN_VIDEOS_15 = ("HunyuanVideo15", "HunyuanVideo15_SR_Distilled")
 
 FAMILIES = (
     Family("Flux.1", ("FluxTransformer2DModel",), ("Flux",), image.FLUX, (), ("vector_in.in_layer", "txt_in", "img_in")),
@@ -91,6 +101,24 @@ FAMILIES = (
     Family("LTX-Video", ("LTXVideoTransformer3DModel",), ("LTXV",), video.LTX, (), ("transformer_blocks.0.attn2.to_k",)),
     Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), HUNYUAN_VIDEOS, video.HUNYUAN_VIDEO, (), MEASURED_HUNYUAN_VIDEO),
     Family("Mochi", ("MochiTransformer3DModel",), ("GenmoMochi",), video.MOCHI),
+    Family("Krea 2", ("Krea2Transformer2DModel",), ("Krea2",), image.KREA2),
+    Family("Ideogram 4", ("Ideogram4Transformer2DModel",), ("Ideogram4",), image.IDEOGRAM4),
+    Family("ERNIE-Image", ("ErnieImageTransformer2DModel",), ("ErnieImage",)),
+    Family("LongCat-Image", ("LongCatImageTransformer2DModel",), ("LongCatImage",), image.LONGCAT),
+    Family("JoyImage", ("JoyImageEditTransformer3DModel",), ("JoyImage",)),
+    Family("HunyuanImage 2.1", ("HunyuanImageTransformer2DModel",), ("HunyuanImage21",), video.HUNYUAN_IMAGE),
+    Family("HunyuanVideo 1.5", ("HunyuanVideo15Transformer3DModel",), HUNYUAN_VIDEOS_15, video.HUNYUAN_VIDEO_15),
+    Family("Kandinsky 5", ("Kandinsky5Transformer3DModel",), ("Kandinsky5", "Kandinsky5Image")),
+    Family("Cosmos-Predict2", ("CosmosTransformer3DModel",), ("CosmosPredict2",), video.COSMOS2),
+    Family("CogVideoX", ("CogVideoXTransformer3DModel",), ("CogVideoX",), video.COGVIDEOX),
+    Family("Wan VACE", ("WanVACETransformer3DModel",), ("WAN21_Vace",), video.WAN_VACE),
+    Family(
+        "MiniMax-H3",
+        ("MiniMaxH3Transformer3DModel",),
+        ("MiniMaxH3",),
+        video.MINIMAX_H3,
+        computed=video.minimax_h3_frequencies,
+    ),
 )
 
 

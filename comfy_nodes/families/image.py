@@ -211,3 +211,47 @@ x_embedder <- all_x_embedder.2-1
 final_layer <- all_final_layer.2-1
 """
 )
+
+# The modulations of a block lie end to end in one vector.
+KREA2 = """
+blocks.N.mod.lin[*] <- transformer_blocks.N.scale_shift_table[6,*]
+last.modulation.lin <- final_layer.scale_shift_table
+last.norm.scale <- final_layer.norm.weight
+last.linear <- final_layer.linear
+first <- img_in
+tmlp.0 <- time_embed.linear_1
+tmlp.2 <- time_embed.linear_2
+tproj.1 <- time_mod_proj
+txtmlp.0.scale <- txt_in.norm.weight
+txtmlp.1 <- txt_in.linear_1
+txtmlp.3 <- txt_in.linear_2
+txtfusion.projector <- text_fusion.projector
+""" + "".join(
+    f"""
+{native}.prenorm.scale <- {diffusers}.norm1.weight
+{native}.postnorm.scale <- {diffusers}.norm2.weight
+{native}.attn.wq <- {diffusers}.attn.to_q
+{native}.attn.wk <- {diffusers}.attn.to_k
+{native}.attn.wv <- {diffusers}.attn.to_v
+{native}.attn.gate <- {diffusers}.attn.to_gate
+{native}.attn.wo <- {diffusers}.attn.to_out.0
+{native}.attn.qknorm.qnorm.scale <- {diffusers}.attn.norm_q.weight
+{native}.attn.qknorm.knorm.scale <- {diffusers}.attn.norm_k.weight
+{native}.mlp <- {diffusers}.ff
+"""
+    for native, diffusers in (
+        ("blocks.N", "transformer_blocks.N"),
+        ("txtfusion.layerwise_blocks.N", "text_fusion.layerwise_blocks.N"),
+        ("txtfusion.refiner_blocks.N", "text_fusion.refiner_blocks.N"),
+    )
+)
+
+IDEOGRAM4 = """
+layers.N.attention.qkv <- layers.N.attention.{to_q to_k to_v}
+layers.N.attention.o <- layers.N.attention.to_out.0
+"""
+
+LONGCAT = """
+time_in.in_layer <- time_embed.timestep_embedder.linear_1
+time_in.out_layer <- time_embed.timestep_embedder.linear_2
+""" + FLUX.replace("scale|weight", "weight|scale")  # which ComfyUI renames in Flux only

@@ -7,11 +7,13 @@ A table has one line per module: ComfyUI's name, ``<-``, and diffusers' names wh
 ``N`` stands for a number and ``LAST`` for the largest one. ``a|b`` is ``a`` in one version of ComfyUI and ``b`` in another.
 ``x.{a b}`` is short for ``x.a x.b``. What follows the module's name (``.weight``, ``.bias``, a submodule) is kept. ``~name``
 exchanges the two halves of the rows. ``name:in`` has as many rows as the weight has columns; parts without a mark share the
-remaining rows equally. Names in no line are the same in both. The first line that fits counts.
+remaining rows equally. ``x.lin[*] <- y.table[6,*]`` is one tensor in two shapes; ``*`` is what the others leave. Names in no line
+are the same in both. The first line that fits counts.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -20,19 +22,36 @@ Shape = tuple[int, ...]
 
 
 class Part(NamedTuple):
-    """A diffusers tensor that fills rows of a ComfyUI tensor."""
+    """A diffusers tensor that fills rows of a ComfyUI tensor.
+
+    Attributes:
+        key: name of the diffusers tensor.
+        swapped: whether the halves of its rows are exchanged.
+        shape: what ComfyUI reshapes it to, with one -1; empty if it keeps its shape.
+    """
 
     key: str
     swapped: bool = False
+    shape: Shape = ()
 
 
 class Slice(NamedTuple):
-    """Rows ``start`` to ``stop`` of a ComfyUI tensor, which are the diffusers tensor ``key``; ``swapped``: its halves exchanged."""
+    """Rows ``start`` to ``stop`` of a ComfyUI tensor, which are the diffusers tensor ``key``.
+
+    Attributes:
+        swapped: whether the halves of the rows are exchanged.
+        shape: what diffusers reshapes them to, with one -1; empty if they keep their shape.
+    """
 
     key: str
     start: int
     stop: int
     swapped: bool = False
+    shape: Shape = ()
+
+    def shape_of(self, native: Shape) -> Shape:
+        """The shape of the diffusers tensor, from that of the ComfyUI tensor."""
+        return reshaped((self.stop - self.start, *native[1:]) if native else (), self.shape)
 
 
 class Source(NamedTuple):
@@ -41,6 +60,7 @@ class Source(NamedTuple):
     name: str
     swapped: bool
     as_columns: bool
+    shape: Shape
 
 
 class Rule(NamedTuple):
@@ -48,6 +68,7 @@ class Rule(NamedTuple):
 
     native: str
     sources: tuple[Source, ...]
+    shape: Shape
 
 
 class MissingPart(ValueError):
@@ -65,10 +86,31 @@ def _rule(line: str) -> Rule:
     if not arrow:
         raise ValueError(f"a rule reads 'native <- diffusers ...', got {line!r}")
     names = re.sub(r"(\S*)\{(.*?)\}", lambda m: " ".join(m[1] + name for name in m[2].split()), names)
-    return Rule(
-        native.strip(),
-        tuple(Source(n.removeprefix("~").removesuffix(":in"), n.startswith("~"), n.endswith(":in")) for n in names.split()),
-    )
+    native, native_shape = _shape(native.strip())
+    sources = tuple(_source(name) for name in names.split())
+    if any(bool(source.shape) != bool(native_shape) for source in sources) or (native_shape and len(sources) > 1):
+        raise ValueError(f"a rule with shapes has one of each program's, got {line!r}")
+    return Rule(native, sources, native_shape)
+
+
+def _source(text: str) -> Source:
+    name, shape = _shape(text.removeprefix("~").removesuffix(":in"))
+    return Source(name, text.startswith("~"), text.endswith(":in"), shape)
+
+
+def _shape(name: str) -> tuple[str, Shape]:
+    """``x[6,*]`` -> ``x``, ``(6, -1)``."""
+    name, _, sizes = name.partition("[")
+    shape = tuple(-1 if size == "*" else int(size) for size in sizes.removesuffix("]").split(",")) if sizes else ()
+    if sizes and shape.count(-1) != 1:
+        raise ValueError(f"a shape has one *, got {name}[{sizes}")
+    return name, shape
+
+
+def reshaped(shape: Shape, template: Shape) -> Shape:
+    """The shape that ``reshape(template)`` gives a tensor of ``shape``; an empty template leaves it."""
+    rest = math.prod(shape) // -math.prod(template)
+    return tuple(rest if size == -1 else size for size in template) if template else shape
 
 
 def matches(name: str, key: str) -> bool:
@@ -90,13 +132,13 @@ def to_native(rules: list[Rule], keys: Iterable[str]) -> dict[str, list[Part]]:
     found: dict[str, dict[int, Part]] = {}
     wanted: dict[str, Rule] = {}
     for key in keys:
-        native, position, swapped = key, 0, False
+        native, position, part = key, 0, Part(key)
         for pattern, rule, index, source in patterns:
             if match := pattern.fullmatch(key):
-                native, position, swapped = _fill(rule.native, match), index, source.swapped
+                native, position, part = _fill(rule.native, match), index, Part(key, source.swapped, rule.shape)
                 wanted[native] = rule
                 break
-        found.setdefault(native, {})[position] = Part(key, swapped)
+        found.setdefault(native, {})[position] = part
     for native, rule in wanted.items():
         if lost := set(range(len(rule.sources))) - set(found[native]):
             raise MissingPart(f"{native} needs {rule.sources[min(lost)].name}, which is not there")
@@ -125,7 +167,7 @@ def _slices(rule: Rule, match: re.Match[str], rows: int, columns: int) -> list[S
     out, start = [], 0
     for source in rule.sources:
         stop = start + (columns if source.as_columns else share)
-        out.append(Slice(_fill(source.name, match), start, stop, source.swapped))
+        out.append(Slice(_fill(source.name, match), start, stop, source.swapped, source.shape))
         start = stop
     return out
 
@@ -137,7 +179,7 @@ def _numbered(rule: Rule, keys: Iterable[str]) -> Rule:
     lists = "|".join(re.escape(name.partition("LAST")[0]) for name in (rule.native, *(s.name for s in rule.sources)))
     last = str(max((int(m[1]) for key in keys if (m := re.match(rf"(?:{lists})(\d+)\.", key))), default=0))
     sources = tuple(source._replace(name=source.name.replace("LAST", last)) for source in rule.sources)
-    return Rule(rule.native.replace("LAST", last), sources)
+    return rule._replace(native=rule.native.replace("LAST", last), sources=sources)
 
 
 def _compile(name: str) -> re.Pattern[str]:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
 WAN = """
 blocks.N.self_attn.q <- blocks.N.attn1.to_q
 blocks.N.self_attn.k <- blocks.N.attn1.to_k
@@ -35,6 +41,15 @@ img_emb.emb_pos <- condition_embedder.image_embedder.pos_embed
 head.head <- proj_out
 head.modulation <- scale_shift_table
 """
+
+WAN_VACE = (
+    """
+vace_blocks.N.before_proj <- vace_blocks.N.proj_in
+vace_blocks.N.after_proj <- vace_blocks.N.proj_out
+"""
+    + WAN
+    + "\n".join(line.replace("blocks.N", "vace_blocks.N") for line in WAN.splitlines() if line.startswith("blocks.N"))
+)
 
 LTX = """
 patchify_proj <- proj_in
@@ -112,3 +127,106 @@ blocks.N.mlp_y.w2 <- transformer_blocks.N.ff_context.net.2
 final_layer.mod <- ~norm_out.linear
 final_layer.linear <- proj_out
 """
+
+HUNYUAN_VIDEO_15 = (
+    """
+time_in.in_layer <- time_embed.timestep_embedder.linear_1
+time_in.out_layer <- time_embed.timestep_embedder.linear_2
+time_r_in.in_layer <- time_embed.timestep_embedder_r.linear_1
+time_r_in.out_layer <- time_embed.timestep_embedder_r.linear_2
+byt5_in.layernorm <- context_embedder_2.norm
+byt5_in.fc1 <- context_embedder_2.linear_1
+byt5_in.fc2 <- context_embedder_2.linear_2
+byt5_in.fc3 <- context_embedder_2.linear_3
+vision_in.proj.0 <- image_embedder.norm_in
+vision_in.proj.1 <- image_embedder.linear_1
+vision_in.proj.3 <- image_embedder.linear_2
+vision_in.proj.4 <- image_embedder.norm_out
+cond_type_embedding <- cond_type_embed
+"""
+    + HUNYUAN_VIDEO
+)
+
+HUNYUAN_IMAGE = (
+    HUNYUAN_VIDEO_15.replace(" time_embed.", " time_guidance_embed.")
+    + """
+guidance_in.in_layer <- time_guidance_embed.guidance_embedder.linear_1
+guidance_in.out_layer <- time_guidance_embed.guidance_embedder.linear_2
+"""
+)
+
+COSMOS2 = """
+x_embedder.proj.1 <- patch_embed.proj
+t_embedder.1 <- time_embed.t_embedder
+t_embedding_norm <- time_embed.norm
+final_layer.adaln_modulation.1 <- norm_out.linear_1
+final_layer.adaln_modulation.2 <- norm_out.linear_2
+final_layer.linear <- proj_out
+blocks.N.adaln_modulation_self_attn.1 <- transformer_blocks.N.norm1.linear_1
+blocks.N.adaln_modulation_self_attn.2 <- transformer_blocks.N.norm1.linear_2
+blocks.N.adaln_modulation_cross_attn.1 <- transformer_blocks.N.norm2.linear_1
+blocks.N.adaln_modulation_cross_attn.2 <- transformer_blocks.N.norm2.linear_2
+blocks.N.adaln_modulation_mlp.1 <- transformer_blocks.N.norm3.linear_1
+blocks.N.adaln_modulation_mlp.2 <- transformer_blocks.N.norm3.linear_2
+blocks.N.mlp.layer1 <- transformer_blocks.N.ff.net.0.proj
+blocks.N.mlp.layer2 <- transformer_blocks.N.ff.net.2
+""" + "".join(
+    f"""
+blocks.N.{native}.q_proj <- transformer_blocks.N.{diffusers}.to_q
+blocks.N.{native}.k_proj <- transformer_blocks.N.{diffusers}.to_k
+blocks.N.{native}.v_proj <- transformer_blocks.N.{diffusers}.to_v
+blocks.N.{native}.output_proj <- transformer_blocks.N.{diffusers}.to_out.0
+blocks.N.{native}.q_norm <- transformer_blocks.N.{diffusers}.norm_q
+blocks.N.{native}.k_norm <- transformer_blocks.N.{diffusers}.norm_k
+"""
+    for native, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+)
+
+COGVIDEOX = """
+time_embedding_linear_1 <- time_embedding.linear_1
+time_embedding_linear_2 <- time_embedding.linear_2
+ofs_embedding_linear_1 <- ofs_embedding.linear_1
+ofs_embedding_linear_2 <- ofs_embedding.linear_2
+blocks.N.q <- transformer_blocks.N.attn1.to_q
+blocks.N.k <- transformer_blocks.N.attn1.to_k
+blocks.N.v <- transformer_blocks.N.attn1.to_v
+blocks.N.attn_out <- transformer_blocks.N.attn1.to_out.0
+blocks.N.norm_q <- transformer_blocks.N.attn1.norm_q
+blocks.N.norm_k <- transformer_blocks.N.attn1.norm_k
+blocks.N.ff_proj <- transformer_blocks.N.ff.net.0.proj
+blocks.N.ff_out <- transformer_blocks.N.ff.net.2
+blocks.N.norm1 <- transformer_blocks.N.norm1
+blocks.N.norm2 <- transformer_blocks.N.norm2
+"""
+
+# The first half of a feed-forward layer's rows is the gate here and the value there.
+MINIMAX_H3 = """
+video_patch_proj <- proj_in
+audio_patch_proj <- audio_proj_in
+condition_proj <- context_embedder
+time_embedder.proj_in <- time_embedder.linear_1
+time_embedder.proj_out <- time_embedder.linear_2
+final_layer.norm <- norm_out.norm
+final_layer.adaln_proj.linear <- norm_out.linear
+final_layer.video_out <- proj_out
+final_layer.audio_out <- audio_proj_out
+blocks.N.adaln_proj <- transformer_blocks.N.adaln_proj
+""" + "".join(
+    f"""
+{native}.attn.qkv_proj <- {diffusers}.attn.{{to_q to_k to_v}}
+{native}.attn.out_proj <- {diffusers}.attn.to_out.0
+{native}.attn.q_norm <- {diffusers}.attn.norm_q
+{native}.attn.k_norm <- {diffusers}.attn.norm_k
+{native}.mlp.fc1 <- ~{diffusers}.ff.net.0.proj
+{native}.mlp.fc2 <- {diffusers}.ff.net.2
+{native}.norm1 <- {diffusers}.norm1
+{native}.norm2 <- {diffusers}.norm2
+"""
+    for native, diffusers in (("blocks.N", "transformer_blocks.N"), ("token_refiner.blocks.N", "token_refiner.refiner_blocks.N"))
+)
+
+
+def minimax_h3_frequencies(settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The rotations' frequencies, which ComfyUI stores, float32 ``[rope_freq_dim]``."""
+    size = settings["rope_freq_dim"]
+    return {"rope.inv_freq": settings["rope_theta"] ** -(torch.arange(size, dtype=torch.float32) / size)}

@@ -12,16 +12,23 @@ MOCHI_MLP = 384  # of the tiny model; ComfyUI's class insists on the published 1
 
 
 def recognise(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Make ComfyUI recognise one family's tiny model while the test runs."""
+    """Make ComfyUI recognise one family's tiny model while the test runs. The test is skipped where ComfyUI is older than that."""
     host.pack()
-    from comfy import model_detection, supported_models
+    from comfy import model_base, model_detection, supported_models
     from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmetricJointBlock
 
+    native = host.part("families").family_of_class(TINY[name].diffusers_class).native
+    if not any(hasattr(model_base, kind) for kind in native):
+        pytest.skip(f"this ComfyUI has no {native[0]}")
     original = model_detection.detect_unet_config
 
     def detect(*args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
         return config if config is None else config | TINY[name].detected
+
+    for kind in supported_models.models:  # what a description adds
+        for key in TINY[name].detected.keys() & kind.unet_extra_config.keys():
+            monkeypatch.setitem(kind.unet_extra_config, key, TINY[name].detected[key])
 
     monkeypatch.setattr(model_detection, "detect_unet_config", detect)
     monkeypatch.setattr(supported_models, "models", [*tiny_unets(supported_models), *supported_models.models])

@@ -22,11 +22,13 @@ ELSEWHERE = "on another disk"  # in a folder that extra_model_paths.yaml names
 
 def native_tensors(folder: Path, family: str) -> dict[str, torch.Tensor]:
     """The tensors of a dense diffusers model under ComfyUI's names."""
-    families, swap = host.part("families"), host.part("loader").swap_halves
+    families, placed = host.part("families"), host.part("loader").placed
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
-    parts = families.to_native(families.family_of_class(TINY[family].diffusers_class).rules(tensors), tensors)
-    rows = {key: [swap(tensors[p.key]) if p.swapped else tensors[p.key] for p in sources] for key, sources in parts.items()}
-    return {key: torch.cat(values) if values[0].ndim else values[0] for key, values in rows.items()}
+    found = families.family_of_class(TINY[family].diffusers_class)
+    parts = families.to_native(found.rules(tensors), tensors)
+    rows = {key: [placed(tensors[p.key], p) for p in sources] for key, sources in parts.items()}
+    computed = found.computed(TINY[family].settings())
+    return computed | {key: torch.cat(values) if values[0].ndim else values[0] for key, values in rows.items()}
 
 
 def fill(models: Path, dense: Callable[[str], Path], quantized: Callable[[str], Path]) -> None:

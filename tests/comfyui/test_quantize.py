@@ -31,7 +31,9 @@ def native(dense, tiny):
         import comfy.sd
 
         sources = native_tensors(dense(family), family)
-        return comfy.sd.load_diffusion_model_state_dict(sources, model_options={"dtype": dtype})
+        told = host.part("families").family_of_class(TINY[family].diffusers_class).told(TINY[family].settings())
+        metadata = host.part("loader").file_metadata(told) if told else None
+        return comfy.sd.load_diffusion_model_state_dict(sources, model_options={"dtype": dtype}, metadata=metadata)
 
     return load
 

@@ -2,53 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import diffusers
 import torch
+from comfyui.tiny_inputs import CONTEXT, IMAGE, POOLED, VIDEO, Tiny, noise, patches, positions, unpatches
+from comfyui.tiny_recent import RECENT
 from torch import Tensor, nn
 
-
-class Tiny(NamedTuple):
-    """``detected``: what ComfyUI's detection takes for granted of the published sizes and the tiny model has otherwise."""
-
-    diffusers_class: str
-    config: dict[str, Any]
-    reference: Callable[[nn.Module], Tensor]
-    native: Callable[[nn.Module], Tensor]
-    detected: Mapping[str, Any] = MappingProxyType({})
-    large_queries: bool = False
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(shape)))
-
-
-IMAGE, CONTEXT, POOLED = noise(1, 16, 8, 8), noise(1, 8, 64), noise(1, 64)
-VIDEO = noise(1, 16, 2, 8, 8)
 SD3_CONTEXT, SD3_POOLED = noise(1, 8, 4096) / 8, noise(1, 128)  # ComfyUI pads the texts of its CLIPs to this width
 XL_CONTEXT, XL_POOLED = noise(1, 6, 128), noise(1, 64)  # two encoders of width 64
 NOISE_LEVEL = torch.tensor([20])  # of an upscaler
 QWEN_CONTEXT = noise(1, 8, 128)
-
-
-def patches(x: Tensor) -> Tensor:
-    """``[b, c, h, w]`` -> ``[b, h/2*w/2, c*4]``, channels first."""
-    b, c, h, w = x.shape
-    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
-
-
-def unpatches(x: Tensor, h: int, w: int) -> Tensor:
-    b, _, c = x.shape
-    return x.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
-
-
-def positions(h: int, w: int, axes: int = 3) -> Tensor:
-    ids = torch.zeros(h, w, axes)
-    ids[..., 1], ids[..., 2] = torch.arange(h)[:, None], torch.arange(w)
-    return ids.reshape(-1, axes)
 
 
 def flux_reference(model: nn.Module) -> Tensor:
@@ -443,7 +408,11 @@ TINY = {
         lambda m: -m(noise(1, 12, 2, 8, 8), torch.tensor([0.75]), noise(1, 256, 64), torch.ones(1, 256), num_tokens=256),
         {"depth": 2, "num_heads": 2, "hidden_size_x": 96, "hidden_size_y": 96, "t5_feat_dim": 64},
     ),
+    **RECENT,
 }
+
+
+QUERIES = tuple(f"{name}.weight" for name in ("to_q", "to_k", "to_query", "to_key", "attn_qkv"))
 
 
 def make(name: str) -> nn.Module:
@@ -454,7 +423,7 @@ def make(name: str) -> nn.Module:
         for key, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 # Large queries and keys: the programs normalise some models' with different epsilons.
-                parameter.normal_(std=1.0 if key.endswith(("to_q.weight", "to_k.weight")) and TINY[name].large_queries else 0.05)
+                parameter.normal_(std=1.0 if key.endswith(QUERIES) and TINY[name].large_queries else 0.05)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
