@@ -7,6 +7,7 @@ line in the report.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .contenders import Contender
 
 GPU = ("cuda",)
+KITCHEN_BLOCKS = (256, 64, 16)  # columns that ConvRot rotates together: its own size first, else the next that divides the row
 LINEAR_AND_CONV = (nn.Linear, nn.Conv2d)
 
 
@@ -25,7 +27,7 @@ class UnchangedError(ValueError):
 
 def contenders(device: torch.device) -> list[Contender]:
     """Rows of every peer, whether it is installed or not."""
-    return [*_torchao(device), *_bitsandbytes(), *_quanto(), *_gguf(), *_sdnq(), *_orbitquant(), *_gpu_only()]
+    return [*_torchao(device), *_bitsandbytes(), *_quanto(), *_gguf(), *_sdnq(), *_orbitquant(), *_comfy_kitchen(), *_gpu_only()]
 
 
 def distributions() -> list[str]:
@@ -240,6 +242,68 @@ def _orbitquant() -> list[Contender]:
     return [
         Contender(f"orbitquant-{name}", "orbitquant", partial(convert, name=name), int(name[1]), "orbitquant", ("orbitquant",))
         for name in ("w4a4", "w4a6", "w4a8", "w2a4")
+    ]
+
+
+class _KitchenLinear(nn.Module):
+    """A linear layer in one of comfy-kitchen's layouts, multiplied as ComfyUI's own layers do.
+
+    Args:
+        inputs: whether inputs are quantized into the same layout first; integer layouts quantize theirs themselves.
+        decode: whether what is quantized is decoded and then multiplied, where the layout has no product on this device.
+    """
+
+    def __init__(self, layer: nn.Linear, layout: str, inputs: bool, decode: bool, **options: Any) -> None:
+        from comfy_kitchen.tensor import QuantizedTensor
+
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.layout, self.inputs, self.decode, self.bias = layout, inputs, decode, layer.bias
+        quantized = QuantizedTensor.from_float(layer.weight.data, layout, **options)
+        self.settings = {field.name: getattr(quantized._params, field.name) for field in fields(quantized._params)}
+        self.register_buffer("codes", quantized._qdata)
+        for name, value in self.settings.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
+
+        held = {name: getattr(self, name) if isinstance(value, Tensor) else value for name, value in self.settings.items()}
+        weight: Any = QuantizedTensor(self.codes, self.layout, get_layout_class(self.layout).Params(**held))
+        flat: Any = x.reshape(-1, x.shape[-1])
+        if self.inputs:
+            flat = QuantizedTensor.from_float(flat, self.layout)
+        if self.decode:
+            weight, flat = weight.dequantize(), flat.dequantize() if self.inputs else flat
+        return nn.functional.linear(flat, weight.to(x.dtype), self.bias).view(*x.shape[:-1], -1)
+
+
+def _comfy_kitchen() -> list[Contender]:
+    """The layouts of ComfyUI's own quantized files, with their own rounding."""
+
+    def row(name: str, bits: int, layout: str, inputs: bool = False, decode: bool = False, **options: Any) -> Contender:
+        def convert(layer: nn.Module) -> nn.Module:
+            assert isinstance(layer, nn.Linear)
+            columns = layer.in_features
+            if "convrot_groupsize" not in options:
+                return _KitchenLinear(layer, layout, inputs, decode, **options)
+            block = next((size for size in KITCHEN_BLOCKS if columns % size == 0), None)
+            if block is None:
+                raise UnchangedError(f"{name} needs a multiple of {KITCHEN_BLOCKS[-1]} columns, not {columns}")
+            return _KitchenLinear(layer, layout, inputs, decode, **options | {"convrot_groupsize": block})
+
+        return Contender(f"comfy-kitchen-{name}", "comfy-kitchen", convert, bits, "comfy-kitchen", ("comfy_kitchen",))
+
+    rotated = {"convrot": True, "convrot_groupsize": 256}
+    return [
+        row("fp8-a8", 8, "TensorCoreFP8Layout", inputs=True),
+        row("int8-a8", 8, "TensorWiseINT8Layout", per_channel=True),
+        row("int8-convrot-a8", 8, "TensorWiseINT8Layout", per_channel=True, **rotated),
+        row("mxfp8-a8", 8, "TensorCoreMXFP8Layout", inputs=True, decode=True),
+        row("nvfp4", 4, "TensorCoreNVFP4Layout", decode=True),
+        row("nvfp4-a4", 4, "TensorCoreNVFP4Layout", inputs=True),
+        row("convrot-w4a4", 4, "TensorCoreConvRotW4A4Layout", convrot_groupsize=256),
     ]
 
 

@@ -95,3 +95,16 @@ class TestKQuants:
     def test_refuse_columns_that_do_not_divide(self):
         with pytest.raises(ValueError, match="blocks of 256 weights, the layer has 100 columns"):
             k_quants.quantize(torch.randn(2, 100), "Q4_K")
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name.startswith("comfy-kitchen")])
+@pytest.mark.parametrize("shape", [(24, 64), (100, 256)], ids=str)
+def test_comfy_kitchens_layouts_multiply_what_they_store(name, shape):
+    pytest.importorskip("comfy_kitchen")
+    peer, (rows, columns) = peers.PEERS[name], shape
+    layer, x = torch.nn.Linear(columns, rows), torch.randn(2, 33, columns)
+    built = peer.build(layer)
+    with torch.no_grad():
+        error = float((built(x) - layer(x)).norm() / layer(x).norm())
+    assert error < (0.3 if peer.bits == 4 else 0.05)
+    assert peers.resident_bytes(built) < peers.resident_bytes(layer)
