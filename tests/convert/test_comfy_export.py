@@ -241,6 +241,19 @@ def test_a_target_fixes_its_format(dense):
         target_config("comfyui:int8", group_size=64)
     with pytest.raises(ConfigError, match="target must be one of comfyui:fp8"):
         target_config("comfyui:int3")
+    for options, message in (
+        ({"rotation": True}, "no place for rotation"),
+        ({"outer_bits": 8}, "no place for outer_bits"),
+        ({"activations": "int8"}, "activations must be None, got 'int8'"),
+        ({"overrides": {"ff": RTNConfig(bits=8)}}, "must be None, or have a target too"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            target_config("comfyui:nvfp4", **options)
+    with pytest.raises(ConfigError, match="no place for smoothing"):
+        target_config("comfyui:int8", smoothing=True)
+    with pytest.raises(ConfigError, match="no place for activation_scales='static'"):
+        target_config("comfyui:int8", activation_scales="static")
+    assert target_config("comfyui:fp8", activations="fp8", activation_scales="static").target == "comfyui:fp8"
     with pytest.raises(ConfigError, match="tensor_scale goes with"):
         FPConfig(weight_format="mxfp8", tensor_scale="power", unbiased=False)
     with pytest.raises(ConfigError, match="unbiased=False"):
