@@ -21,7 +21,7 @@ from ..config import FPConfig, QDiffConfig, SVDQuantConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import IntegerFormat, LayerSpec, MinifloatFormat, TensorInfo
 from ..formats.layer_table import StoredLayer
-from ..integrations.comfy_pack import families
+from ..integrations.comfy_pack import families, native_family
 from .comfy_export import MODEL, WEIGHT
 from .comfy_layouts import Float8, Layout, Rows, joined, layout_of
 from .importing import skeleton
@@ -47,10 +47,7 @@ class ComfyFile:
     """
 
     def __init__(self, path: Path, model: nn.Module) -> None:
-        kind = type(model).__name__
-        self.family = families().family_of_class(kind)
-        if self.family is None:
-            raise ConfigError(f"ComfyUI has no native class for a {kind}, so its names for it are not known here")
+        self.family = native_family(type(model).__name__)
         self._source, self._path = Source([path]), path
         whole = any(name.startswith(PREFIX) for name in self._source.infos)
         self._prefix = PREFIX if whole else ""
