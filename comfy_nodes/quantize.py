@@ -23,8 +23,10 @@ from qdiff_diffusers import QDiffConfig
 from qdiff_diffusers.checkpoint.provenance import new_provenance
 from qdiff_diffusers.checkpoint.quantization import Quantization
 from qdiff_diffusers.checkpoint.stored_model import write_stored_model
+from qdiff_diffusers.convert.comfy_export import Piece as ExportPiece
+from qdiff_diffusers.convert.comfy_export import described_model, plan, write
 from qdiff_diffusers.errors import ConfigError
-from qdiff_diffusers.formats import dtype_name
+from qdiff_diffusers.formats import TensorInfo, dtype_name
 from qdiff_diffusers.formats.layer_table import StoredLayer
 from qdiff_diffusers.model.packing import quantize_named
 from qdiff_diffusers.model.patterns import check_patterns
@@ -301,6 +303,49 @@ def save_model(patcher: Any, folder: Path) -> Path:
         ConfigError: the model is not quantized by us, or there are LoRAs on it, which would be lost.
         CheckpointError: ``folder`` holds something already.
     """
+    info = _saved_info(patcher)
+    settings = {key: value for key, value in info["settings"].items() if key != "quantization_config"}
+    return write_stored_model(folder, settings, info["quantization"], _stored(patcher))
+
+
+def save_for_comfyui(patcher: Any, file: Path) -> Path:
+    """Store a quantized MODEL as a file in ComfyUI's own formats, for its own loader of diffusion models.
+
+    Raises:
+        ConfigError: as for :func:`save_model`.
+        CheckpointError: names the layers that no format of ComfyUI's holds exactly; nothing is written.
+    """
+    info = _saved_info(patcher)
+    weights = _weights(patcher)
+    family = family_of_native(type(patcher.model).__name__, {key: tuple(tensor.shape) for key, tensor in weights.items()})
+    kept = {key: weight for key, weight in weights.items() if not (family and key in family.unused)}
+    natives = {key: _pieces(key, weight) for key, weight in kept.items()}
+    planned = plan(natives, is_measured=family.is_measured if family else lambda key: False)
+    known = NATIVE not in info["settings"]
+    return write(file, planned, described_model(info["settings"]) if known else {})
+
+
+def _pieces(key: str, weight: Any) -> list[ExportPiece]:
+    """The rows of one of ComfyUI's tensors, in its own order."""
+    if not is_packed(weight):
+        return [ExportPiece(key, None, TensorInfo(tuple(weight.shape), weight.dtype), lambda name: weight.detach())]
+
+    def piece(block: Any) -> ExportPiece:
+        tensors = block.tensors(weight._qdata)
+        dense = block.spec is None
+        dtype = tensors["weight"].dtype if dense else torch.float32
+        name = f"{block.name}.weight" if dense else block.name
+        return ExportPiece(name, block.spec, TensorInfo(block.shape, dtype), lambda leaf: tensors["weight" if dense else leaf])
+
+    return [piece(block) for block in weight._params.blocks]
+
+
+def _saved_info(patcher: Any) -> dict[str, Any]:
+    """What is known of a MODEL that is to be saved.
+
+    Raises:
+        ConfigError: it is not quantized by us, or there are LoRAs on it, which would be lost.
+    """
     info = patcher.get_attachment(ATTACHMENT)
     if info is None or not packed_weights(patcher):
         raise ConfigError(
@@ -308,8 +353,7 @@ def save_model(patcher: Any, folder: Path) -> Path:
         )
     if patcher.patches:
         raise ConfigError("LoRAs and merges on a quantized MODEL cannot be saved into it; put them before Quantize Model (qdiff)")
-    settings = {key: value for key, value in info["settings"].items() if key != "quantization_config"}
-    return write_stored_model(folder, settings, info["quantization"], _stored(patcher))
+    return info
 
 
 def _stored(patcher: Any) -> Iterator[tuple[str, Tensor]]:

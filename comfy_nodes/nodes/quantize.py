@@ -14,6 +14,7 @@ from ..folders import OURS
 from ..package import problem, require
 
 NAME = re.compile(r"[\w][\w .+()\[\]-]*(/[\w][\w .+()\[\]-]*)*")  # no folder begins with a dot: those are not searched
+COMFYUI = "comfyui"  # the other format to save in, besides OURS
 FALLBACK = "svdquant"  # shown where the package, which knows the methods, is missing
 LONGEST = 200  # bytes of a folder's name; file systems take 255
 
@@ -150,13 +151,20 @@ class SaveModel(io.ComfyNode):
             node_id="QDiffSaveModel",
             display_name="Save Quantized Model (qdiff)",
             category="qdiff",
-            description="Stores a quantized MODEL in models/qdiff, as a folder that Load Quantized Model and diffusers' "
-            "from_pretrained read. Its safetensors file is complete in itself and may be moved or shared alone.",
+            description="Stores a quantized MODEL: in models/qdiff, as a folder that Load Quantized Model and diffusers' "
+            "from_pretrained read, whose safetensors file may be moved or shared alone; or in models/diffusion_models, as one file "
+            "in ComfyUI's own formats for its own loader.",
             search_aliases=["save", "export", "checkpoint"],
             inputs=[
                 io.Model.Input("model"),
-                io.String.Input(
-                    "name", default="my-model-4bit", tooltip="Folder to write in models/qdiff; slashes make subfolders."
+                io.String.Input("name", default="my-model-4bit", tooltip="Folder, or file, to write; slashes make subfolders."),
+                io.Combo.Input(
+                    "format",
+                    options=[OURS, COMFYUI],
+                    default=OURS,
+                    optional=True,
+                    tooltip="comfyui: a file for Load Diffusion Model, which needs no nodes of qdiff's. Every number stays as it "
+                    "is; layers that no format of ComfyUI's holds exactly are named, and nothing is written.",
                 ),
             ],
             outputs=[],
@@ -164,25 +172,30 @@ class SaveModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str | None = None) -> bool | str:
-        return problem() or (name is not None and _problem_with(name)) or True
+    def validate_inputs(cls, name: str | None = None, format: str = OURS) -> bool | str:
+        if format not in (OURS, COMFYUI):
+            return f"format must be {OURS} or {COMFYUI}, got {format!r}"
+        return problem() or (name is not None and _problem_with(name, format)) or True
 
     @classmethod
-    def fingerprint_inputs(cls, name: str | None = None, **kwargs: Any) -> bool:
-        return name is not None and _problem_with(name) is None
+    def fingerprint_inputs(cls, name: str | None = None, format: str = OURS, **kwargs: Any) -> bool:
+        return name is not None and _problem_with(name, format) is None
 
     @classmethod
-    def execute(cls, model: Any, name: str) -> io.NodeOutput:
+    def execute(cls, model: Any, name: str, format: str = OURS) -> io.NodeOutput:
         require()
         from comfy_api.latest import ui
 
         from qdiff_diffusers.errors import ConfigError
 
-        from ..quantize import save_model
+        from ..quantize import save_for_comfyui, save_model
 
-        if reason := _problem_with(name):  # where another node provides the name
+        if reason := _problem_with(name, format):  # where another node provides the name
             raise ConfigError(reason)
 
+        if format == COMFYUI:
+            file = save_for_comfyui(model, _file(name))
+            return io.NodeOutput(ui=ui.PreviewText(f"{file}: {file.stat().st_size / 1e6:.1f} MB"))
         file = save_model(model, _target(name))
         return io.NodeOutput(ui=ui.PreviewText(f"{file.parent}: {file.stat().st_size / 1e6:.1f} MB"))
 
@@ -191,13 +204,21 @@ def _target(name: str) -> Path:
     return Path(folder_paths.models_dir, OURS, name)
 
 
-def _problem_with(name: str) -> str | None:
+def _file(name: str) -> Path:
+    """The file in ComfyUI's formats with this name."""
+    return Path(folder_paths.models_dir, "diffusion_models", f"{name.removesuffix('.safetensors')}.safetensors")
+
+
+def _problem_with(name: str, format: str = OURS) -> str | None:
     """Why no model can be saved under a name; ``None`` if one can."""
     parts = name.split("/")
     if not NAME.fullmatch(name) or any(part.endswith((" ", ".")) for part in parts):
-        return f"name must be a folder inside models/qdiff, made of letters, digits, spaces and . _ - + ( ) [ ], got {name!r}"
+        place = "a file inside models/diffusion_models" if format == COMFYUI else "a folder inside models/qdiff"
+        return f"name must be {place}, made of letters, digits, spaces and . _ - + ( ) [ ], got {name!r}"
     if any(len(part.encode()) > LONGEST for part in parts):
         return f"name is too long for a folder: {name!r}"
+    if format == COMFYUI:
+        return f"{_file(name)} exists already; choose another name, or delete it" if _file(name).exists() else None
     if _target(name).exists():
         return f"{_target(name)} exists already; choose another name, or delete it"
     for parent in list(_target(name).parents)[: len(parts) - 1]:

@@ -35,6 +35,7 @@ OF_INPUTS = ("scale_input", "input_scale", "activation_scale")  # not used: inpu
 MARKER, COMFY, COMFY_METADATA = "scaled_fp8", "comfy_quant", "_quantization_metadata"
 COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 COMFY_HARMLESS = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")
+OF_COMFY = "read it with `qdiff convert comfy`, or start from the model in 16 or 32 bits"
 START = "start from the model in 16 or 32 bits"
 # Names of tensors by which other formats are recognised: the format, tensors that must all be there, and what to do instead.
 FOREIGN: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -42,7 +43,7 @@ FOREIGN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("bitsandbytes' 4-bit", (r"\.weight\.(absmax|quant_map|quant_state\..+)",), START),
     ("Nunchaku's", (r"\.qweight", r"\.wscales"), "read it with `qdiff convert nunchaku`"),
     ("GPTQ's or AWQ's", (r"\.qweight",), START),
-    ("NVFP4", (r"\.weight_(scale_2|global_scale)",), "read it with `qdiff convert bfl`, or " + START),
+    ("NVFP4", (r"\.weight_(scale_2|global_scale)",), "read it with `qdiff convert bfl` or `qdiff convert comfy`, or " + START),
     ("MXFP4", (r"_blocks", r"_scales"), START),
     ("compressed-tensors' packed", (r"\.weight_packed",), START),
     ("quanto's", (r"\.weight\._data",), START),
@@ -280,7 +281,7 @@ class SourceWeights:
         formats = comfy_formats(self.infos, read, metadata, self.where)
         for module, kind in formats.items():
             if kind not in COMFY_FORMATS:
-                self._refuse([f"{module}.weight"], f"ComfyUI's format {kind}")
+                self._refuse([f"{module}.weight"], f"ComfyUI's format {kind}", OF_COMFY)
         return formats
 
     def _check_numbers(self, scales: Mapping[str, str], formats: Mapping[str, str]) -> None:
@@ -316,17 +317,28 @@ def comfy_formats(infos: Mapping[str, TensorInfo], read: Read, metadata: Mapping
     Raises:
         CheckpointError: a description is malformed.
     """
+    out = {}
+    for module, settings in comfy_settings(infos, read, metadata, where).items():
+        unusual = [f"{key}={value!r}" for key, value in settings.items() if key not in COMFY_HARMLESS and value]
+        out[module] = " with ".join([str(settings["format"]), *unusual])
+    return out
+
+
+def comfy_settings(
+    infos: Mapping[str, TensorInfo], read: Read, metadata: Mapping[str, str], where: str
+) -> dict[str, dict[str, Any]]:
+    """ComfyUI's descriptions of modules, in tensors or in a file's metadata; each has a "format".
+
+    Raises:
+        CheckpointError: a description is malformed.
+    """
     try:
         described: dict[str, Any] = dict(json.loads(metadata.get(COMFY_METADATA, "{}")).get("layers", {}))
         for key, value in read([name for name in infos if name.rpartition(".")[2] == COMFY]).items():
             described[key.removesuffix(f".{COMFY}")] = json.loads(bytes(value.flatten().to(torch.uint8).tolist()))
-        out = {}
-        for module, settings in described.items():
-            unusual = [f"{key}={value!r}" for key, value in settings.items() if key not in COMFY_HARMLESS and value]
-            out[module] = " with ".join([str(settings["format"]), *unusual])
+        return {module: dict(settings) | {"format": settings["format"]} for module, settings in described.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{where} has a malformed description of ComfyUI's formats: {error!r}") from error
-    return out
 
 
 def _check_scale(name: str, weight: TensorInfo, key: str, scale: TensorInfo) -> None:

@@ -56,6 +56,21 @@ def to_nunchaku(
     stdout().print(f"{output}", highlight=False)
 
 
+@convert.command()
+def comfy(
+    source: Annotated[Path, typer.Argument(help="A safetensors file in a quantized format of ComfyUI's.")],
+    output: Output,
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert ComfyUI's FP8, INT8, NVFP4, MXFP8 and ConvRot files."""
+    from ..convert import convert_comfy
+
+    with _progress() as advance:
+        convert_comfy(source, output, config=config, overwrite=overwrite, advance=advance)
+    _report(output)
+
+
 @convert.command("to-comfy")
 def to_comfy(
     source: Annotated[str, typer.Argument(help="Folder or Hub name of a quantized model or pipeline.")],

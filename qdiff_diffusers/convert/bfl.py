@@ -46,7 +46,8 @@ class BflFile:
         for layer, kind in comfy_formats(infos, self._source.get_all, self._source.metadata, str(path)).items():
             if kind != "float8_e4m3fn":
                 raise CheckpointError(
-                    f"{layer}.weight is in ComfyUI's format {kind}; of its formats only float8_e4m3fn can be read"
+                    f"{layer}.weight is in ComfyUI's format {kind}, which `qdiff convert comfy` reads; of its formats only "
+                    "float8_e4m3fn can be read here"
                 )
         self.nvfp4 = {layer: f"{layer}{SECOND}" in infos for layer in self._layers}
         self.tensors: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ from ..checkpoint.stored_model import StoredModel, read_stored_model
 from ..checkpoint.writing import written_file
 from ..errors import CheckpointError, ConfigError
 from ..formats import LayerSpec, TensorInfo
-from ..integrations.comfy_pack import families
+from ..integrations.comfy_pack import families, native_family
 from .comfy_layouts import LAYOUTS, Layout, Rows, joined, layout_for
 from .importing import skeleton
 from .nunchaku_folder import Advance, counted
@@ -261,11 +261,7 @@ def export_comfy(
     path = Path(path)
     check_file(path, overwrite, source)
     stored = _find(source)
-    family = families().family_of_class(stored.model_class)
-    if family is None:
-        native = ", ".join(family.name for family in families().FAMILIES)
-        kind = stored.model_class or "model without a class name"
-        raise ConfigError(f"ComfyUI has no native class for a {kind}; native are {native}")
+    family = native_family(stored.model_class)
     modules = dict(skeleton(stored.settings).named_modules())
     tables = {name for name in stored.quantization.layers if isinstance(modules.get(name), nn.Embedding)}
     return write(

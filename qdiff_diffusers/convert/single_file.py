@@ -31,13 +31,19 @@ class QuantizedFile(Protocol):
 
     tensors: dict[str, Tensor]  # dense tensors, and a StandIn for each quantized weight
 
-    def format(self, pieces: list[Piece]) -> WeightFormat:
-        """qdiff's format for these rows. Raises CheckpointError if they cannot be one layer."""
+    def format(self, pieces: list[Piece]) -> WeightFormat | LayerSpec:
+        """qdiff's format, or spec, for these rows. Raises CheckpointError if they cannot be one layer."""
         ...
 
     def store(self, pieces: list[Piece], columns: int) -> dict[str, Tensor]:
         """The tensors of :meth:`format` for these rows."""
         ...
+
+
+def spec_of(opened: QuantizedFile, pieces: list[Piece]) -> LayerSpec:
+    """qdiff's spec for these rows."""
+    found = opened.format(pieces)
+    return found if isinstance(found, LayerSpec) else LayerSpec(found)
 
 
 class Contents(NamedTuple):
@@ -65,8 +71,24 @@ def convert_single_file(
     model_config = read_config(Path(config))
     model = skeleton(model_config)
     contents = plan(model, model_config, opened)
+    return write_model(contents, opened, model, model_config, source, output_dir, settings, overwrite, advance, config)
+
+
+def write_model(
+    contents: Contents,
+    opened: QuantizedFile,
+    model: nn.Module,
+    model_config: dict[str, Any],
+    source: Path,
+    output_dir: Path,
+    settings: Callable[[dict[str, StoredLayer]], QDiffConfig],
+    overwrite: bool,
+    advance: Advance | None,
+    *sources: Any,
+) -> Path:
+    """Write the model that ``opened`` becomes as a folder, which appears only once it is complete."""
     quantization = described(settings(contents.layers), model, contents.layers, source.name)
-    with written_at_once(output_dir, overwrite, source, config, nbytes=stored_bytes(contents.infos)) as folder:
+    with written_at_once(output_dir, overwrite, source, *sources, nbytes=stored_bytes(contents.infos)) as folder:
         kept = {key: value for key, value in model_config.items() if key != "quantization_config"}
         (folder / CONFIG).write_text(json.dumps(kept | {"quantization_config": quantization.to_dict()}, indent=2) + "\n")
         tensors = counted(_everything(contents, opened), len(contents.infos), advance)
@@ -74,13 +96,13 @@ def convert_single_file(
     return output_dir
 
 
-def plan(model: nn.Module, config: dict[str, Any], opened: QuantizedFile) -> Contents:
-    """Give every tensor of the model its place in the file.
+def plan(model: nn.Module, config: dict[str, Any], opened: QuantizedFile, found: dict[str, Tensor] | None = None) -> Contents:
+    """Give every tensor of the model its place in the file; ``found``: the file's tensors, if they have diffusers' names by now.
 
     Raises:
         CheckpointError: a tensor is missing, misshapen or left over, or cannot be stored exactly.
     """
-    found = diffusers_names(model, config, opened.tensors)
+    found = diffusers_names(model, config, opened.tensors) if found is None else found
     expected = model.state_dict()
     if lost := sorted(expected.keys() - found.keys()):
         raise CheckpointError(f"the file lacks {', '.join(lost[:5])}; it is incomplete, or of another model than the config")
@@ -94,7 +116,7 @@ def plan(model: nn.Module, config: dict[str, Any], opened: QuantizedFile) -> Con
         if isinstance(tensor, StandIn) and leaf == "weight" and unsupported_reason(model.get_submodule(module)) is None:
             shape = tuple(tensor.shape)
             out.packed[module] = tensor
-            out.layers[module] = StoredLayer(LayerSpec(opened.format(tensor.pieces)), shape, None)
+            out.layers[module] = StoredLayer(spec_of(opened, tensor.pieces), shape, None)
             out.infos.update({f"{module}.{key}": info for key, info in out.layers[module].spec.tensors(shape).items()})
         else:
             out.dense[name] = tensor
@@ -133,7 +155,7 @@ def _everything(contents: Contents, opened: QuantizedFile) -> Iterator[tuple[str
             yield f"{module}.{leaf}", tensor
     for name, tensor in contents.dense.items():
         if isinstance(tensor, StandIn):
-            columns = tensor.shape[1]
-            yield name, opened.format(tensor.pieces).dequantize(opened.store(tensor.pieces, columns), columns)
+            shape = tuple(tensor.shape)
+            yield name, spec_of(opened, tensor.pieces).dequantize(opened.store(tensor.pieces, shape[1]), shape)
         else:
             yield name, tensor

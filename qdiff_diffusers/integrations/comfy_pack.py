@@ -7,6 +7,7 @@ from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -44,3 +45,16 @@ def families() -> ModuleType:
     sys.modules[FAMILIES] = module
     spec.loader.exec_module(module)
     return module
+
+
+def native_family(model_class: str) -> Any:
+    """ComfyUI's family of a diffusers class.
+
+    Raises:
+        ConfigError: ComfyUI has no class for it.
+    """
+    family = families().family_of_class(model_class)
+    if family is None:
+        native = ", ".join(family.name for family in families().FAMILIES)
+        raise ConfigError(f"ComfyUI has no native class for a {model_class or 'model without a class name'}; native are {native}")
+    return family

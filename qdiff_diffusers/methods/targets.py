@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 COMFYUI = "comfyui:"
 SCALE = "tensor_scale"  # which several layers may have in common
+FOREIGN = ("rotation", "smoothing", "adaln_w4a16", "unsigned", "outer_bits")  # settings that make other layers
 POWER = "power"  # of a tensor's scale: a power of two, which bfloat16 holds exactly too
 
 
@@ -21,6 +22,7 @@ class Target(NamedTuple):
 
     Attributes:
         method, settings: the config whose layers the format holds number by number.
+        inputs: the activations besides 16 bits that the other program has.
         columns: number that a layer's input channels must be a multiple of.
         packed: whether it stores a weight in another shape, several numbers in one.
         padded: the number to whose multiples it pads rows and columns.
@@ -28,6 +30,7 @@ class Target(NamedTuple):
 
     method: str
     settings: Mapping[str, Any]
+    inputs: str | None
     columns: int = 1
     packed: bool = False
     padded: int = 1
@@ -62,12 +65,15 @@ TARGETS: dict[str, Target] = {
                 "tensor_scale": POWER,
                 "unbiased": False,
             },
+            "fp8",
         ),
-        "nvfp4": Target("fp", {"weight_format": "nvfp4", "tensor_scale": POWER, "unbiased": False}, packed=True, padded=16),
-        "mxfp8": Target("fp", {"weight_format": "mxfp8"}, padded=32),
-        "int8": Target("svdquant", {"weight_format": "int8", "group_size": "row", "rank": 0, "activations": "int8"}),
-        "int8_convrot": Target("svdquant", {"weight_format": "e1m6", **ROTATED, "activations": "int8"}),
-        "convrot_w4a4": Target("svdquant", {"weight_format": "e1m2", **ROTATED, "activations": "int4"}, columns=64, packed=True),
+        "nvfp4": Target("fp", {"weight_format": "nvfp4", "tensor_scale": POWER, "unbiased": False}, None, packed=True, padded=16),
+        "mxfp8": Target("fp", {"weight_format": "mxfp8"}, "fp8", padded=32),
+        "int8": Target("svdquant", {"weight_format": "int8", "group_size": "row", "rank": 0, "activations": "int8"}, "int8"),
+        "int8_convrot": Target("svdquant", {"weight_format": "e1m6", **ROTATED, "activations": "int8"}, "int8"),
+        "convrot_w4a4": Target(
+            "svdquant", {"weight_format": "e1m2", **ROTATED, "activations": "int4"}, "int4", columns=64, packed=True
+        ),
     }.items()
 }
 
@@ -91,13 +97,21 @@ def check_settings(config: QDiffConfig) -> None:
     """
     if config.target is None:
         return
-    target = check_target(config.target)
-    given = {name: getattr(config, name, None) for name in target.settings.keys() - {"activations"}}
-    if config.method != target.method or any(value != target.settings[name] for name, value in given.items() if name != SCALE):
+    target, name = check_target(config.target), f"{type(config).__name__}: target {config.target!r}"
+    given = {key: getattr(config, key, None) for key in target.settings.keys() - {"activations", SCALE}}
+    if config.method != target.method or any(value != target.settings[key] for key, value in given.items()):
         raise ConfigError(
-            f"{type(config).__name__}: target {config.target!r} goes with the settings that target_config makes; make the config "
-            f"with target_config({config.target!r})"
+            f"{name} goes with the settings that target_config makes; make the config with target_config({config.target!r})"
         )
+    if extra := [key for key in FOREIGN if key not in target.settings and getattr(config, key, None)]:
+        raise ConfigError(f"{name} has no place for {' and '.join(extra)}; leave it out")
+    if config.activations not in (None, target.inputs):
+        allowed = "None" if target.inputs is None else f"None or {target.inputs!r}"
+        raise ConfigError(f"{name}: activations must be {allowed}, got {config.activations!r}")
+    if config.activation_scales != "token" and (config.target, config.activation_scales) != (f"{COMFYUI}fp8", "static"):
+        raise ConfigError(f"{name} has no place for activation_scales={config.activation_scales!r}")
+    if other := [pattern for pattern, one in (config.overrides or {}).items() if one is not None and one.target is None]:
+        raise ConfigError(f"{name}: overrides[{other[0]!r}] must be None, or have a target too, as target_config makes it")
 
 
 def target_config(name: str, **options: Any) -> QDiffConfig:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import QDiffConfig
 from ..errors import ConfigError
-from ..integrations.comfy_pack import families
+from ..integrations.comfy_pack import families, native_family
 from ..methods.fp import formats_for, power_scale
 from ..methods.targets import POWER
 
@@ -43,11 +43,7 @@ def native_weights(model: nn.Module) -> tuple[Any, dict[str, list[str]]]:
     Raises:
         ConfigError: ComfyUI has no class for it.
     """
-    kind = type(model).__name__
-    family = families().family_of_class(kind)
-    if family is None:
-        native = ", ".join(family.name for family in families().FAMILIES)
-        raise ConfigError(f"ComfyUI has no native class for a {kind}; native are {native}")
+    family = native_family(type(model).__name__)
     keys = list(model.state_dict())
     natives = families().to_native(family.rules(keys), keys)
     weights = {key: parts for key, parts in natives.items() if key.endswith(WEIGHT)}

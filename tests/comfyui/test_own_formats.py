@@ -6,8 +6,9 @@ import pytest
 import torch
 from comfyui import host
 from comfyui.test_patches import lora_file, run
+from safetensors.torch import load_file, save_file
 
-from qdiff_diffusers import quantize, target_config
+from qdiff_diffusers import CheckpointError, ConfigError, FPConfig, RTNConfig, quantize, target_config
 from qdiff_diffusers.convert import export_comfy
 from qdiff_diffusers.methods.targets import TARGETS
 
@@ -91,6 +92,35 @@ def test_a_stock_lora_changes_the_file_as_it_changes_our_model(family, target, q
     changed, expected = run(with_lora, family), run(ours_with_lora, family)
     assert rms(changed - expected) < 0.6 * rms(expected - plain)
     assert torch.equal(run(model, family), plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_node_saves_what_the_command_line_converts(family, quantized_for, stock, tmp_path):
+    folder = quantized_for(family, "comfyui:nvfp4")
+    first = export_comfy(folder, tmp_path / "first.safetensors")
+    stock(family, first)
+    second = host.part("quantize").save_for_comfyui(host.part("loader").load_model(folder), tmp_path / "second.safetensors")
+    # The node has the names of this ComfyUI's modules, the command line those that every version reads.
+    converted, saved = ({key.replace("_norm.scale", "_norm.weight"): t for key, t in load_file(f).items()} for f in (first, second))
+    assert converted.keys() == saved.keys()
+    assert all(torch.equal(converted[k].reshape(-1).view(torch.uint8), saved[k].reshape(-1).view(torch.uint8)) for k in saved)
+
+
+@torch.no_grad()
+def test_a_model_of_the_graph_is_quantized_and_saved_for_comfyui(dense, stock, tmp_path):
+    from comfyui.models_folder import native_tensors
+
+    save_file(native_tensors(dense("flux"), "flux"), tmp_path / "dense.safetensors")
+    quantize_model, save = (getattr(host.part("quantize"), name) for name in ("quantize_model", "save_for_comfyui"))
+    model = stock("flux", tmp_path / "dense.safetensors")
+    packed = quantize_model(model, FPConfig(weight_format="mxfp8"))
+    saved = stock("flux", save(packed, tmp_path / "saved.safetensors"))
+    assert (run(saved, "flux") - run(packed, "flux")).abs().max() < 1e-5
+    with pytest.raises(CheckpointError, match=r"is int4 asymmetric.*--for comfyui"):
+        save(quantize_model(model, RTNConfig(bits=4)), tmp_path / "refused.safetensors")
+    with pytest.raises(ConfigError, match="not quantized by qdiff"):
+        save(model, tmp_path / "refused.safetensors")
+    assert not (tmp_path / "refused.safetensors").exists()
 
 
 @torch.no_grad()

@@ -10,7 +10,17 @@ import torch
 from safetensors.torch import load_file, safe_open
 from typer.testing import CliRunner
 
-from qdiff_diffusers import AQConfig, CheckpointError, ConfigError, FPConfig, RTNConfig, SVDQuantConfig, quantize, target_config
+from qdiff_diffusers import (
+    AQConfig,
+    Calibration,
+    CheckpointError,
+    ConfigError,
+    FPConfig,
+    RTNConfig,
+    SVDQuantConfig,
+    quantize,
+    target_config,
+)
 from qdiff_diffusers.checkpoint.stored_model import read_stored_model
 from qdiff_diffusers.cli.app import app
 from qdiff_diffusers.convert import export_comfy
@@ -121,12 +131,39 @@ def test_a_target_is_the_layout_of_its_name(target, quantized):
     assert set(TARGETS) == {f"comfyui:{name}" for name in LAYOUTS}
 
 
+def trajectories():
+    """A calibration on the tiny model's own inputs."""
+    return Calibration(run=lambda model, samples, generators: tiny_models.run(model, "flux"), samples=1)
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS.keys() - {"comfyui:fp8", "comfyui:nvfp4"}))
+def test_what_is_calibrated_has_a_place_too(target, dense, tmp_path):
+    config = target_config(target, keep_outer_layers=False)
+    if target == "comfyui:convrot_w4a4":
+        pytest.skip("no layer of the tiny model is wide enough")
+    folder = quantize(dense("flux"), config, tmp_path / "out", dtype=torch.float32, calibration=trajectories())
+    found, wanted = decoded(export_comfy(folder, tmp_path / "model.safetensors")), expected(folder)
+    assert all((found[key][: len(value)] - value).abs().max() < 1e-6 for key, value in wanted.items() if value.ndim == 1)
+    assert found.keys() == wanted.keys()
+
+
+def test_static_scales_of_inputs_are_common_to_a_fused_layer(dense, tmp_path):
+    config = target_config("comfyui:fp8", activations="fp8", activation_scales="static")
+    folder = quantize(dense("flux"), config, tmp_path / "out", dtype=torch.float32, calibration=trajectories())
+    tensors = load_file(export_comfy(folder, tmp_path / "model.safetensors"))
+    assert float(tensors["double_blocks.0.img_attn.qkv.input_scale"]) > 0
+    assert descriptions(tensors)["double_blocks.0.img_attn.qkv"] == {"format": "float8_e4m3fn"}
+
+
 @pytest.mark.parametrize("target", ["comfyui:fp8", "comfyui:nvfp4"])
-@pytest.mark.parametrize("calibration", [None, {"samples": 1, "steps": 1}])
-def test_what_comfyui_fuses_shares_a_power_of_two(target, calibration, dense, tmp_path):
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_comfyui_fuses_shares_a_power_of_two(target, calibrated, dense, tmp_path):
     """Whether calibrated or not: its bfloat16 rounds no such scale."""
     config = target_config(target, modules_to_not_convert=["norm"])
-    folder = quantize(dense("flux"), config, tmp_path / "out", dtype=torch.float32)
+    folder = quantize(
+        dense("flux"), config, tmp_path / "out", dtype=torch.float32, calibration=trajectories() if calibrated else None
+    )
+    export_comfy(folder, tmp_path / "model.safetensors")
     stored = read_stored_model(folder)
     tensors = stored.load()
     leaf = "scales" if target.endswith("fp8") else "tensor_scale"
@@ -241,6 +278,19 @@ def test_a_target_fixes_its_format(dense):
         target_config("comfyui:int8", group_size=64)
     with pytest.raises(ConfigError, match="target must be one of comfyui:fp8"):
         target_config("comfyui:int3")
+    for options, message in (
+        ({"rotation": True}, "no place for rotation"),
+        ({"outer_bits": 8}, "no place for outer_bits"),
+        ({"activations": "int8"}, "activations must be None, got 'int8'"),
+        ({"overrides": {"ff": RTNConfig(bits=8)}}, "must be None, or have a target too"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            target_config("comfyui:nvfp4", **options)
+    with pytest.raises(ConfigError, match="no place for smoothing"):
+        target_config("comfyui:int8", smoothing=True)
+    with pytest.raises(ConfigError, match="no place for activation_scales='static'"):
+        target_config("comfyui:int8", activation_scales="static")
+    assert target_config("comfyui:fp8", activations="fp8", activation_scales="static").target == "comfyui:fp8"
     with pytest.raises(ConfigError, match="tensor_scale goes with"):
         FPConfig(weight_format="mxfp8", tensor_scale="power", unbiased=False)
     with pytest.raises(ConfigError, match="unbiased=False"):
