@@ -41,12 +41,18 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, disable_dynam
     """
     stored = read_stored_model(path)
     family = stored_family(stored)
-    dtype = dtype or getattr(torch, stored.quantization.compute_dtype or "bfloat16")
+    dtype = dtype or computing_dtype(stored)
     tensors = native_tensors(stored, family, stored.load(), dtype)
     patcher = native_model(tensors, dtype, family, disable_dynamic, config=native_config(stored, family))
     patcher.cached_patcher_init = (load_model, (path, dtype))
     patcher.set_attachments(ATTACHMENT, {"settings": stored.settings, "quantization": stored.quantization, "path": str(path)})
     return patcher
+
+
+def computing_dtype(stored: StoredModel) -> torch.dtype:
+    """The dtype that a checkpoint's model computes in."""
+    dtype: torch.dtype = getattr(torch, stored.quantization.compute_dtype or "bfloat16")
+    return dtype
 
 
 def stored_family(stored: StoredModel) -> Family | None:
@@ -88,11 +94,14 @@ def native_tensors(stored: StoredModel, family: Family | None, tensors: dict[str
     except MissingPart as error:
         raise CheckpointError(f"{stored.path.name} is incomplete: {error}") from error
 
+    # What ComfyUI itself has kept in another dtype than it computes in has to stay so: frequencies of rotations, for one.
+    cast = {computing_dtype(stored)} if NATIVE in stored.settings else {t.dtype for t in tensors.values() if t.is_floating_point()}
+
     def piece(part: Part) -> Piece:
         name = part.key.removesuffix(".weight")
         if name not in layers:
             value = tensors[part.key]
-            value = placed(value.to(dtype) if value.is_floating_point() else value, part)
+            value = placed(value.to(dtype) if value.dtype in cast else value, part)
             return Piece(None, name, tuple(value.shape), {"weight": value}, part.swapped)
         spec, shape, _ = layers[name]
         values = stored_tensors(spec, shape, lambda leaf: tensors[f"{name}.{leaf}"])

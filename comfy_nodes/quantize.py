@@ -261,7 +261,8 @@ def _rebuild(patcher: Any, tensors: dict[str, Tensor], record: Quantization, fam
 def _untold(model_config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What ComfyUI has read of the model from its file's metadata and cannot tell from its tensors, for our file."""
     plain = comfy.model_detection.detect_unet_config(dict(tensors), "") or {}
-    known = {key: value for key, value in model_config.unet_config.items() if key not in model_config.unet_extra_config}
+    given = {**model_config.unet_config, **type(model_config).unet_config}  # some drop or change what they were recognised by
+    known = {key: value for key, value in given.items() if key not in model_config.unet_extra_config}
     told = {key: value for key, value in known.items() if _is_json(value) and plain.get(key) != value}
     if not told or comfy.model_detection.detect_unet_config(dict(tensors), "", metadata=file_metadata(told)) == plain:
         return {}
@@ -298,7 +299,8 @@ def save_model(patcher: Any, folder: Path) -> Path:
         The weight file, which is complete in itself.
 
     Raises:
-        ConfigError: the model is not quantized by us, or there are LoRAs on it, which would be lost.
+        ConfigError: the model is not quantized by us, there are LoRAs on it, which would be lost, or ComfyUI would not recognise
+            the file.
         CheckpointError: ``folder`` holds something already.
     """
     info = patcher.get_attachment(ATTACHMENT)
@@ -309,6 +311,11 @@ def save_model(patcher: Any, folder: Path) -> Path:
     if patcher.patches:
         raise ConfigError("LoRAs and merges on a quantized MODEL cannot be saved into it; put them before Quantize Model (qdiff)")
     settings = {key: value for key, value in info["settings"].items() if key != "quantization_config"}
+    if NATIVE in settings and comfy.model_detection.detect_unet_config(_weights(patcher), "") is None:
+        raise ConfigError(
+            f"{settings[NATIVE]} cannot be saved: ComfyUI recognises such a model only by names that its loaded tensors no longer "
+            "have; quantize it in the graph each time"
+        )
     return write_stored_model(folder, settings, info["quantization"], _stored(patcher))
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-
 import diffusers
 import pytest
 import torch
 from comfyui import host
+from comfyui.detection import made_by
 from comfyui.test_patches import METHODS
 from comfyui.tiny_families import TINY
 
@@ -147,17 +145,12 @@ def test_every_class_that_comfyui_picks_by_a_number_of_channels_is_known():
     kinds = [kind for kind in supported_models.models if not kind.required_keys]
     for kind in kinds:
         plain = {key: value for key, value in kind.unet_config.items() if key not in CHANNELS}
-        made = {name for other in kinds if other.unet_config == plain for name in _made_by(other)}
+        made = {name for other in kinds if other.unet_config == plain for name in made_by(other)}
         for family in families:
             if made & set(family.native):
-                assert _made_by(kind) <= set(family.native), f"{kind.__name__} is {family.name} with other channels"
-                found |= _made_by(kind)
+                assert made_by(kind) <= set(family.native), f"{kind.__name__} is {family.name} with other channels"
+                found |= made_by(kind)
     assert found >= {"SDXL_instructpix2pix", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V", "WAN22", "Flux"}
-
-
-def _made_by(kind):
-    """Names of the model classes that a description of ComfyUI's can make."""
-    return set(re.findall(r"model_base\.(\w+)\(", inspect.getsource(kind.get_model)))
 
 
 SIBLINGS = {
