@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sd
+import comfy.utils
 import torch
 from torch import Tensor
 
-from qdiff_diffusers.checkpoint.stored_model import StoredModel, read_stored_model
+from qdiff_diffusers.checkpoint.files import read_json, weight_files
+from qdiff_diffusers.checkpoint.stored_model import StoredModel, read_stored_model, stored_settings
 from qdiff_diffusers.errors import CheckpointError
 
-from .families import FAMILIES, Family, MissingPart, Part, Slice, family_of_class, family_of_native, to_native
+from .families import FAMILIES, Companion, Family, MissingPart, Part, Slice, family_of_class, family_of_native, to_native
 from .layout import Piece, is_packed, make_weight
 from .ops import Operations
 from .patches import adopt
@@ -42,8 +44,12 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, disable_dynam
     stored = read_stored_model(path)
     family = stored_family(stored)
     dtype = dtype or computing_dtype(stored)
+    beside = companions(stored, family)
     tensors = native_tensors(stored, family, stored.load(), dtype)
-    patcher = native_model(tensors, dtype, family, disable_dynamic, config=native_config(stored, family))
+    for companion, folder in beside:
+        tensors |= companion_tensors(companion, folder, dtype)
+    config = native_config(stored, family, {companion.folder: read_json(folder / "config.json") for companion, folder in beside})
+    patcher = native_model(tensors, dtype, family, disable_dynamic, config)
     patcher.cached_patcher_init = (load_model, (path, dtype))
     patcher.set_attachments(ATTACHMENT, {"settings": stored.settings, "quantization": stored.quantization, "path": str(path)})
     return patcher
@@ -80,7 +86,9 @@ def is_text_encoder(stored: StoredModel) -> bool:
     return "architectures" in stored.settings
 
 
-def native_tensors(stored: StoredModel, family: Family | None, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def native_tensors(
+    stored: StoredModel, family: Family | Companion | None, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """A checkpoint's tensors under ComfyUI's names, packed weights as ``QuantizedTensor``.
 
     Raises:
@@ -153,11 +161,51 @@ def swap_halves(tensor: Tensor) -> Tensor:
     return torch.cat([second, first])
 
 
-def native_config(stored: StoredModel, family: Family | None) -> dict[str, Any]:
-    """What ComfyUI has to be told of a model besides its tensors."""
+def companions(stored: StoredModel, family: Family | None) -> list[tuple[Companion, Path]]:
+    """The components that ComfyUI's model contains besides this one, each with its folder beside the checkpoint's.
+
+    Raises:
+        CheckpointError: names the one that is not there.
+    """
+    if family is None or NATIVE in stored.settings:  # what ComfyUI has saved is complete
+        return []
+    found = []
+    for companion in family.beside:
+        folder = stored.path.parent / companion.folder
+        if stored.path.is_file() and not folder.is_dir():
+            folder = stored.path.parent.parent / companion.folder
+        if (folder / "config.json").is_file():
+            found.append((companion, folder))
+        elif companion.required:
+            raise CheckpointError(
+                f"{stored.path.name} is {family.name}, whose model in ComfyUI contains the pipeline's component {companion.folder} "
+                f"too; put its folder beside it, as {folder}"
+            )
+    return found
+
+
+def companion_tensors(companion: Companion, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What ComfyUI's model contains of a component, under ComfyUI's names; the component may be quantized or not.
+
+    Raises:
+        CheckpointError: the component is damaged.
+    """
+    if stored_settings(folder):
+        stored = read_stored_model(folder)
+        tensors = native_tensors(stored, companion, stored.load(), dtype)
+        return {key: value for key, value in tensors.items() if key not in stored.tensors}
+    given: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        given |= comfy.utils.load_torch_file(str(file), safe_load=True)
+    parts = to_native(companion.rules(given), given)
+    return {key: given[part.key].to(dtype) for key, (part,) in parts.items() if key != part.key}
+
+
+def native_config(stored: StoredModel, family: Family | None, beside: Mapping[str, Any]) -> dict[str, Any]:
+    """What ComfyUI has to be told of a model besides its tensors; ``beside``: settings of its companions, by folder."""
     if NATIVE in stored.settings:
         return dict(stored.settings.get(CONFIG, {}))
-    return family.told(stored.settings) if family else {}
+    return family.told({**stored.settings, **beside}) if family else {}
 
 
 def file_metadata(config: Mapping[str, Any]) -> dict[str, str]:

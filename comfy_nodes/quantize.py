@@ -30,7 +30,7 @@ from qdiff_diffusers.model.packing import quantize_named
 from qdiff_diffusers.model.patterns import check_patterns
 from qdiff_diffusers.model.selection import check_layers
 
-from .families import Family, Slice, family_of_native, to_diffusers
+from .families import Family, Slice, family_of_native, in_companion, to_diffusers
 from .layout import Piece, is_packed
 from .loader import (
     ATTACHMENT,
@@ -77,7 +77,7 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     names = (
         to_diffusers(family.rules(shapes), shapes) if family else {k: [Slice(k, 0, s[0] if s else 1)] for k, s in shapes.items()}
     )
-    targets = _choose(patcher.model.diffusion_model, names, record, _kept_in_float32(family))
+    targets = _choose(patcher.model.diffusion_model, names, record, family)
     if not targets:
         raise ConfigError("nothing to quantize: the settings leave every layer as it is")
     _check(targets, shapes, record, names, type(patcher.model).__name__)
@@ -174,9 +174,10 @@ def _input_factors(patcher: Any, key: str) -> Tensor | None:
     return getattr(patcher.model.diffusion_model.get_submodule(name), PRE_SCALE, None) if leaf == "weight" else None
 
 
-def _choose(model: nn.Module, names: dict[str, list[Slice]], record: Quantization, keep: list[str]) -> dict[str, list[Slice]]:
+def _choose(model: nn.Module, names: dict[str, list[Slice]], record: Quantization, family: Family | None) -> dict[str, list[Slice]]:
     """Weights to pack, each with the diffusers layers that it consists of; skipped layers are noted in ``record``."""
     out = {}
+    keep = _kept_in_float32(family)
     for module_name, module in _layers(model):
         key = f"{module_name}.weight"
         if key not in names:
@@ -184,6 +185,7 @@ def _choose(model: nn.Module, names: dict[str, list[Slice]], record: Quantizatio
         chosen = False
         for part in names[key]:
             reason = _reason_to_skip(_module_name(part), module, record.config, keep)
+            reason = "another component in diffusers" if in_companion(family, module_name) else reason
             if reason:
                 record.skipped[_module_name(part)] = reason
             chosen = chosen or reason is None

@@ -18,6 +18,7 @@ def recognise(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Make ComfyUI recognise one family's tiny model while the test runs. The test is skipped where ComfyUI is older than that."""
     host.pack()
     from comfy import model_base, supported_models
+    from comfy.ldm.anima.model import LLMAdapter
     from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmetricJointBlock
 
     native = host.part("families").family_of_class(TINY[name].diffusers_class).native
@@ -29,6 +30,8 @@ def recognise(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     init = AsymmetricJointBlock.__init__
     constants = tuple(MOCHI_MLP if value == 12288 else value for value in init.__code__.co_consts)
     monkeypatch.setattr(init, "__code__", init.__code__.replace(co_consts=constants))
+    adapter = LLMAdapter.__init__
+    monkeypatch.setattr(adapter, "__defaults__", (64, 64, 64, 1, 1, *adapter.__defaults__[5:]))  # its sizes
 
 
 def recognise_config(monkeypatch: pytest.MonkeyPatch, sizes: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import diffusers
 import pytest
 import torch
@@ -153,6 +155,26 @@ def test_every_class_that_comfyui_picks_by_a_number_of_channels_is_known():
     assert found >= {"SDXL_instructpix2pix", "HunyuanVideoI2V", "HunyuanVideoSkyreelsI2V", "WAN22", "Flux"}
 
 
+def test_a_component_that_comfyuis_model_contains_has_to_lie_beside_it(quantized, tiny, tmp_path):
+    tiny("ltx2")
+    shutil.copytree(quantized("ltx2"), tmp_path / "transformer")
+    with pytest.raises(CheckpointError, match=r"component connectors too; put its folder beside it"):
+        load(tmp_path / "transformer")
+
+
+@torch.no_grad()
+def test_what_lies_beside_a_model_may_be_quantized_too(quantized, dense, tiny, tmp_path):
+    from qdiff_diffusers import quantize
+
+    tiny("anima")
+    shutil.copytree(quantized("anima"), tmp_path / "transformer")
+    quantize(dense("anima").parent / "text_conditioner", RTNConfig(bits=8), tmp_path / "text_conditioner", dtype=torch.float32)
+    model, wanted = load(tmp_path / "transformer"), load(quantized("anima"))
+    assert any(name.startswith("llm_adapter.") for name in host.part("loader").packed_weights(model))
+    output, reference = (TINY["anima"].native(m.model.diffusion_model) for m in (model, wanted))
+    assert 0 < (output - reference).norm() < 0.05 * reference.norm()
+
+
 SIBLINGS = {
     "hunyuan_video_i2v": "HunyuanVideoI2V",
     "skyreels_i2v": "HunyuanVideoSkyreelsI2V",
@@ -161,6 +183,7 @@ SIBLINGS = {
     "sd21_unclip": "SD21UNCLIP",
     "x4_upscaler": "SD_X4Upscaler",
     "lotus": "Lotus",
+    "anima": "Anima",
 }
 
 

@@ -96,8 +96,6 @@ SIZES = {
 }
 
 LEFT_OUT = {
-    "Anima": "its text adapter has a fixed size",
-    "LTXAV": "its text connectors have a fixed size",
     "Stable_Zero123": "recognised by its published size only",
     "SVD_img2vid": "recognised by its published size only",
     "SV3D_u": "recognised by its published size only",
