@@ -60,6 +60,17 @@ def test_names_go_there_and_back(family, dense, tiny):
     }
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_comfyuis_own_names_stay_as_they_are(family, dense, tiny):
+    """So a checkpoint that was saved with them, before there was a table, loads still."""
+    from comfyui.models_folder import native_tensors
+
+    tiny(family)
+    names = native_tensors(dense(family), family)
+    parts = host.part("families").to_native(host.part("families").family_of_class(TINY[family].diffusers_class).rules(names), names)
+    assert all([part.key for part in sources] == [key] for key, sources in parts.items())
+
+
 PUBLISHED = [
     "FluxTransformer2DModel",
     "Flux2Transformer2DModel",
