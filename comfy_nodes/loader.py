@@ -28,6 +28,12 @@ NATIVE = "comfyui_class"
 # What ComfyUI cannot tell from the tensors and has read from the metadata of the file that the model came from.
 CONFIG = "comfyui_config"
 ATTACHMENT = "qdiff"
+# What ComfyUI's classes of audio models keep outside the diffusion model, and the name that it has in files.
+OUTSIDE = {
+    "seconds_start_embedder": "conditioner.conditioners.seconds_start",
+    "seconds_total_embedder": "conditioner.conditioners.seconds_total",
+    "padding_embedding": "conditioner.conditioners.prompt.padding_embedding",
+}
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
@@ -249,11 +255,23 @@ def native_model(
 def _check_names(model: Any, tensors: Mapping[str, Tensor], unused: tuple[str, ...]) -> None:
     """Refuse missing and unknown tensors, which ComfyUI only logs before it runs with random numbers."""
     wanted = set(model.diffusion_model.state_dict()) - set(unused)
-    given = set(model.model_config.process_unet_state_dict(dict(tensors))) - set(unused)
+    given = set(model.model_config.process_unet_state_dict(dict(tensors))) - set(unused) - outside_tensors(model).keys()
     if lost := sorted(wanted - given):
         raise CheckpointError(f"the checkpoint lacks {', '.join(lost[:5])} of ComfyUI's {type(model).__name__}; it is incomplete")
     if unknown := sorted(given - wanted):
         raise CheckpointError(f"the checkpoint has {', '.join(unknown[:5])}, which ComfyUI's {type(model).__name__} has not")
+
+
+def outside_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors of one of ComfyUI's models that are not in its diffusion model, under their names in files."""
+    out: dict[str, Tensor] = {}
+    for attribute, name in OUTSIDE.items():
+        value = getattr(model, attribute, None)
+        if isinstance(value, torch.nn.Module):
+            out |= {f"{name}.{key}": tensor for key, tensor in value.state_dict().items()}
+        elif value is not None:
+            out[name] = value.detach()
+    return out
 
 
 def packed_weights(model: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from .loader import (
     NATIVE,
     assemble,
     file_metadata,
+    outside_tensors,
     packed_weights,
     stored_tensors,
     swap_halves,
@@ -247,7 +248,8 @@ def _rebuild(patcher: Any, tensors: dict[str, Tensor], record: Quantization, fam
     model_config.quant_config = None
     if _computing_dtype(patcher.model) != patcher.model.get_dtype():
         model_config.set_inference_dtype(_computing_dtype(patcher.model), None)
-    parts = (model_config, tensors, patcher.model.model_sampling, patcher.load_device, patcher.offload_device)
+    everything = tensors | outside_tensors(patcher.model)
+    parts = (model_config, everything, patcher.model.model_sampling, patcher.load_device, patcher.offload_device)
     new = _patcher(*parts)
     if new.is_dynamic():  # a clone shares its tensors; some nodes ask for the model again without dynamic VRAM
         new.cached_patcher_init = (_patcher, parts)
@@ -289,7 +291,8 @@ def _patcher(
     model = model_config.get_model(dict(tensors), "", device=None)
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     new = kind(model, load_device=load_device, offload_device=offload_device)
-    model.load_model_weights(dict(tensors), "", **({"assign": True} if new.is_dynamic() else {}))
+    inside = {key: value for key, value in tensors.items() if key not in outside_tensors(model)}
+    model.load_model_weights(inside, "", **({"assign": True} if new.is_dynamic() else {}))
     model.model_sampling = copy.deepcopy(sampling)
     return adopt(new)
 
@@ -327,6 +330,7 @@ def _stored(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     family = family_of_native(type(patcher.model).__name__, shapes)
     names = to_diffusers(family.rules(shapes) if family else [], shapes)
+    yield from outside_tensors(patcher.model).items()
     for key, weight in weights.items():
         if family and key in family.unused:
             continue

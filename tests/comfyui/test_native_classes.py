@@ -79,6 +79,8 @@ SIZES = {
     "Stable_Cascade_C": CASCADE | {"c_clip_text": 64, "c_clip_text_pooled": 64, "c_clip_img": 64},
     "Stable_Cascade_B": CASCADE
     | {"c_clip": 64, "level_config": ["CT", "CTA"], "block_repeat": [[1, 1], [1, 1]], "dropout": [0.0, 0.0]},
+    "StableAudio": AUDIO | {"project_cond_tokens": False},
+    "StableAudio3": AUDIO | {"global_cond_type": "adaLN", "timestep_features_type": "expo", "project_cond_tokens": True},
     "CosmosT2V": COSMOS
     | {"block_config": "FA-CA-MLP", "affline_emb_norm": True, "block_x_format": "THWBD", "extra_per_block_abs_pos_emb": False},
     "HunyuanDiT": {"depth": 2, "hidden_size": 64, "num_heads": 1, "text_states_dim": 64, "text_states_dim_t5": 64},
@@ -106,8 +108,6 @@ LEFT_OUT = {
     "HunyuanImage21Refiner": "the second stage of HunyuanImage 2.1",
     "PixelDiTT2I": "its loaded tensors have other names than its file",
     "PiD": "its loaded tensors have other names than its file",
-    "StableAudio": "its class wants tensors of the checkpoint besides the model's",
-    "StableAudio3": "its class wants tensors of the checkpoint besides the model's",
     "RT_DETR_v4": "no diffusion model",
     "SAM3": "no diffusion model",
     "SAM31": "no diffusion model",
@@ -123,6 +123,17 @@ def test_every_class_of_comfyuis_has_a_table_or_is_tried_here():
     found = {kind.__name__: made_by(kind) for kind in supported_models.models}
     known.update(*(found.get(name, set()) for name in (*SIZES, *LEFT_OUT)))
     assert not {name for name, classes in found.items() if not classes & known}
+
+
+def outside(name):
+    """What the class of audio models wants of the checkpoint beside the diffusion model."""
+    if name not in ("StableAudio", "StableAudio3"):
+        return {}
+    from comfy.ldm.audio.embedders import NumberConditioner
+
+    kinds = {"fourier_features_type": "expo"} if name == "StableAudio3" else {}
+    values = {key: torch.randn(value.shape) for key, value in NumberConditioner(768, **kinds).state_dict().items()}
+    return {f"conditioner.conditioners.seconds_{part}.{key}": v for part in ("start", "total") for key, v in values.items()}
 
 
 @pytest.fixture
@@ -141,7 +152,7 @@ def made(monkeypatch):
         config = kind(kind.unet_config | SIZES[name])
         config.set_inference_dtype(torch.bfloat16, None)
         torch.manual_seed(0)
-        model = config.get_model({}, "", device=torch.device("cpu"))
+        model = config.get_model(outside(name), "", device=torch.device("cpu"))
         with torch.no_grad():
             for tensor in [*model.diffusion_model.parameters(), *model.diffusion_model.buffers()]:
                 if tensor.is_floating_point():
@@ -169,6 +180,9 @@ def test_a_class_without_a_table_is_quantized_saved_and_loaded(name, made, tmp_p
     assert type(loaded.model) is type(dense.model)
     detected = plain(loaded.model.model_config.unet_config)
     assert detected | plain(packed.model.model_config.unet_config) == detected
+    for key, value in loader.outside_tensors(dense.model).items():
+        assert torch.equal(loader.outside_tensors(packed.model)[key], value)
+        assert torch.equal(loader.outside_tensors(loaded.model)[key], value)
     expected, found = (model.model.diffusion_model.state_dict() for model in (packed, loaded))
     assert found.keys() == expected.keys() == original.keys()
     for key, value in expected.items():
