@@ -135,6 +135,13 @@ FAMILIES = (
         beside=(Companion("connectors", video.LTX2_CONNECTORS),),
     ),
     Family("CogVideoX", ("CogVideoXTransformer3DModel",), ("CogVideoX",), video.COGVIDEOX),
+    Family(
+        "Wan Animate",
+        ("WanAnimateTransformer3DModel",),
+        ("WAN22_Animate",),
+        video.WAN_ANIMATE,
+        computed=video.wan_animate_filters,
+    ),
     Family("Wan VACE", ("WanVACETransformer3DModel",), ("WAN21_Vace",), video.WAN_VACE),
     Family(
         "MiniMax-H3",

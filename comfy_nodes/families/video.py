@@ -51,6 +51,46 @@ vace_blocks.N.after_proj <- vace_blocks.N.proj_out
     + "\n".join(line.replace("blocks.N", "vace_blocks.N") for line in WAN.splitlines() if line.startswith("blocks.N"))
 )
 
+# Its face encoder's convolutions go from 512 pixels down to 4.
+WAN_ANIMATE = (
+    """
+motion_encoder.enc.net_app.convs.0.1.bias[1,*,1,1] <- motion_encoder.conv_in.act_fn.bias[*]
+motion_encoder.enc.net_app.convs.0.0 <- motion_encoder.conv_in
+motion_encoder.enc.net_app.convs.8.weight <- motion_encoder.conv_out.weight
+motion_encoder.enc.fc <- motion_encoder.motion_network
+motion_encoder.dec.direction.weight <- motion_encoder.motion_synthesis_weight
+face_adapter.fuser_blocks.N.linear1_q <- face_adapter.N.to_q
+face_adapter.fuser_blocks.N.linear1_kv <- face_adapter.N.{to_k to_v}
+face_adapter.fuser_blocks.N.linear2 <- face_adapter.N.to_out
+face_adapter.fuser_blocks.N.q_norm <- face_adapter.N.norm_q
+face_adapter.fuser_blocks.N.k_norm <- face_adapter.N.norm_k
+"""
+    + "".join(
+        f"face_encoder.{name}.conv.{leaf} <- face_encoder.{name}.{leaf}\n"
+        for name in ("conv1_local", "conv2", "conv3")
+        for leaf in ("weight", "bias")
+    )
+    + "".join(
+        f"""
+motion_encoder.enc.net_app.convs.{i + 1}.conv1.1.bias[1,*,1,1] <- motion_encoder.res_blocks.{i}.conv1.act_fn.bias[*]
+motion_encoder.enc.net_app.convs.{i + 1}.conv1.0 <- motion_encoder.res_blocks.{i}.conv1
+motion_encoder.enc.net_app.convs.{i + 1}.conv2.2.bias[1,*,1,1] <- motion_encoder.res_blocks.{i}.conv2.act_fn.bias[*]
+motion_encoder.enc.net_app.convs.{i + 1}.conv2.1 <- motion_encoder.res_blocks.{i}.conv2
+motion_encoder.enc.net_app.convs.{i + 1}.skip.1 <- motion_encoder.res_blocks.{i}.conv_skip
+"""
+        for i in range(7)
+    )
+    + WAN
+)
+
+
+def wan_animate_filters(settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The filters that smooth the face before every second convolution, float32 ``[4, 4]``."""
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    names = [f"motion_encoder.enc.net_app.convs.{i + 1}.{part}.0.kernel" for i in range(7) for part in ("conv2", "skip")]
+    return {name: torch.outer(line, line) / 64 for name in names}
+
+
 LTX = """
 patchify_proj <- proj_in
 adaln_single <- time_embed

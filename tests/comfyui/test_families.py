@@ -95,6 +95,7 @@ PUBLISHED = [
     "CogVideoXTransformer3DModel",
     "WanVACETransformer3DModel",
     "MiniMaxH3Transformer3DModel",
+    "WanAnimateTransformer3DModel",
 ]
 DETAILS = {
     "FluxTransformer2DModel": {"guidance_embeds": True},
@@ -114,6 +115,7 @@ DETAILS = {
         "ff_dim": 7168,
     },
     "CosmosTransformer3DModel": {"num_attention_heads": 16, "extra_pos_embed_type": None},
+    "WanAnimateTransformer3DModel": {"added_kv_proj_dim": 5120},
     "WanVACETransformer3DModel": {"vace_layers": [0, 5, 10, 15, 20, 25, 30, 35]},
 }
 

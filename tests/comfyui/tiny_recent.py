@@ -19,6 +19,8 @@ COGVIDEOX_VIDEO = noise(1, 16, 4, 8, 8)
 ANIMA_TOKENS = torch.arange(1, 7)[None]
 COSMOS_TEXT = noise(1, 8, 1024)
 VACE = noise(1, 96, 2, 8, 8)
+ANIMATE = (noise(1, 36, 2, 8, 8), torch.tensor([700]), noise(1, 512, 4096), noise(1, 257, 1280))
+ANIMATE_POSE, ANIMATE_FACE = noise(1, 16, 1, 8, 8), noise(1, 3, 1, 512, 512)
 MINIMAX_VIDEO, MINIMAX_AUDIO = noise(1, 24, 2, 4, 4), noise(1, 32, 2, 3)
 
 
@@ -335,6 +337,24 @@ RECENT = {
         cogvideox_reference,
         lambda m: m(COGVIDEOX_VIDEO, torch.tensor([700]), CONTEXT),
         {"sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": 8},
+    ),
+    "wan_animate": Tiny(
+        "WanAnimateTransformer3DModel",
+        {
+            "num_attention_heads": 1,
+            "ffn_dim": 256,
+            "num_layers": 5,
+            "text_dim": 4096,
+            "added_kv_proj_dim": 128,
+            "rope_max_seq_len": 32,
+        },
+        lambda m: m(*ANIMATE, pose_hidden_states=ANIMATE_POSE, face_pixel_values=ANIMATE_FACE, return_dict=False)[0],
+        lambda m: m(
+            *ANIMATE[:3],
+            clip_fea=ANIMATE[3],
+            pose_latents=ANIMATE_POSE,
+            face_pixel_values=ANIMATE_FACE,
+        ),
     ),
     "wan_vace": Tiny(
         "WanVACETransformer3DModel",
