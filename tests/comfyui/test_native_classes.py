@@ -148,6 +148,8 @@ def made(monkeypatch):
         kind = getattr(supported_models, name, None)
         if kind is None:
             pytest.skip(f"this ComfyUI has no {name}")
+        if name == "ACEStep15" and host.version() < (0, 24):
+            pytest.skip("this ComfyUI's ACE-Step 1.5 has a fixed size")
         recognise_config(monkeypatch, SIZES[name])
         config = kind(kind.unet_config | SIZES[name])
         config.set_inference_dtype(torch.bfloat16, None)
