@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sd
+import comfy.utils
 import torch
 from torch import Tensor
 
-from qdiff_diffusers.checkpoint.stored_model import StoredModel, read_stored_model
+from qdiff_diffusers.checkpoint.files import read_json, weight_files
+from qdiff_diffusers.checkpoint.stored_model import StoredModel, read_stored_model, stored_settings
 from qdiff_diffusers.errors import CheckpointError
 
-from .families import FAMILIES, Family, MissingPart, Part, Slice, family_of_class, family_of_native, to_native
+from .families import FAMILIES, Companion, Family, MissingPart, Part, Slice, family_of_class, family_of_native, to_native
 from .layout import Piece, is_packed, make_weight
 from .ops import Operations
 from .patches import adopt
@@ -26,6 +28,12 @@ NATIVE = "comfyui_class"
 # What ComfyUI cannot tell from the tensors and has read from the metadata of the file that the model came from.
 CONFIG = "comfyui_config"
 ATTACHMENT = "qdiff"
+# What ComfyUI's classes of audio models keep outside the diffusion model, and the name that it has in files.
+OUTSIDE = {
+    "seconds_start_embedder": "conditioner.conditioners.seconds_start",
+    "seconds_total_embedder": "conditioner.conditioners.seconds_total",
+    "padding_embedding": "conditioner.conditioners.prompt.padding_embedding",
+}
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> Any:
@@ -41,12 +49,22 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, disable_dynam
     """
     stored = read_stored_model(path)
     family = stored_family(stored)
-    dtype = dtype or getattr(torch, stored.quantization.compute_dtype or "bfloat16")
+    dtype = dtype or computing_dtype(stored)
+    beside = companions(stored, family)
     tensors = native_tensors(stored, family, stored.load(), dtype)
-    patcher = native_model(tensors, dtype, family, disable_dynamic, config=native_config(stored, family))
+    for companion, folder in beside:
+        tensors |= companion_tensors(companion, folder, dtype)
+    config = native_config(stored, family, {companion.folder: read_json(folder / "config.json") for companion, folder in beside})
+    patcher = native_model(tensors, dtype, family, disable_dynamic, config)
     patcher.cached_patcher_init = (load_model, (path, dtype))
     patcher.set_attachments(ATTACHMENT, {"settings": stored.settings, "quantization": stored.quantization, "path": str(path)})
     return patcher
+
+
+def computing_dtype(stored: StoredModel) -> torch.dtype:
+    """The dtype that a checkpoint's model computes in."""
+    dtype: torch.dtype = getattr(torch, stored.quantization.compute_dtype or "bfloat16")
+    return dtype
 
 
 def stored_family(stored: StoredModel) -> Family | None:
@@ -74,7 +92,9 @@ def is_text_encoder(stored: StoredModel) -> bool:
     return "architectures" in stored.settings
 
 
-def native_tensors(stored: StoredModel, family: Family | None, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def native_tensors(
+    stored: StoredModel, family: Family | Companion | None, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """A checkpoint's tensors under ComfyUI's names, packed weights as ``QuantizedTensor``.
 
     Raises:
@@ -88,11 +108,14 @@ def native_tensors(stored: StoredModel, family: Family | None, tensors: dict[str
     except MissingPart as error:
         raise CheckpointError(f"{stored.path.name} is incomplete: {error}") from error
 
+    # What ComfyUI itself has kept in another dtype than it computes in has to stay so: frequencies of rotations, for one.
+    cast = {computing_dtype(stored)} if NATIVE in stored.settings else {t.dtype for t in tensors.values() if t.is_floating_point()}
+
     def piece(part: Part) -> Piece:
         name = part.key.removesuffix(".weight")
         if name not in layers:
             value = tensors[part.key]
-            value = placed(value.to(dtype) if value.is_floating_point() else value, part)
+            value = placed(value.to(dtype) if value.dtype in cast else value, part)
             return Piece(None, name, tuple(value.shape), {"weight": value}, part.swapped)
         spec, shape, _ = layers[name]
         values = stored_tensors(spec, shape, lambda leaf: tensors[f"{name}.{leaf}"])
@@ -144,11 +167,51 @@ def swap_halves(tensor: Tensor) -> Tensor:
     return torch.cat([second, first])
 
 
-def native_config(stored: StoredModel, family: Family | None) -> dict[str, Any]:
-    """What ComfyUI has to be told of a model besides its tensors."""
+def companions(stored: StoredModel, family: Family | None) -> list[tuple[Companion, Path]]:
+    """The components that ComfyUI's model contains besides this one, each with its folder beside the checkpoint's.
+
+    Raises:
+        CheckpointError: names the one that is not there.
+    """
+    if family is None or NATIVE in stored.settings:  # what ComfyUI has saved is complete
+        return []
+    found = []
+    for companion in family.beside:
+        folder = stored.path.parent / companion.folder
+        if stored.path.is_file() and not folder.is_dir():
+            folder = stored.path.parent.parent / companion.folder
+        if (folder / "config.json").is_file():
+            found.append((companion, folder))
+        elif companion.required:
+            raise CheckpointError(
+                f"{stored.path.name} is {family.name}, whose model in ComfyUI contains the pipeline's component {companion.folder} "
+                f"too; put its folder beside it, as {folder}"
+            )
+    return found
+
+
+def companion_tensors(companion: Companion, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What ComfyUI's model contains of a component, under ComfyUI's names; the component may be quantized or not.
+
+    Raises:
+        CheckpointError: the component is damaged.
+    """
+    if stored_settings(folder):
+        stored = read_stored_model(folder)
+        tensors = native_tensors(stored, companion, stored.load(), dtype)
+        return {key: value for key, value in tensors.items() if key not in stored.tensors}
+    given: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        given |= comfy.utils.load_torch_file(str(file), safe_load=True)
+    parts = to_native(companion.rules(given), given)
+    return {key: given[part.key].to(dtype) for key, (part,) in parts.items() if key != part.key}
+
+
+def native_config(stored: StoredModel, family: Family | None, beside: Mapping[str, Any]) -> dict[str, Any]:
+    """What ComfyUI has to be told of a model besides its tensors; ``beside``: settings of its companions, by folder."""
     if NATIVE in stored.settings:
         return dict(stored.settings.get(CONFIG, {}))
-    return family.told(stored.settings) if family else {}
+    return family.told({**stored.settings, **beside}) if family else {}
 
 
 def file_metadata(config: Mapping[str, Any]) -> dict[str, str]:
@@ -192,11 +255,23 @@ def native_model(
 def _check_names(model: Any, tensors: Mapping[str, Tensor], unused: tuple[str, ...]) -> None:
     """Refuse missing and unknown tensors, which ComfyUI only logs before it runs with random numbers."""
     wanted = set(model.diffusion_model.state_dict()) - set(unused)
-    given = set(model.model_config.process_unet_state_dict(dict(tensors))) - set(unused)
+    given = set(model.model_config.process_unet_state_dict(dict(tensors))) - set(unused) - outside_tensors(model).keys()
     if lost := sorted(wanted - given):
         raise CheckpointError(f"the checkpoint lacks {', '.join(lost[:5])} of ComfyUI's {type(model).__name__}; it is incomplete")
     if unknown := sorted(given - wanted):
         raise CheckpointError(f"the checkpoint has {', '.join(unknown[:5])}, which ComfyUI's {type(model).__name__} has not")
+
+
+def outside_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors of one of ComfyUI's models that are not in its diffusion model, under their names in files."""
+    out: dict[str, Tensor] = {}
+    for attribute, name in OUTSIDE.items():
+        value = getattr(model, attribute, None)
+        if isinstance(value, torch.nn.Module):
+            out |= {f"{name}.{key}": tensor for key, tensor in value.state_dict().items()}
+        elif value is not None:
+            out[name] = value.detach()
+    return out
 
 
 def packed_weights(model: Any) -> dict[str, Any]:

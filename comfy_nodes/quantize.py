@@ -32,7 +32,7 @@ from qdiff_diffusers.model.packing import quantize_named
 from qdiff_diffusers.model.patterns import check_patterns
 from qdiff_diffusers.model.selection import check_layers
 
-from .families import Family, Slice, family_of_native, to_diffusers
+from .families import Family, Slice, family_of_native, in_companion, to_diffusers
 from .layout import Piece, is_packed
 from .loader import (
     ATTACHMENT,
@@ -40,6 +40,7 @@ from .loader import (
     NATIVE,
     assemble,
     file_metadata,
+    outside_tensors,
     packed_weights,
     stored_tensors,
     swap_halves,
@@ -79,7 +80,7 @@ def quantize_model(patcher: Any, config: QDiffConfig, progress: Progress = lambd
     names = (
         to_diffusers(family.rules(shapes), shapes) if family else {k: [Slice(k, 0, s[0] if s else 1)] for k, s in shapes.items()}
     )
-    targets = _choose(patcher.model.diffusion_model, names, record, _kept_in_float32(family))
+    targets = _choose(patcher.model.diffusion_model, names, record, family)
     if not targets:
         raise ConfigError("nothing to quantize: the settings leave every layer as it is")
     _check(targets, shapes, record, names, type(patcher.model).__name__)
@@ -176,9 +177,10 @@ def _input_factors(patcher: Any, key: str) -> Tensor | None:
     return getattr(patcher.model.diffusion_model.get_submodule(name), PRE_SCALE, None) if leaf == "weight" else None
 
 
-def _choose(model: nn.Module, names: dict[str, list[Slice]], record: Quantization, keep: list[str]) -> dict[str, list[Slice]]:
+def _choose(model: nn.Module, names: dict[str, list[Slice]], record: Quantization, family: Family | None) -> dict[str, list[Slice]]:
     """Weights to pack, each with the diffusers layers that it consists of; skipped layers are noted in ``record``."""
     out = {}
+    keep = _kept_in_float32(family)
     for module_name, module in _layers(model):
         key = f"{module_name}.weight"
         if key not in names:
@@ -186,6 +188,7 @@ def _choose(model: nn.Module, names: dict[str, list[Slice]], record: Quantizatio
         chosen = False
         for part in names[key]:
             reason = _reason_to_skip(_module_name(part), module, record.config, keep)
+            reason = "another component in diffusers" if in_companion(family, module_name) else reason
             if reason:
                 record.skipped[_module_name(part)] = reason
             chosen = chosen or reason is None
@@ -247,7 +250,8 @@ def _rebuild(patcher: Any, tensors: dict[str, Tensor], record: Quantization, fam
     model_config.quant_config = None
     if _computing_dtype(patcher.model) != patcher.model.get_dtype():
         model_config.set_inference_dtype(_computing_dtype(patcher.model), None)
-    parts = (model_config, tensors, patcher.model.model_sampling, patcher.load_device, patcher.offload_device)
+    everything = tensors | outside_tensors(patcher.model)
+    parts = (model_config, everything, patcher.model.model_sampling, patcher.load_device, patcher.offload_device)
     new = _patcher(*parts)
     if new.is_dynamic():  # a clone shares its tensors; some nodes ask for the model again without dynamic VRAM
         new.cached_patcher_init = (_patcher, parts)
@@ -263,7 +267,8 @@ def _rebuild(patcher: Any, tensors: dict[str, Tensor], record: Quantization, fam
 def _untold(model_config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What ComfyUI has read of the model from its file's metadata and cannot tell from its tensors, for our file."""
     plain = comfy.model_detection.detect_unet_config(dict(tensors), "") or {}
-    known = {key: value for key, value in model_config.unet_config.items() if key not in model_config.unet_extra_config}
+    given = {**model_config.unet_config, **type(model_config).unet_config}  # some drop or change what they were recognised by
+    known = {key: value for key, value in given.items() if key not in model_config.unet_extra_config}
     told = {key: value for key, value in known.items() if _is_json(value) and plain.get(key) != value}
     if not told or comfy.model_detection.detect_unet_config(dict(tensors), "", metadata=file_metadata(told)) == plain:
         return {}
@@ -288,7 +293,8 @@ def _patcher(
     model = model_config.get_model(dict(tensors), "", device=None)
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     new = kind(model, load_device=load_device, offload_device=offload_device)
-    model.load_model_weights(dict(tensors), "", **({"assign": True} if new.is_dynamic() else {}))
+    inside = {key: value for key, value in tensors.items() if key not in outside_tensors(model)}
+    model.load_model_weights(inside, "", **({"assign": True} if new.is_dynamic() else {}))
     model.model_sampling = copy.deepcopy(sampling)
     return adopt(new)
 
@@ -300,7 +306,8 @@ def save_model(patcher: Any, folder: Path) -> Path:
         The weight file, which is complete in itself.
 
     Raises:
-        ConfigError: the model is not quantized by us, or there are LoRAs on it, which would be lost.
+        ConfigError: the model is not quantized by us, there are LoRAs on it, which would be lost, or ComfyUI would not recognise
+            the file.
         CheckpointError: ``folder`` holds something already.
     """
     info = _saved_info(patcher)
@@ -344,7 +351,7 @@ def _saved_info(patcher: Any) -> dict[str, Any]:
     """What is known of a MODEL that is to be saved.
 
     Raises:
-        ConfigError: it is not quantized by us, or there are LoRAs on it, which would be lost.
+        ConfigError: it is not quantized by us, there are LoRAs on it, which would be lost, or ComfyUI would not recognise the file.
     """
     info = patcher.get_attachment(ATTACHMENT)
     if info is None or not packed_weights(patcher):
@@ -353,6 +360,12 @@ def _saved_info(patcher: Any) -> dict[str, Any]:
         )
     if patcher.patches:
         raise ConfigError("LoRAs and merges on a quantized MODEL cannot be saved into it; put them before Quantize Model (qdiff)")
+    settings = info["settings"]
+    if NATIVE in settings and comfy.model_detection.detect_unet_config(_weights(patcher), "") is None:
+        raise ConfigError(
+            f"{settings[NATIVE]} cannot be saved: ComfyUI recognises such a model only by names that its loaded tensors no longer "
+            "have; quantize it in the graph each time"
+        )
     return info
 
 
@@ -362,6 +375,7 @@ def _stored(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     family = family_of_native(type(patcher.model).__name__, shapes)
     names = to_diffusers(family.rules(shapes) if family else [], shapes)
+    yield from outside_tensors(patcher.model).items()
     for key, weight in weights.items():
         if family and key in family.unused:
             continue

@@ -13,6 +13,7 @@ from .unet import unet_table
 
 __all__ = [
     "FAMILIES",
+    "Companion",
     "Family",
     "MissingPart",
     "Part",
@@ -20,12 +21,35 @@ __all__ = [
     "Slice",
     "family_of_class",
     "family_of_native",
+    "in_companion",
     "to_diffusers",
     "to_native",
 ]
 
 
 Settings = Mapping[str, Any]  # diffusers' config.json
+
+
+class Companion(NamedTuple):
+    """A component of diffusers' pipeline that ComfyUI's model contains, in a folder beside the model's.
+
+    Attributes:
+        folder: name of the folder.
+        table: see rules.py. What is in no line of it is no part of ComfyUI's model.
+        required: whether the model cannot do without it.
+    """
+
+    folder: str
+    table: str
+    required: bool = True
+
+    def rules(self, keys: Iterable[str]) -> list[Rule]:
+        """The rules for a component with these tensors."""
+        return parse(self.table)
+
+    def computed(self, settings: Settings) -> dict[str, Tensor]:
+        """Nothing of a component is computed."""
+        return {}
 
 
 class Family(NamedTuple):
@@ -40,7 +64,9 @@ class Family(NamedTuple):
         measured: ComfyUI's modules by the shapes of whose weights it tells what model it has, in the notation of the tables. A
             format that packs several numbers into one, or pads, would mislead it.
         computed: ComfyUI's tensors that diffusers computes instead of storing, from diffusers' settings of the model.
-        told: what ComfyUI reads from its own files' metadata and cannot tell from the tensors, from diffusers' settings.
+        told: what ComfyUI reads from its own files' metadata and cannot tell from the tensors, from diffusers' settings; those of
+            the companions are under the names of their folders.
+        beside: other components of diffusers' pipeline that ComfyUI's model contains.
     """
 
     name: str
@@ -51,6 +77,7 @@ class Family(NamedTuple):
     measured: tuple[str, ...] = ()
     computed: Callable[[Settings], dict[str, Tensor]] = lambda settings: {}
     told: Callable[[Settings], dict[str, Any]] = lambda settings: {}
+    beside: tuple[Companion, ...] = ()
 
     def rules(self, keys: Iterable[str]) -> list[Rule]:
         """The rules for a model with these tensors, named as either program names them."""
@@ -109,8 +136,29 @@ FAMILIES = (
     Family("HunyuanImage 2.1", ("HunyuanImageTransformer2DModel",), ("HunyuanImage21",), video.HUNYUAN_IMAGE),
     Family("HunyuanVideo 1.5", ("HunyuanVideo15Transformer3DModel",), HUNYUAN_VIDEOS_15, video.HUNYUAN_VIDEO_15),
     Family("Kandinsky 5", ("Kandinsky5Transformer3DModel",), ("Kandinsky5", "Kandinsky5Image")),
-    Family("Cosmos-Predict2", ("CosmosTransformer3DModel",), ("CosmosPredict2",), video.COSMOS2),
+    Family(
+        "Cosmos-Predict2",
+        ("CosmosTransformer3DModel",),
+        ("CosmosPredict2", "Anima"),
+        video.COSMOS2,
+        beside=(Companion("text_conditioner", video.ANIMA_ADAPTER, required=False),),
+    ),
+    Family(
+        "LTX-2",
+        ("LTX2VideoTransformer3DModel",),
+        ("LTXAV",),
+        video.LTX2,
+        told=video.ltx2_told,
+        beside=(Companion("connectors", video.LTX2_CONNECTORS),),
+    ),
     Family("CogVideoX", ("CogVideoXTransformer3DModel",), ("CogVideoX",), video.COGVIDEOX),
+    Family(
+        "Wan Animate",
+        ("WanAnimateTransformer3DModel",),
+        ("WAN22_Animate",),
+        video.WAN_ANIMATE,
+        computed=video.wan_animate_filters,
+    ),
     Family("Wan VACE", ("WanVACETransformer3DModel",), ("WAN21_Vace",), video.WAN_VACE),
     Family(
         "MiniMax-H3",
@@ -120,6 +168,12 @@ FAMILIES = (
         computed=video.minimax_h3_frequencies,
     ),
 )
+
+
+def in_companion(family: Family | None, name: str) -> bool:
+    """Whether one of ComfyUI's modules belongs to another component in diffusers."""
+    rules = [rule for companion in (family.beside if family else ()) for rule in companion.rules([])]
+    return name.partition(".")[0] in {rule.native.partition(".")[0] for rule in rules}
 
 
 def family_of_class(name: str) -> Family | None:

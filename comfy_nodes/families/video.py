@@ -51,6 +51,46 @@ vace_blocks.N.after_proj <- vace_blocks.N.proj_out
     + "\n".join(line.replace("blocks.N", "vace_blocks.N") for line in WAN.splitlines() if line.startswith("blocks.N"))
 )
 
+# Its face encoder's convolutions go from 512 pixels down to 4.
+WAN_ANIMATE = (
+    """
+motion_encoder.enc.net_app.convs.0.1.bias[1,*,1,1] <- motion_encoder.conv_in.act_fn.bias[*]
+motion_encoder.enc.net_app.convs.0.0 <- motion_encoder.conv_in
+motion_encoder.enc.net_app.convs.8.weight <- motion_encoder.conv_out.weight
+motion_encoder.enc.fc <- motion_encoder.motion_network
+motion_encoder.dec.direction.weight <- motion_encoder.motion_synthesis_weight
+face_adapter.fuser_blocks.N.linear1_q <- face_adapter.N.to_q
+face_adapter.fuser_blocks.N.linear1_kv <- face_adapter.N.{to_k to_v}
+face_adapter.fuser_blocks.N.linear2 <- face_adapter.N.to_out
+face_adapter.fuser_blocks.N.q_norm <- face_adapter.N.norm_q
+face_adapter.fuser_blocks.N.k_norm <- face_adapter.N.norm_k
+"""
+    + "".join(
+        f"face_encoder.{name}.conv.{leaf} <- face_encoder.{name}.{leaf}\n"
+        for name in ("conv1_local", "conv2", "conv3")
+        for leaf in ("weight", "bias")
+    )
+    + "".join(
+        f"""
+motion_encoder.enc.net_app.convs.{i + 1}.conv1.1.bias[1,*,1,1] <- motion_encoder.res_blocks.{i}.conv1.act_fn.bias[*]
+motion_encoder.enc.net_app.convs.{i + 1}.conv1.0 <- motion_encoder.res_blocks.{i}.conv1
+motion_encoder.enc.net_app.convs.{i + 1}.conv2.2.bias[1,*,1,1] <- motion_encoder.res_blocks.{i}.conv2.act_fn.bias[*]
+motion_encoder.enc.net_app.convs.{i + 1}.conv2.1 <- motion_encoder.res_blocks.{i}.conv2
+motion_encoder.enc.net_app.convs.{i + 1}.skip.1 <- motion_encoder.res_blocks.{i}.conv_skip
+"""
+        for i in range(7)
+    )
+    + WAN
+)
+
+
+def wan_animate_filters(settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The filters that smooth the face before every second convolution, float32 ``[4, 4]``."""
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    names = [f"motion_encoder.enc.net_app.convs.{i + 1}.{part}.0.kernel" for i in range(7) for part in ("conv2", "skip")]
+    return {name: torch.outer(line, line) / 64 for name in names}
+
+
 LTX = """
 patchify_proj <- proj_in
 adaln_single <- time_embed
@@ -230,3 +270,87 @@ def minimax_h3_frequencies(settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """The rotations' frequencies, which ComfyUI stores, float32 ``[rope_freq_dim]``."""
     size = settings["rope_freq_dim"]
     return {"rope.inv_freq": settings["rope_theta"] ** -(torch.arange(size, dtype=torch.float32) / size)}
+
+
+LTX2 = """
+patchify_proj <- proj_in
+audio_patchify_proj <- audio_proj_in
+adaln_single <- time_embed
+audio_adaln_single <- audio_time_embed
+prompt_adaln_single <- prompt_adaln
+audio_prompt_adaln_single <- audio_prompt_adaln
+av_ca_video_scale_shift_adaln_single <- av_cross_attn_video_scale_shift
+av_ca_a2v_gate_adaln_single <- av_cross_attn_video_a2v_gate
+av_ca_audio_scale_shift_adaln_single <- av_cross_attn_audio_scale_shift
+av_ca_v2a_gate_adaln_single <- av_cross_attn_audio_v2a_gate
+transformer_blocks.N.scale_shift_table_a2v_ca_video <- transformer_blocks.N.video_a2v_cross_attn_scale_shift_table
+transformer_blocks.N.scale_shift_table_a2v_ca_audio <- transformer_blocks.N.audio_a2v_cross_attn_scale_shift_table
+""" + "".join(
+    f"""
+transformer_blocks.N.{name}.q_norm <- transformer_blocks.N.{name}.norm_q
+transformer_blocks.N.{name}.k_norm <- transformer_blocks.N.{name}.norm_k
+"""
+    for name in ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
+)
+
+LTX2_CONNECTORS = "".join(
+    f"""
+{name}_embeddings_connector.learnable_registers <- {name}_connector.learnable_registers
+{name}_embeddings_connector.transformer_1d_blocks.N.attn1.q_norm <- {name}_connector.transformer_blocks.N.attn1.norm_q
+{name}_embeddings_connector.transformer_1d_blocks.N.attn1.k_norm <- {name}_connector.transformer_blocks.N.attn1.norm_k
+{name}_embeddings_connector.transformer_1d_blocks <- {name}_connector.transformer_blocks
+"""
+    for name in ("video", "audio")
+)
+
+ANIMA_ADAPTER = """
+llm_adapter.embed <- embed
+llm_adapter.in_proj <- in_proj
+llm_adapter.blocks <- blocks
+llm_adapter.out_proj <- out_proj
+llm_adapter.norm <- norm
+"""
+
+# ComfyUI's names of diffusers' settings.
+LTX2_SETTINGS = {
+    "in_channels": "in_channels",
+    "attention_head_dim": "attention_head_dim",
+    "num_attention_heads": "num_attention_heads",
+    "cross_attention_dim": "cross_attention_dim",
+    "caption_channels": "caption_channels",
+    "audio_in_channels": "audio_in_channels",
+    "audio_attention_head_dim": "audio_attention_head_dim",
+    "audio_num_attention_heads": "audio_num_attention_heads",
+    "audio_cross_attention_dim": "audio_cross_attention_dim",
+    "positional_embedding_theta": "rope_theta",
+    "rope_type": "rope_type",
+    "timestep_scale_multiplier": "timestep_scale_multiplier",
+    "av_ca_timestep_scale_multiplier": "cross_attn_timestep_scale_multiplier",
+    "apply_gated_attention": "gated_attn",
+    "cross_attention_adaln": "cross_attn_mod",
+}
+LTX2_CONNECTOR_SETTINGS = {
+    "connector_num_layers": "video_connector_num_layers",
+    "connector_num_attention_heads": "video_connector_num_attention_heads",
+    "connector_attention_head_dim": "video_connector_attention_head_dim",
+    "audio_connector_num_attention_heads": "audio_connector_num_attention_heads",
+    "audio_connector_attention_head_dim": "audio_connector_attention_head_dim",
+    "connector_apply_gated_attention": "video_gated_attn",
+}
+
+
+def ltx2_told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """ComfyUI's settings of LTX-2, all of which it reads from metadata."""
+    connectors = settings.get("connectors", {})
+    told = {name: settings[theirs] for name, theirs in LTX2_SETTINGS.items() if theirs in settings}
+    told |= {name: connectors[theirs] for name, theirs in LTX2_CONNECTOR_SETTINGS.items() if theirs in connectors}
+    embedded = settings.get("use_prompt_embeddings", True)  # 2.0 projects the text in the transformer, 2.3 before it
+    return told | {
+        "positional_embedding_max_pos": [settings["pos_embed_max_pos"], settings["base_height"], settings["base_width"]],
+        "audio_positional_embedding_max_pos": [settings["audio_pos_embed_max_pos"]],
+        "frequencies_precision": "float64" if settings.get("rope_double_precision", True) else "float32",
+        "use_middle_indices_grid": True,
+        "causal_temporal_positioning": True,
+        "caption_proj_before_connector": not embedded,
+        "caption_projection_first_linear": bool(embedded),
+    }

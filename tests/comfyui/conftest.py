@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def folder(name: str) -> Path:
         if name not in made:
-            made[name] = root / name
+            made[name] = root / name / "transformer"
             tiny_families.make(name).save_pretrained(made[name])
+            for beside in tiny_families.TINY[name].beside:
+                tiny_families.make(name, beside).save_pretrained(root / name / beside)
         return made[name]
 
     return folder
@@ -50,7 +53,11 @@ def quantized(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         config = config or RTNConfig(bits=4, group_size=32, keep_outer_layers=False)
         key = (name, str(config.to_dict()))
         if key not in made:
-            made[key] = quantize(dense(name), config, root / f"{name}-{len(made)}", dtype=torch.float32)
+            folder = root / f"{name}-{len(made)}"
+            beside = tiny_families.TINY[name].beside
+            made[key] = quantize(dense(name), config, folder / "transformer" if beside else folder, dtype=torch.float32)
+            for other in beside:
+                shutil.copytree(dense(name).parent / other, folder / other)
         return made[key]
 
     return folder

@@ -35,6 +35,14 @@ def pack() -> ModuleType:
     return module
 
 
+def version() -> tuple[int, ...]:
+    """The version of the ComfyUI."""
+    pack()
+    from comfyui_version import __version__
+
+    return tuple(int(number) for number in __version__.split("."))
+
+
 def part(name: str) -> ModuleType:
     """A module of ``comfy_nodes``."""
     pack()

@@ -28,6 +28,10 @@ def native_tensors(folder: Path, family: str) -> dict[str, torch.Tensor]:
     parts = families.to_native(found.rules(tensors), tensors)
     rows = {key: [placed(tensors[p.key], p) for p in sources] for key, sources in parts.items()}
     computed = found.computed(TINY[family].settings())
+    for companion in found.beside:
+        if companion.folder in TINY[family].beside:
+            beside = folder.parent / companion.folder
+            computed |= host.part("loader").companion_tensors(companion, beside, torch.float32)
     return computed | {key: torch.cat(values) if values[0].ndim else values[0] for key, values in rows.items()}
 
 

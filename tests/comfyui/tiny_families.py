@@ -415,10 +415,11 @@ TINY = {
 QUERIES = tuple(f"{name}.weight" for name in ("to_q", "to_k", "to_query", "to_key", "attn_qkv"))
 
 
-def make(name: str) -> nn.Module:
-    """A tiny model whose every weight has a say in the output."""
+def make(name: str, beside: str = "") -> nn.Module:
+    """A tiny model whose every weight has a say in the output, or the component beside it with this name."""
     torch.manual_seed(0)
-    model = getattr(diffusers, TINY[name].diffusers_class)(**TINY[name].config).eval()
+    tiny = TINY[name]
+    model = (tiny.beside[beside]() if beside else getattr(diffusers, tiny.diffusers_class)(**tiny.config)).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim > 1:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 
 class Tiny(NamedTuple):
-    """``detected``: what ComfyUI's detection takes for granted of the published sizes and the tiny model has otherwise."""
+    """One tiny model.
+
+    Attributes:
+        detected: what ComfyUI's detection takes for granted of the published sizes and the tiny model has otherwise.
+        beside: what makes the components that ComfyUI's model contains besides, by the name of their folder.
+    """
 
     diffusers_class: str
     config: dict[str, Any]
@@ -20,11 +25,13 @@ class Tiny(NamedTuple):
     native: Callable[[nn.Module], Tensor]
     detected: Mapping[str, Any] = MappingProxyType({})
     large_queries: bool = False
+    beside: Mapping[str, Callable[[], nn.Module]] = MappingProxyType({})
 
-    def settings(self) -> Mapping[str, Any]:
-        """diffusers' config of the model, defaults included."""
+    def settings(self) -> dict[str, Any]:
+        """diffusers' config of the model and of what is beside it, defaults included."""
         with torch.device("meta"):
-            return getattr(diffusers, self.diffusers_class)(**self.config).config
+            model = getattr(diffusers, self.diffusers_class)(**self.config)
+            return {**model.config, **{folder: dict(make().config) for folder, make in self.beside.items()}}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
 from unittest import mock
 
+import diffusers
 import torch
 from comfyui.tiny_inputs import CONTEXT, IMAGE, VIDEO, Tiny, noise, patches, positions, unpatches
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -13,8 +16,11 @@ KREA2_TEXT = noise(1, 8, 3, 64)  # of three layers of the encoder
 IDEOGRAM4_IMAGE = noise(1, 128, 4, 4)
 QWEN, BYT5, VISION = noise(1, 8, 64), noise(1, 4, 1472), noise(1, 5, 1152)
 COGVIDEOX_VIDEO = noise(1, 16, 4, 8, 8)
+ANIMA_TOKENS = torch.arange(1, 7)[None]
 COSMOS_TEXT = noise(1, 8, 1024)
 VACE = noise(1, 96, 2, 8, 8)
+ANIMATE = (noise(1, 36, 2, 8, 8), torch.tensor([700]), noise(1, 512, 4096), noise(1, 257, 1280))
+ANIMATE_POSE, ANIMATE_FACE = noise(1, 16, 1, 8, 8), noise(1, 3, 1, 512, 512)
 MINIMAX_VIDEO, MINIMAX_AUDIO = noise(1, 24, 2, 4, 4), noise(1, 32, 2, 3)
 
 
@@ -71,6 +77,18 @@ def kandinsky5_reference(model: nn.Module) -> Tensor:
     return out.permute(0, 4, 1, 2, 3)
 
 
+def anima_conditioner() -> nn.Module:
+    sizes = {"source_dim": 64, "target_dim": 64, "model_dim": 64, "num_layers": 1, "num_attention_heads": 1}
+    return diffusers.AnimaTextConditioner(**sizes)
+
+
+def anima_reference(model: nn.Module) -> Tensor:
+    from comfyui.tiny_families import make
+
+    text = make("anima", "text_conditioner")(CONTEXT, ANIMA_TOKENS)
+    return model(VIDEO, torch.tensor([0.7]), text, padding_mask=torch.zeros(1, 1, 8, 8), return_dict=False)[0]
+
+
 def cogvideox_reference(model: nn.Module) -> Tensor:
     rotations = get_3d_rotary_pos_embed(64, None, (4, 4), 2, grid_type="slice", max_size=(4, 4))
     video = COGVIDEOX_VIDEO.transpose(1, 2)
@@ -107,7 +125,70 @@ def minimax_h3_native(model: nn.Module) -> Tensor:
     return torch.cat([part.flatten() for part in out])
 
 
+LTX2 = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "cross_attention_dim": 64,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 16,
+    "audio_cross_attention_dim": 32,
+    "num_layers": 1,
+    "caption_channels": 64,
+}
+GATED = {"gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True}
+LTX23 = LTX2 | GATED | {"rope_type": "split", "use_prompt_embeddings": False}
+LTX2_VIDEO, LTX2_AUDIO, LTX2_AUDIO_TEXT = noise(1, 16, 2, 4, 4), noise(1, 8, 5, 16), noise(1, 8, 64, seed=1)
+
+
+def connectors(**settings: Any) -> nn.Module:
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+
+    heads = {f"{kind}_connector_num_attention_heads": 1 for kind in ("video", "audio")}
+    sizes = {"video_connector_attention_head_dim": 64, "audio_connector_attention_head_dim": settings.pop("audio", 64)}
+    return LTX2TextConnectors(caption_channels=64, text_proj_in_factor=2, **heads, **sizes, **settings)
+
+
+def ltx2_reference(model: nn.Module, audio_text: Tensor) -> Tensor:
+    step = torch.tensor([700.0])
+    video, audio = model(
+        LTX2_VIDEO.flatten(2).transpose(1, 2),
+        LTX2_AUDIO.transpose(1, 2).flatten(2),
+        CONTEXT,
+        audio_text,
+        step,
+        sigma=step,
+        num_frames=2,
+        height=4,
+        width=4,
+        fps=25.0,
+        audio_num_frames=5,
+        return_dict=False,
+    )
+    return torch.cat([video.transpose(1, 2).flatten(), audio.unflatten(2, (8, 16)).transpose(1, 2).flatten()])
+
+
+def ltx2_native(model: nn.Module, audio_text: Tensor) -> Tensor:
+    out = model([LTX2_VIDEO, LTX2_AUDIO], torch.tensor([0.7]), torch.cat([CONTEXT, audio_text], -1), frame_rate=25)
+    return torch.cat([part.flatten() for part in out])
+
+
 RECENT = {
+    "ltx2": Tiny(
+        "LTX2VideoTransformer3DModel",
+        LTX2,
+        lambda m: ltx2_reference(m, LTX2_AUDIO_TEXT),
+        lambda m: ltx2_native(m, LTX2_AUDIO_TEXT),
+        beside={"connectors": connectors},
+    ),
+    "ltx23": Tiny(
+        "LTX2VideoTransformer3DModel",
+        LTX23,
+        lambda m: ltx2_reference(m, LTX2_AUDIO_TEXT[..., :32]),
+        lambda m: ltx2_native(m, LTX2_AUDIO_TEXT[..., :32]),
+        beside={"connectors": partial(connectors, rope_type="split", video_gated_attn=True, audio_gated_attn=True, audio=32)},
+    ),
     "krea2": Tiny(
         "Krea2Transformer2DModel",
         {
@@ -222,6 +303,22 @@ RECENT = {
         lambda m: m(VIDEO, torch.tensor([0.7]), COSMOS_TEXT),
         {"num_blocks": 2, "num_heads": 1, "adaln_lora_dim": 32},
     ),
+    "anima": Tiny(
+        "CosmosTransformer3DModel",
+        {
+            "num_attention_heads": 1,
+            "num_layers": 2,
+            "adaln_lora_dim": 32,
+            "max_size": (128, 240, 240),
+            "rope_scale": (1.0, 4.0, 4.0),
+            "extra_pos_embed_type": None,
+            "text_embed_dim": 64,
+        },
+        anima_reference,
+        lambda m: m(VIDEO, torch.tensor([0.7]), CONTEXT, t5xxl_ids=ANIMA_TOKENS, t5xxl_weights=torch.ones(1, 6, 1)),
+        {"num_blocks": 2, "num_heads": 1, "adaln_lora_dim": 32, "crossattn_emb_channels": 64},
+        beside={"text_conditioner": anima_conditioner},
+    ),
     "cogvideox": Tiny(
         "CogVideoXTransformer3DModel",
         {
@@ -240,6 +337,24 @@ RECENT = {
         cogvideox_reference,
         lambda m: m(COGVIDEOX_VIDEO, torch.tensor([700]), CONTEXT),
         {"sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": 8},
+    ),
+    "wan_animate": Tiny(
+        "WanAnimateTransformer3DModel",
+        {
+            "num_attention_heads": 1,
+            "ffn_dim": 256,
+            "num_layers": 5,
+            "text_dim": 4096,
+            "added_kv_proj_dim": 128,
+            "rope_max_seq_len": 32,
+        },
+        lambda m: m(*ANIMATE, pose_hidden_states=ANIMATE_POSE, face_pixel_values=ANIMATE_FACE, return_dict=False)[0],
+        lambda m: m(
+            *ANIMATE[:3],
+            clip_fea=ANIMATE[3],
+            pose_latents=ANIMATE_POSE,
+            face_pixel_values=ANIMATE_FACE,
+        ),
     ),
     "wan_vace": Tiny(
         "WanVACETransformer3DModel",
