@@ -21,7 +21,7 @@ from .base import Method, Stored, register_method
 from .clips import ClipSearch
 from .config import GroupSize, QDiffConfig
 from .grids import encoding_grid, format_grids
-from .scales import ABSMAX, Search, quantize_groups
+from .scales import ABSMAX, Search, pack_groups, quantize_groups
 from .threads import block_threads
 
 NAMED_FORMATS = {
@@ -97,7 +97,7 @@ def quantize(
     candidates = [weight_format] if isinstance(weight_format, MinifloatFormat) else list(weight_format)
     best = candidates[0] if len(candidates) == 1 else _fittest(weight, candidates, search)
     found = quantize_groups(weight, format_grids(best), best.group_size, best.scale_dtype, bool(best.tensor_scale), search)
-    return best, best.pack(found.codes, found.scales, found.tensor_scale)
+    return best, pack_groups(best, found)
 
 
 def quantize_config(weight: Tensor, config: FPConfig) -> tuple[MinifloatFormat, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""A checkpoint that is quantized while it loads does not stay in memory, and nobody who looks at its tensors sees the difference."""
+"""A checkpoint that is quantized while it loads leaves memory, and who looks at its tensors sees no difference."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ METHODS: dict[str, Callable[[], QDiffConfig]] = {
     "svdquant": lambda: SVDQuantConfig(bits=4, rank=2, rounds=1),
     "rtn": lambda: RTNConfig(bits=4),
 }
+
+
 def resident(folder: Path) -> int:
     """Bytes of the files of a folder that are mapped and resident in this process."""
     total, counted = 0, False
