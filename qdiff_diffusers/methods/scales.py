@@ -229,7 +229,7 @@ class _Compiled:
     def __call__(self, weight: Tensor, group: int, scales: Tensor, codes: Tensor, dense: Tensor) -> float:
         """Write scales, codes and values of ``weight [rows, columns]``; returns the squared error."""
         out = scales.numpy(), codes.view(torch.uint8).numpy(), dense.numpy()
-        numbers = weight.contiguous().numpy()
+        numbers = weight.detach().contiguous().numpy()
         return float(self.search(numbers, group, self.grids, self.whole, *self.store, self.factors, self.middle, *out))
 
 
