@@ -42,7 +42,7 @@ def _are_a_files(first: int, count: int) -> bool:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(first * 8)
             entries = np.frombuffer(file.read(count * 8), np.uint64)
-    except OSError:
+    except (OSError, ValueError):  # not to be read, or empty
         return False
     held = (entries & (_PRESENT | _SWAPPED)) != 0
     return len(entries) == count and bool(((entries & _OF_A_FILE) != 0)[held].all())

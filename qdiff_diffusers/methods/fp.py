@@ -24,7 +24,7 @@ from .clips import ClipSearch
 from .config import GroupSize, QDiffConfig
 from .fields import Between
 from .grids import encoding_grid, format_grids
-from .scales import ABOVE_ABSMAX, ABSMAX, Search, quantize_groups
+from .scales import ABOVE_ABSMAX, ABSMAX, Search, pack_groups, quantize_groups
 from .targets import POWER
 from .threads import block_threads
 
@@ -108,8 +108,7 @@ def quantize(
     candidates = [weight_format] if isinstance(weight_format, MinifloatFormat) else list(weight_format)
     best = candidates[0] if len(candidates) == 1 else _fittest(weight, candidates, search)
     arguments = best.group_size, best.scale_dtype, bool(best.tensor_scale), search
-    found = quantize_groups(weight, format_grids(best), *arguments, tensor_value=tensor_scale)
-    return best, best.pack(found.codes, found.scales, found.tensor_scale)
+    return best, pack_groups(best, quantize_groups(weight, format_grids(best), *arguments, tensor_value=tensor_scale))
 
 
 def quantize_config(weight: Tensor, config: FPConfig) -> tuple[MinifloatFormat, dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from .error_feedback import damped
 from .inputs import NOISE_SHARE, Samples, fit_inputs, for_noisy_inputs, input_noise
 from .magnitude import even_exponent, half_precision, reach, restore, row_exponents, times_power
 from .smoothing import search_smoothing
+from .threads import map_blocks
 from .unbias import sample_rows, unbias
 
 ORDINARY_MOMENTS = 20  # exponent of second moments within which they are left as they are
@@ -70,9 +71,7 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
         QDiffError: the weight holds NaN or infinity.
     """
     shape, method = tuple(weight.shape), method_of(config)
-    matrix = matrix_layout(weight.detach()).float().contiguous()
-    if not torch.isfinite(matrix.sum()) and not torch.isfinite(matrix).all():
-        raise QDiffError("the weight holds NaN or infinity")
+    matrix = _matrix(weight.detach())
     channels, block = shape[1], rotation_block(shape[1], config)
     by_kernels = method.kernel_vectors(config, shape)
     given = getattr(config, "tensor_scale", None) is not None  # which fits weights of any size
@@ -122,6 +121,25 @@ def quantize_weight(weight: Tensor, config: QDiffConfig, seed: int = 0, inputs: 
     if not math.isfinite(error):
         raise QDiffError(f"weights of up to {float(exact.abs().max()):.3g} are too large for float32 once they are quantized")
     return QuantizedWeight(spec, tensors, error)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """The matrix of a weight, float32 ``[rows, columns]``.
+
+    Raises:
+        QDiffError: the weight holds NaN or infinity.
+    """
+    source = matrix_layout(weight)
+    as_it_is = source.dtype == torch.float32 and source.is_contiguous()
+    matrix = source if as_it_is else torch.empty(source.shape, dtype=torch.float32, device=source.device)
+
+    def is_finite(part: slice) -> bool:
+        rows = matrix[part] if as_it_is else matrix[part].copy_(source[part])
+        return bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())
+
+    if not all(map_blocks(is_finite, matrix)):
+        raise QDiffError("the weight holds NaN or infinity")
+    return matrix
 
 
 def _smoothing(

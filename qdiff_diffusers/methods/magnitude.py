@@ -19,6 +19,7 @@ from torch import Tensor
 from ..formats import CodebookFormat, IntegerFormat, LayerSpec, MinifloatFormat, WeightFormat
 from ..formats.spec import EXTRAS_DTYPES
 from .scales import short_scale
+from .threads import map_blocks
 
 HIGH = 10  # exponent below which weights are ordinary, and which those beyond are brought to: 64 times it is still below 65504
 CODEBOOK_LEVELS = 127.0  # a scale per row is about this much smaller than its largest weight
@@ -77,7 +78,8 @@ def row_exponents(matrix: Tensor, limits: Reach) -> Tensor | None:
     Returns:
         int32 ``[rows, 1]``.
     """
-    peaks = torch.maximum(matrix.amax(1, True), -matrix.amin(1, True))  # eighty times as fast as aminmax or vector_norm by rows
+    # Eighty times as fast as aminmax or vector_norm by rows.
+    peaks = torch.cat(map_blocks(lambda part: torch.maximum(matrix[part].amax(1, True), -matrix[part].amin(1, True)), matrix))
     largest = peaks.amax()
     common = torch.zeros_like(largest, dtype=torch.int32)
     if largest > 0 and not limits.least <= largest < 2.0**HIGH:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..formats import IntegerFormat, WeightFormat, group_columns
 from .base import Method, Stored, register_method
 from .config import GroupSize, QDiffConfig
+from .threads import block_threads, map_blocks
 
 DEFAULT_BITS = 8
 
@@ -27,6 +28,7 @@ class RTNConfig(QDiffConfig):
     bit_choices: ClassVar[tuple[float, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
+@block_threads()
 def quantize(weight: Tensor, *, bits: int, group_size: GroupSize = 64) -> tuple[IntegerFormat, dict[str, Tensor]]:
     """Asymmetric integers, float16 scale and zero per group, no search.
 
@@ -39,6 +41,15 @@ def quantize(weight: Tensor, *, bits: int, group_size: GroupSize = 64) -> tuple[
         The format and its tensors, ``w = scale * code + zero`` with ``zero`` the group's minimum.
     """
     weight_format = IntegerFormat(bits, group_size, symmetric=False)
+    if group_size == "tensor":
+        return weight_format, _quantize(weight, weight_format)
+    parts = map_blocks(lambda part: _quantize(weight[part], weight_format), weight)
+    return weight_format, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _quantize(weight: Tensor, weight_format: IntegerFormat) -> dict[str, Tensor]:
+    """The format's tensors of some rows, or of a whole matrix that shares a scale."""
+    bits, group_size = weight_format.bits, weight_format.group_size
     rows, columns = weight.shape
     groups = weight.reshape(1, 1, -1) if group_size == "tensor" else _grouped(weight, group_columns(group_size, columns))
     low, high = groups.amin(-1), groups.amax(-1)
@@ -48,7 +59,7 @@ def quantize(weight: Tensor, *, bits: int, group_size: GroupSize = 64) -> tuple[
     inverse = scales.float().clamp_min(1e-30).reciprocal()
     codes = (groups - zeros.float()[..., None]).mul_(inverse[..., None]).round_().clamp_(0, (1 << bits) - 1)
     codes = codes.to(torch.uint8).reshape(rows, -1)[:, :columns]
-    return weight_format, weight_format.pack(codes, scales, zeros)
+    return weight_format.pack(codes, scales, zeros)
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:

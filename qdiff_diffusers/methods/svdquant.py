@@ -23,7 +23,7 @@ from .fields import Between
 from .grids import format_grids
 from .low_rank import FACTOR_BITS, LowRank, energies, rank_bits, truncated_svd
 from .rtn import RTNConfig
-from .scales import Quantized, ScaleSearch, quantize_groups
+from .scales import Quantized, ScaleSearch, pack_groups, quantize_groups
 from .threads import block_threads, map_blocks
 
 ResidualQuantizer = Callable[[Tensor], Stored]
@@ -144,7 +144,7 @@ def quantize(weight: Tensor, *, residual_quantize: ResidualQuantizer, rank: int,
     best: tuple[float, Attempt, LowRank] | None = None
     for _ in range(max(1, rounds)):
         tried = attempt(residual)
-        torch.sub(weight, tried.dense, out=target)
+        _difference(weight, tried.dense, target)
         branch = truncated_svd(target, rank, start=branch.subspace, seed=seed)
         residual, error = _without_branch(weight, branch, tried.dense)
         if best is not None and error >= best[0]:
@@ -153,6 +153,10 @@ def quantize(weight: Tensor, *, residual_quantize: ResidualQuantizer, rank: int,
     assert best is not None
     weight_format, tensors = best[1].store()
     return weight_format, tensors | {"low_rank_down": best[2].down, "low_rank_up": best[2].up}
+
+
+def _difference(weight: Tensor, stored: Tensor, out: Tensor) -> None:
+    map_blocks(lambda part: torch.sub(weight[part], stored[part], out=out[part]), weight)
 
 
 def _without_branch(weight: Tensor, branch: LowRank, stored: Tensor) -> tuple[Tensor, float]:
@@ -203,9 +207,7 @@ class ScalarResidual:
         return quantize_groups(residual, format_grids(fmt), fmt.group_size, fmt.scale_dtype, tensor_scale, self.search, with_dense)
 
     def _store(self, found: Quantized) -> Stored:
-        if isinstance(self.format, IntegerFormat):
-            return self.format, self.format.pack(found.codes, found.scales)
-        return self.format, self.format.pack(found.codes, found.scales, found.tensor_scale)
+        return self.format, pack_groups(self.format, found)
 
 
 @block_threads()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..formats import WeightFormat
 from .scales import short_scale
+from .threads import block_threads, map_blocks
 
 MAX_GAIN = 1.5
 
@@ -34,12 +35,8 @@ def unbias(matrix: Tensor, weight_format: WeightFormat, tensors: dict[str, Tenso
         matrix, tensors_seen = sample_rows(matrix, tensors)
     else:
         tensors_seen = tensors
-    packed = weight_format.dequantize(tensors_seen, matrix.shape[1])
-    wanted = matrix * matrix
-    if "low_rank_down" in tensors:
-        wanted -= matrix * (tensors_seen["low_rank_up"].float() @ tensors["low_rank_down"].float())
-    dims = (1,) if per_row else (0, 1)
-    gain = wanted.sum(dims) / (matrix * packed).sum(dims)
+    wanted, found = _projections(matrix, weight_format, tensors_seen)
+    gain = wanted / found if per_row else wanted.sum() / found.sum()
     gain = torch.where(gain.isfinite(), gain, 1.0).clamp(1 / MAX_GAIN, MAX_GAIN)
     if "tensor_scale" in tensors:
         return tensors | {"tensor_scale": short_scale(tensors["tensor_scale"] * gain)}
@@ -48,9 +45,30 @@ def unbias(matrix: Tensor, weight_format: WeightFormat, tensors: dict[str, Tenso
     return tensors | {"scales": (scales.float() * (gain[:, None] if per_row else gain)).to(scales.dtype)}
 
 
+@block_threads()
+def _projections(matrix: Tensor, weight_format: WeightFormat, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """For each row its product with what the format stands for, the row less its branch, and with what the format holds."""
+    names = row_names(matrix, tensors)
+
+    def work(part: slice) -> Tensor:
+        rows, own = matrix[part], {name: t[part] if name in names else t for name, t in tensors.items()}
+        wanted = rows.square().sum(1)
+        if "low_rank_down" in tensors:
+            wanted -= ((rows @ own["low_rank_down"].float().T) * own["low_rank_up"].float()).sum(1)
+        return torch.stack([wanted, (weight_format.dequantize(own, rows.shape[1]) * rows).sum(1)])
+
+    wanted, found = torch.cat(map_blocks(work, matrix), 1)
+    return wanted, found
+
+
+def row_names(matrix: Tensor, tensors: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors of a packed ``matrix [rows, columns]`` that have an entry for each of its rows."""
+    return {"codes", "low_rank_up"} | ({"scales", "zeros"} if tensors["scales"].shape[0] == len(matrix) else set())
+
+
 def sample_rows(matrix: Tensor, tensors: dict[str, Tensor], weights: int = 1 << 18) -> tuple[Tensor, dict[str, Tensor]]:
     """Evenly spaced rows, about ``weights`` numbers in all, of a matrix and of its packed form."""
     rows, columns = matrix.shape
     step = max(1, min(rows, rows * columns // weights))
-    per_row = {"codes", "low_rank_up"} | ({"scales", "zeros"} if tensors["scales"].shape[0] == rows else set())
+    per_row = row_names(matrix, tensors)
     return matrix[::step], {name: t[::step] if name in per_row else t for name, t in tensors.items()}

@@ -16,6 +16,7 @@ from ..formats.layer_table import StoredLayer
 from ..layers import PackedLayer, dense_layer, follow_timesteps, pack_layer, unsupported_reason
 from ..layers.offloading import CASTING, check_forward, diffusers_hook, fetch, without_group_offloading
 from ..methods import quantize_weight
+from ..methods.threads import block_threads
 
 ALIGNMENT = 64  # bytes, alignment of the memory that torch allocates on the CPU
 
@@ -38,7 +39,8 @@ def quantize_named(name: str, weight: Tensor, config: QDiffConfig) -> tuple[Stor
         QDiffError: names the layer whose weight cannot be quantized.
     """
     try:
-        spec, tensors, error = quantize_weight(weight, config, seed=config.seed + zlib.crc32(name.encode()))
+        with block_threads():
+            spec, tensors, error = quantize_weight(weight, config, seed=config.seed + zlib.crc32(name.encode()))
     except ValueError as failure:
         raise QDiffError(f"layer {name} {list(weight.shape)}: {failure}") from failure
     return StoredLayer(spec, tuple(weight.shape), float(f"{error:.4g}")), tensors

@@ -1,13 +1,15 @@
-"""A checkpoint that is quantized while it loads does not stay in memory, and nobody who looks at its tensors sees the difference."""
+"""A checkpoint that is quantized while it loads leaves memory, and who looks at its tensors sees no difference."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from qdiff_diffusers import AQConfig, FPConfig, QDiffConfig, RTNConfig, SVDQuantConfig, VQConfig
 from qdiff_diffusers.checkpoint import pages
 from qdiff_diffusers.checkpoint.pages import release_pages
+from qdiff_diffusers.errors import QDiffError
 from qdiff_diffusers.integrations.diffusers_quantizer import QDiffQuantizer
 from qdiff_diffusers.model import packing
 
@@ -32,6 +35,8 @@ METHODS: dict[str, Callable[[], QDiffConfig]] = {
     "svdquant": lambda: SVDQuantConfig(bits=4, rank=2, rounds=1),
     "rtn": lambda: RTNConfig(bits=4),
 }
+
+
 def resident(folder: Path) -> int:
     """Bytes of the files of a folder that are mapped and resident in this process."""
     total, counted = 0, False
@@ -252,3 +257,40 @@ def test_peak_memory_stays_near_the_size_of_the_file(method: str, tmp_path: Path
     assert done.returncode == 0, done.stderr[-2000:]
     size = (tmp_path / "large" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert json.loads(done.stdout.splitlines()[-1]) < 1.1 * size
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_error_in_a_layer_names_it_and_leaves_nothing_behind(method: str, threads: int, tmp_path: Path) -> None:
+    model = transformer()
+    layer = "transformer_blocks.1.ff.net.2"
+    model.get_submodule(layer).weight.data[400, 7] = torch.nan  # in one of several blocks of rows
+    model.save_pretrained(tmp_path)
+    before, running = torch.get_num_threads(), threading.active_count()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(QDiffError, match=rf"^layer {layer} \[512, 2048\]: the weight holds NaN or infinity$"):
+            quantize(tmp_path, METHODS[method]())
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    gc.collect()
+    assert threading.active_count() == running
+    assert not sys.platform.startswith("linux") or resident(tmp_path) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_are_the_same_to_the_bit_on_any_number_of_threads(method: str, tmp_path: Path) -> None:
+    transformer().save_pretrained(tmp_path)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            kind = diffusers.DiTTransformer2DModel
+            model = kind.from_pretrained(tmp_path, quantization_config=METHODS[method](), torch_dtype=torch.bfloat16)
+            found.append(model.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            assert torch.equal(tensor.view(torch.uint8), other[name].view(torch.uint8)), name
