@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from .additive import decode, encode_under
 from .columns import BLOCK, LONGEST_REFIT, RowCodes, descend, make_levels, pass_on, storable
 from .compiled import loops
 from .error_feedback import Moments, row_blocks
+from .nearest import NeighbourLists
 from .threads import map_blocks
 from .vectors import integer_codebooks, stored_scales, table_neighbours
 
@@ -144,9 +144,9 @@ class CodebookCoder:
         vector, scale = columns.start // self.step, self.scale(columns)[:, 0]
         books = self.codebooks[:, :, : len(slopes)].contiguous()
         points = (slopes / torch.where(scale == 0, 1, scale)).T.contiguous()
-        if old is not None and len(slopes) == self.step and (module := self._neighbours(points)) is not None:
-            lists = table_neighbours(str(self.format.table))
-            codes = lists.improve_under(points, metric, self.codes[:, vector, 0], module)[:, None]
+        near = None if old is None else self._neighbours(points)
+        if near is not None and near.suit(metric):
+            codes = near.improve_under(points, metric, self.codes[:, vector, 0])[:, None]
         else:
             codes = encode_under(points, books, metric, beam)
         values = decode(codes, books).T * scale
@@ -158,10 +158,10 @@ class CodebookCoder:
         self.codes[:, vector] = codes
         return values
 
-    def _neighbours(self, points: Tensor) -> ModuleType | None:
-        """The loops that search near the present codes, where that is worth it: in one large codebook, known beforehand."""
+    def _neighbours(self, points: Tensor) -> NeighbourLists | None:
+        """Where to look near the present codes, if that is worth it: in one large codebook, known beforehand, by compiled loops."""
         large = self.format.table is not None and len(self.codebooks) == 1 and self.codebooks.shape[1] >= NEIGHBOURS_FROM
-        return loops("search_numba", points) if large else None
+        return table_neighbours(str(self.format.table)) if large and loops("search_numba", points) is not None else None
 
     can_rescale = True
 

@@ -20,6 +20,11 @@ _inline: Any = njit(error_model="numpy", inline="always")
 
 
 @_inline
+def _tile() -> Any:
+    return np.empty(TILE, np.float32)
+
+
+@_inline
 def _load(target: Any, source: Any, row: Any, first: Any, count: Any, fill: Any) -> None:
     for r in range(TILE):
         target[r] = fill
@@ -107,6 +112,89 @@ def columns_pass_block(
             losses[first + r] += loss[r]
 
 
+@_inline
+def _see(q: Any, t: Any, block: Any, begin: Any, end: Any, seen: Any, along: Any, square: Any) -> None:
+    """What a group's levels do to the gradient of its columns and those after it, and the slope and curvature of its scale."""
+    for k in range(begin, len(seen)):
+        for r in range(TILE):
+            seen[k, r] = 0
+    for r in range(TILE):
+        along[r] = 0
+        square[r] = 0
+    for j in range(begin, end):
+        for r in range(TILE):
+            along[r] += q[j, r] * t[j, r]
+        for k in range(begin, len(seen)):
+            f, qj, sk = block[j, k], q[j], seen[k]
+            for r in range(TILE):
+                sk[r] += qj[r] * f
+    for j in range(begin, end):
+        for r in range(TILE):
+            square[r] += q[j, r] * seen[j, r]
+
+
+@_inline
+def _see_zero(t: Any, block: Any, seen: Any, begin: Any, end: Any, ones: Any, sums: Any, cross: Any) -> Any:
+    """The same for its zero: slope, curvature, which is the same in all rows, and what it has in common with the scale."""
+    whole = np.float32(0)
+    for k in range(begin, len(ones)):
+        ones[k] = 0
+    for j in range(begin, end):
+        for k in range(begin, len(ones)):
+            ones[k] += block[j, k]
+    for r in range(TILE):
+        sums[r] = 0
+        cross[r] = 0
+    for j in range(begin, end):
+        whole += ones[j]
+        for r in range(TILE):
+            sums[r] += t[j, r]
+            cross[r] += seen[j, r]
+    return whole
+
+
+@_inline
+def _best_scale(s: Any, unit: Any, top: Any, bottom: Any, steps: Any, cuts: Any, depth: Any, x: Any, rank: Any, ds: Any) -> None:
+    """Changes ``ds`` of scales ``s`` that can be stored, nearest to ``top / bottom``, which may be zero or none."""
+    origin = np.zeros(TILE, np.uint32)
+    sign = np.empty(TILE, np.float32)
+    for r in range(TILE):
+        sign[r] = np.float32(-1) if s[r] < 0 else np.float32(1)
+        ds[r] = s[r]
+        if bottom[r] > 0:
+            ds[r] = s[r] + top[r] / bottom[r]
+        x[r] = ds[r] * sign[r] / unit[r]
+    _nearest(x, cuts, origin, depth, rank)
+    for r in range(TILE):
+        stored = x[r]
+        if depth > 0:
+            stored = steps[rank[r]]
+        ds[r] = stored * unit[r] * sign[r] - s[r] if x[r] > 0 and stored > 0 and s[r] != 0 else np.float32(0)
+
+
+@_inline
+def _best_zero(x: Any, z: Any, steps: Any, cuts: Any, depth: Any, v: Any, rank: Any, dz: Any) -> None:
+    """Changes ``dz`` of zeros ``z`` that can be stored, so that they are nearest to ``x``."""
+    origin = np.zeros(TILE, np.uint32)
+    for r in range(TILE):
+        v[r] = abs(x[r])
+    _nearest(v, cuts, origin, depth, rank)
+    for r in range(TILE):
+        stored = v[r]
+        if depth > 0:
+            stored = steps[rank[r]]
+        dz[r] = (-stored if x[r] < 0 else stored) - z[r]
+
+
+@_inline
+def _pass_change(t: Any, row: Any, change: Any, begin: Any) -> None:
+    """Tell the columns from ``begin`` on of a column's ``change``, through its ``row`` of the second moments."""
+    for j in range(begin, len(t)):
+        f, tj = row[j], t[j]
+        for r in range(TILE):
+            tj[r] -= change[r] * f
+
+
 @compiled(
     "void(f4[:,::1],f4[:,::1],f4[:,::1],f4[::1],f4[::1],i8,f4[::1],f4[::1],i8,f4[:,::1],f4[:,::1],f4[::1],i4[:,::1],i8[::1],"
     "f4[:,::1],i2[:,::1],f4[:,::1],f4[::1],i8)"
@@ -133,25 +221,12 @@ def columns_descend_block(
     refit: Any,
 ) -> None:
     columns, rows = gradient.shape
-    t, seen = np.empty((columns, TILE), np.float32), np.empty((columns, TILE), np.float32)
-    q = np.empty((columns, TILE), np.float32)
+    t, seen, q = np.empty((columns, TILE), np.float32), np.empty((columns, TILE), np.float32), np.empty((columns, TILE), np.float32)
     ones = np.empty(columns, np.float32)
-    s, z, safe = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    unit, sign = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    base, rank, origin = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.zeros(TILE, np.uint32)
-    x, v, d, gain = (
-        np.empty(TILE, np.float32),
-        np.empty(TILE, np.float32),
-        np.empty(TILE, np.float32),
-        np.empty(TILE, np.float32),
-    )
-    along, square, sums, cross = (
-        np.empty(TILE, np.float32),
-        np.empty(TILE, np.float32),
-        np.empty(TILE, np.float32),
-        np.empty(TILE, np.float32),
-    )
-    ds, dz = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    s, z, safe, unit = _tile(), _tile(), _tile(), _tile()
+    base, rank = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    x, v, d, gain = _tile(), _tile(), _tile(), _tile()
+    along, square, sums, cross, top, bottom, ds, dz = _tile(), _tile(), _tile(), _tile(), _tile(), _tile(), _tile(), _tile()
     for first in range(0, rows, TILE):
         count = min(TILE, rows - first)
         for j in range(columns):
@@ -176,68 +251,21 @@ def columns_descend_block(
                         q[j, r] = 0
                     for r in range(count):
                         q[j, r] = levels[ranks[j, first + r]]
-                for k in range(begin, columns):
-                    for r in range(TILE):
-                        seen[k, r] = 0
-                for r in range(TILE):
-                    along[r] = 0
-                    square[r] = 0
-                    sums[r] = 0
-                    cross[r] = 0
-                for j in range(begin, end):
-                    for r in range(TILE):
-                        along[r] += q[j, r] * t[j, r]
-                    for k in range(begin, columns):
-                        f, qj, sk = block[j, k], q[j], seen[k]
-                        for r in range(TILE):
-                            sk[r] += qj[r] * f
+                _see(q, t, block, begin, end, seen, along, square)
                 whole = np.float32(0)
-                for j in range(begin, end):
+                if refit > 1:  # the scale that is best if the zero follows
+                    whole = _see_zero(t, block, seen, begin, end, ones, sums, cross)
                     for r in range(TILE):
-                        square[r] += q[j, r] * seen[j, r]
-                if refit > 1:
-                    for k in range(begin, columns):
-                        ones[k] = 0
-                    for j in range(begin, end):
-                        for k in range(begin, columns):
-                            ones[k] += block[j, k]
-                    for j in range(begin, end):
-                        whole += ones[j]
-                        for r in range(TILE):
-                            sums[r] += t[j, r]
-                            cross[r] += seen[j, r]
-                # The scale that is best if the zero follows; then the zero that is best with the scale as it is stored.
-                for r in range(TILE):
-                    sign[r] = np.float32(-1) if s[r] < 0 else np.float32(1)
-                    if refit > 1:
-                        top = along[r] - cross[r] * sums[r] / whole
-                        bottom = square[r] - cross[r] * cross[r] / whole
-                    else:
-                        top = along[r]
-                        bottom = square[r]
-                    ds[r] = s[r]
-                    if bottom > 0:
-                        ds[r] = s[r] + top / bottom
-                    x[r] = ds[r] * sign[r] / unit[r]
-                _nearest(x, cuts, origin, depth, rank)
-                for r in range(TILE):
-                    stored = x[r]
-                    if depth > 0:
-                        stored = steps[rank[r]]
-                    ds[r] = stored * unit[r] * sign[r] - s[r] if x[r] > 0 and stored > 0 and s[r] != 0 else np.float32(0)
-                    dz[r] = 0
-                    x[r] = 0
-                    if refit > 1:
+                        top[r] = along[r] - cross[r] * sums[r] / whole
+                        bottom[r] = square[r] - cross[r] * cross[r] / whole
+                    _best_scale(s, unit, top, bottom, steps, cuts, depth, x, rank, ds)
+                    for r in range(TILE):  # then the zero that is best with the scale as it is stored
                         x[r] = z[r] + (sums[r] - cross[r] * ds[r]) / whole
-                if refit > 1:
+                    _best_zero(x, z, steps, cuts, depth, v, rank, dz)
+                else:
+                    _best_scale(s, unit, along, square, steps, cuts, depth, x, rank, ds)
                     for r in range(TILE):
-                        v[r] = abs(x[r])
-                    _nearest(v, cuts, origin, depth, rank)
-                    for r in range(TILE):
-                        stored = v[r]
-                        if depth > 0:
-                            stored = steps[rank[r]]
-                        dz[r] = (-stored if x[r] < 0 else stored) - z[r]
+                        dz[r] = 0
                 for r in range(TILE):
                     won = ds[r] * (np.float32(2) * along[r] - ds[r] * square[r])
                     if refit > 1:
@@ -259,10 +287,8 @@ def columns_descend_block(
                     tk, sk = t[k], seen[k]
                     for r in range(TILE):
                         tk[r] -= ds[r] * sk[r]
-                    if refit > 1:
-                        f = ones[k]
-                        for r in range(TILE):
-                            tk[r] -= dz[r] * f
+                if refit > 1:
+                    _pass_change(t, ones, dz, begin)
             for r in range(TILE):
                 safe[r] = s[r] if s[r] != 0 else np.float32(1)
             for i in range(begin, end):
@@ -284,11 +310,7 @@ def columns_descend_block(
                     values[i, first + r] = v[r]
                     ranks[i, first + r] = rank[r] if d[r] != 0 else ranks[i, first + r]
                     errors[i, first + r] = exact[i, first + r] - v[r]
-                row = block[i]
-                for j in range(i + 1, columns):
-                    f, tj = row[j], t[j]
-                    for r in range(TILE):
-                        tj[r] -= d[r] * f
+                _pass_change(t, block[i], d, i + 1)
             begin = end
         for r in range(count):
             gains[first + r] += gain[r]

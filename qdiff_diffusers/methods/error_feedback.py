@@ -96,7 +96,7 @@ def prepare(hessian: Tensor, step: int = 1, in_order: bool = False) -> Moments:
     columns = torch.arange(len(hessian), device=hessian.device)
     order = columns if in_order else _by_size(hessian.diagonal(), step)
     last_first = order.flip(0)
-    lower = _cholesky(hessian[last_first][:, last_first])
+    lower = cholesky(hessian[last_first][:, last_first])
     roots = lower.diagonal().clone()
     return Moments(hessian, order, lower.div_(roots).flip(0, 1), roots.square_().flip(0))
 
@@ -156,7 +156,7 @@ def _by_size(diagonal: Tensor, step: int) -> Tensor:
     return place[number].argsort(stable=True)
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def cholesky(matrix: Tensor) -> Tensor:
     """Lower factor of a matrix; more damping where it is nearly singular."""
     extra = 0.0
     for _ in range(DAMPING_TRIES):

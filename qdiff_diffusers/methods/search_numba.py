@@ -76,25 +76,28 @@ def search_nearest(points: Any, origins: Any, entries: Any, halves: Any, codes: 
     best, code = np.empty(4, np.int32), np.empty(4, np.int64)
     floats = best.view(np.float32)
     for p in range(0, points.shape[0], 4):
-        o, x = origins[p : p + 4], points[p : p + 4]
+        x = points[p : p + 4]
+        o0, o1, o2, o3 = origins[p], origins[p + 1], origins[p + 2], origins[p + 3]
         for i in range(4):
             best[i], code[i] = NOTHING, 0
         for start in range(0, k, RUN):
-            own = halves[start : start + RUN]
+            own, one, two = halves[start : start + RUN], entries[0, start : start + RUN], entries[1, start : start + RUN]
+            a0, a1, a2, a3 = x[0, 0], x[1, 0], x[2, 0], x[3, 0]
+            b0, b1, b2, b3 = x[0, 1], x[1, 1], x[2, 1], x[3, 1]
             for e in range(RUN):
-                s[e] = own[e] + o[0]
-                t[e] = own[e] + o[1]
-                u[e] = own[e] + o[2]
-                v[e] = own[e] + o[3]
-            for j in range(0, d, 2):
-                first, second = entries[j, start : start + RUN], entries[j + 1, start : start + RUN]
-                a, b, c, f = x[0, j], x[1, j], x[2, j], x[3, j]
-                g, h, q, r = x[0, j + 1], x[1, j + 1], x[2, j + 1], x[3, j + 1]
+                s[e] = own[e] + o0 - a0 * one[e] - b0 * two[e]
+                t[e] = own[e] + o1 - a1 * one[e] - b1 * two[e]
+                u[e] = own[e] + o2 - a2 * one[e] - b2 * two[e]
+                v[e] = own[e] + o3 - a3 * one[e] - b3 * two[e]
+            for j in range(2, d, 2):
+                one, two = entries[j, start : start + RUN], entries[j + 1, start : start + RUN]
+                a0, a1, a2, a3 = x[0, j], x[1, j], x[2, j], x[3, j]
+                b0, b1, b2, b3 = x[0, j + 1], x[1, j + 1], x[2, j + 1], x[3, j + 1]
                 for e in range(RUN):
-                    s[e] -= a * first[e] + g * second[e]
-                    t[e] -= b * first[e] + h * second[e]
-                    u[e] -= c * first[e] + q * second[e]
-                    v[e] -= f * first[e] + r * second[e]
+                    s[e] = s[e] - a0 * one[e] - b0 * two[e]
+                    t[e] = t[e] - a1 * one[e] - b1 * two[e]
+                    u[e] = u[e] - a2 * one[e] - b2 * two[e]
+                    v[e] = v[e] - a3 * one[e] - b3 * two[e]
             _take(s, start, 0, best, code)
             _take(t, start, 1, best, code)
             _take(u, start, 2, best, code)

@@ -19,7 +19,9 @@ CONFIGS = {
     "aq": AQConfig(bits=2),
     "aq-layer": AQConfig(num_codebooks=2, codebook_bits=4, vector_size=4, codebook="layer"),
     "aq-tensor": AQConfig(num_codebooks=2, codebook_bits=4, vector_size=8, codebook="layer", group_size="tensor"),
+    "aq-groups": AQConfig(num_codebooks=2, codebook_bits=4, vector_size=4, codebook="layer", group_size=24),
     "vq": VQConfig(bits=2, codebook="layer"),
+    "vq-shared": VQConfig(bits=2),
     "rtn": RTNConfig(bits=3, group_size=32),
     "fp": FPConfig(bits=4),
     "nvfp4": FPConfig(weight_format="nvfp4"),
@@ -71,6 +73,34 @@ def test_a_sweep_of_coordinate_descent_raises_no_rows_error(name):
         assert (after <= before * (1 + 1e-4)).all()
         packed = plain.spec.format.dequantize(coder.pack(), target.shape[1])
         torch.testing.assert_close(packed, coder.values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["aq", "aq-layer", "aq-tensor", "aq-groups", "vq", "vq-shared"])
+def test_slopes_are_those_of_the_codes_after_each_sweep(name):
+    weight, hessian = problem(seed=1)
+    hessian = damped(hessian, 0.01)
+    plain = quantize_weight(weight, CONFIGS[name])
+    target = format_target(weight, plain.spec, plain.tensors)
+    coder = make_coder(plain.spec.format, plain.tensors, target.shape[1], beam=8)
+    before = row_errors(target - coder.values, hessian)
+    slopes = (target - coder.values) @ hessian
+    for _ in range(2):
+        gains = coder.descend(target, hessian, slopes)
+        torch.testing.assert_close(slopes, (target - coder.values) @ hessian, rtol=1e-3, atol=1e-3)
+        after = row_errors(target - coder.values, hessian)
+        torch.testing.assert_close(before - gains, after, rtol=1e-3, atol=1e-3 * float(before.mean()))
+        before = after
+
+
+@pytest.mark.parametrize("name", ["aq", "aq-layer", "vq", "vq-shared"])
+def test_what_the_pass_leaves_is_the_error_of_its_codes(name):
+    weight, hessian = problem(seed=2)
+    hessian = damped(hessian, 0.01)
+    plain = quantize_weight(weight, CONFIGS[name])
+    target = format_target(weight, plain.spec, plain.tensors)
+    coder = make_coder(plain.spec.format, plain.tensors, target.shape[1], beam=8)
+    left = coder.pass_on(target, prepare(hessian, coder.step))
+    torch.testing.assert_close(left, row_errors(target - coder.values, hessian), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -168,7 +198,7 @@ def test_compiled_loops_give_the_bits_that_torch_gives(name, shape, monkeypatch)
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_number_of_threads_changes_no_bit(name):
-    weight, hessian = problem(600, 96, seed=4)
+    weight, hessian = problem(1000, 96, seed=4)
     found = []
     threads = torch.get_num_threads()
     try:
