@@ -138,7 +138,9 @@ def product_of(a: Tensor, b: Tensor) -> Tensor:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype to multiply ``x`` in: float32; or its own of 16 bits, where a matrix unit adds up the exact products in float32."""
-    narrow = x.dtype in (torch.float16, torch.bfloat16) and x.is_cuda and hasattr(torch.ops.aten.mm, "dtype")
+    if not x.is_cuda or torch.version.hip or not hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.float32
+    narrow = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and torch.cuda.is_bf16_supported(including_emulation=False))
     return x.dtype if narrow else torch.float32
 
 
