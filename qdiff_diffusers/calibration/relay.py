@@ -148,12 +148,13 @@ def block_names(model: nn.Module) -> list[str]:
     return [f"{name}.{i}" for name in outermost for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _chain(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[str], set[str]]:
     """The names of a model's blocks in the order in which they run, and of modules in them that also run outside of their block.
 
-    There are none if one of them does not run once and by itself, or gives something else than plain tensors, so that what it once
-    gave could not stand in for it to the last bit.
+    There are none if one of them does not run once and by itself, changes its inputs, or gives something else than plain tensors,
+    so that what it once gave could not stand in for it to the last bit.
     """
     names = {id(model.get_submodule(name)): name for name in block_names(model)}
     everywhere = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
@@ -166,16 +167,20 @@ def _chain(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[str], set[str
     strays: set[str] = set()
     plain = True
 
-    def enter(module: nn.Module, _: Any) -> None:
+    versions: list[list[Any]] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal plain
         name = names[id(module)]
         plain &= not running and name not in order
+        versions.append(_versions((args, kwargs)))
         running.append(name)
         order.append(name)
 
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
+    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal plain
         running.pop()
+        plain &= versions.pop() == _versions((args, kwargs))
         parts = output if type(output) in (tuple, list) else (output,)
         plain &= all(part is None or (isinstance(part, Tensor) and 0 not in part.stride()) for part in parts)
 
@@ -189,13 +194,18 @@ def _chain(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[str], set[str
     with ExitStack() as stack:
         for name in names.values():
             block = model.get_submodule(name)
-            stack.callback(block.register_forward_pre_hook(enter).remove)
-            stack.callback(block.register_forward_hook(leave).remove)
+            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
             for inner, module in block.named_modules():
                 if module is not block:
                     stack.callback(module.register_forward_pre_hook(watch(name, inner)).remove)
         call_model(model, inputs)
     return (order, strays) if plain and len(order) == len(names) else ([], set())
+
+
+def _versions(value: Any) -> list[Any]:
+    """Counts of the changes to tensors; those of inference mode keep none, and equal nothing."""
+    return [object() if t.is_inference() else t._version for t in _tensors(value)]
 
 
 def _layout(t: Tensor) -> Tensor:

@@ -145,6 +145,30 @@ class Borrowed(Chain):
         return self.blocks[1][0](super().forward(x))
 
 
+class Hint(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, hint: Tensor) -> Tensor:
+        hint.add_(1)
+        return self.layer(x) * hint
+
+
+class Hinting(Chain):
+    """A chain whose blocks also tell the next ones something, in a tensor that all of them are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Hint() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hint = torch.zeros(8)
+        for block in self.blocks:
+            x = block(x, hint=hint)
+        return x
+
+
 class Reversed(Chain):
     """A chain whose blocks run from last to first."""
 
@@ -155,7 +179,10 @@ class Reversed(Chain):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize(("kind", "is_chain"), [(Again, False), (Skip, False), (Moody, False), (Borrowed, True), (Reversed, True)])
+@pytest.mark.parametrize(
+    ("kind", "is_chain"),
+    [(Again, False), (Skip, False), (Moody, False), (Hinting, False), (Borrowed, True), (Reversed, True)],
+)
 def test_what_is_no_chain_is_run_wholly(kind, is_chain, size, tmp_path):
     model, calls = kind(), stored([{"x": torch.randn(rows, 8)} for rows in (5, 3, 4)])
     found, relay = in_groups(model, calls, size, tmp_path)
