@@ -3,7 +3,8 @@
     python benchmarks/calibration_stages.py                       # a column "after" for this code
     python benchmarks/calibration_stages.py --as before           # the same for other code: run by that checkout's Python
 
-Columns that were measured before stay in ``results/calibration_stages.json``.
+Columns that were measured before stay in ``results/calibration_stages.json``. In a fresh checkout the first fits include some
+seconds in which numba compiles its loops; compare columns that were both measured in fresh checkouts, or neither.
 """
 
 from __future__ import annotations

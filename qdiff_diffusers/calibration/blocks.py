@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..model.packing import pack_finished, packed_layers
 from . import parallel
 from .layerwise import FinishedLayer
+from .relay import block_names
 from .settings import Calibration
 from .store import Store, groups_within, read_tensors, write_tensors
 from .trajectories import Call, call_model, inputs_by_name, to_device
@@ -32,13 +33,6 @@ class TunedBlock:
         self.layers = layers
         self.others = others
         self.log = log
-
-
-def block_names(model: nn.Module) -> list[str]:
-    """The outermost modules in ``nn.ModuleList``s, where diffusers' models keep their repeated blocks, in order."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return [f"{name}.{i}" for name in outermost for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
 
 
 def tune_blocks(

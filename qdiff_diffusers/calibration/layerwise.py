@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..formats import LayerSpec
 from ..formats.layer_table import StoredLayer
 from ..methods import LayerInputs, format_target, quantize_weight
 from . import parallel
+from .relay import Relay
 from .settings import Calibration
 from .statistics import SAMPLES, InputStatistics, collect, recall, statistics_bytes
 from .store import Store, groups_within, read_tensors, write_tensors
@@ -47,8 +49,8 @@ def quantize_layers(
 ) -> dict[str, FinishedLayer]:
     """Quantize all layers, reading those that an earlier run finished.
 
-    Statistics of as many layers at a time as ``calibration.memory_limit`` holds are collected in one pass over the calls. In a
-    distributed run each process takes some of these groups.
+    Statistics of as many layers at a time as ``calibration.memory_limit`` holds are collected in one pass over the calls, which
+    goes on from where the pass before ended in a chain of blocks. In a distributed run each process takes some of these groups.
 
     Args:
         model: the full-precision model, which is not changed.
@@ -68,19 +70,26 @@ def quantize_layers(
     keep = SAMPLES if any(targets[name].takes_samples for name in left) else 0
     sizes = {name: statistics_bytes(model.get_submodule(name), keep, calibration.hessian) * wanted[name] for name in left}
     groups = [part for group in groups_within(sizes, calibration.memory_limit) for part in _split(group, share)]
+    seen = [[name for name in group if wanted[name]] if parallel.is_mine(i) else [] for i, group in enumerate(groups)]
+    relay = Relay(model, calls, folder.with_name("relay"), calibration.memory_limit) if calls and sum(map(bool, seen)) > 1 else None
     progress = logging.tqdm(total=len(left), desc="Quantizing layers", unit="layer", delay=2)
     for index, group in enumerate(groups):
         found: dict[str, FinishedLayer] = {}
         if parallel.is_mine(index):
             statistics: dict[str, InputStatistics] = {}
-            if calls is not None and (watched := [name for name in group if wanted[name]]):
+            if calls is not None and seen[index]:
                 look = partial(recall, folder=kept) if kept else collect
-                statistics = look(model, watched, calls, keep, second_moments=calibration.hessian)
+                following = list(chain.from_iterable(seen[index + 1 :]))
+                statistics = look(
+                    model, seen[index], calls, keep, second_moments=calibration.hessian, relay=relay, following=following
+                )
             for name in group:
                 found[name] = _quantize(model.get_submodule(name), name, targets[name], calibration, statistics.pop(name, None))
                 _write(folder / f"{name}.safetensors", found[name])
                 progress.update()
         finished |= found
+    if relay is not None:
+        relay.close()
     for index, group in enumerate(groups):
         finished |= parallel.share({name: finished[name] for name in group if name in finished}, index)
     progress.close()

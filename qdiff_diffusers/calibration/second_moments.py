@@ -16,7 +16,6 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIPE = 128  # rows of the upper triangle that are multiplied at a time: narrower ones save more, wider ones are faster
@@ -77,12 +76,10 @@ class ShiftedProducts(NamedTuple):
 
     def of(self, layer: nn.Module, x: Tensor) -> list[Tensor]:
         """One ``[C, C]``, float32, for each of :attr:`shifts`."""
-        images = (x if x.ndim == 4 else x[None]).permute(0, 2, 3, 1)
-        batch, height, width, channels = images.shape
+        channels, height, width = x.shape[-3:]
         # Zeros between the rows, and between the images, so that one flat shift moves all of them at once.
         below, beside = ((size - 1) * step for size, step in zip(self.kernel, self.dilation, strict=True))
-        padded = images.new_zeros(batch, height + below, width + beside, channels, dtype=product_dtype(x))
-        padded[:, :height, :width] = images
+        padded = _padded(x.to(product_dtype(x)), (0, below), (0, beside))
         flat = padded.view(-1, channels)
 
         def shifted(shift: Shift) -> Tensor:
@@ -141,7 +138,9 @@ def product_of(a: Tensor, b: Tensor) -> Tensor:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype to multiply ``x`` in: float32; or its own of 16 bits, where a matrix unit adds up the exact products in float32."""
-    narrow = x.dtype in (torch.float16, torch.bfloat16) and x.is_cuda and hasattr(torch.ops.aten.mm, "dtype")
+    if not x.is_cuda or torch.version.hip or not hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.float32
+    narrow = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and torch.cuda.is_bf16_supported(including_emulation=False))
     return x.dtype if narrow else torch.float32
 
 
@@ -149,11 +148,15 @@ def input_matrix(layer: nn.Module, x: Tensor) -> Tensor:
     """Inputs of a layer as rows ``[tokens, columns]`` that its stored matrix multiplies, in their own dtype."""
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(-1, x.shape[-1])
-    x = x if x.ndim == 4 else x[None]
     assert not isinstance(layer.padding, str)
-    taps = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [batch, in * kh * kw, pixels]
-    taps = taps.unflatten(1, (x.shape[1], -1)).permute(0, 3, 2, 1)
-    return taps.reshape(-1, taps.shape[2] * taps.shape[3])
+    (top, left), steps, between = layer.padding, layer.stride, layer.dilation
+    padded = _padded(x, (top, top), (left, left))
+    image, down, right, channel = padded.stride()
+    windows = padded.as_strided(
+        (len(padded), *_windows(layer, x), *layer.kernel_size, padded.shape[-1]),
+        (image, steps[0] * down, steps[1] * right, between[0] * down, between[1] * right, channel),
+    )
+    return windows.reshape(-1, windows.shape[3:].numel())
 
 
 def input_count(layer: nn.Module, x: Tensor) -> int:
@@ -187,6 +190,15 @@ def input_rows(layer: nn.Module, x: Tensor, count: int) -> Tensor:
     windows = x[image[:, None, None], :, down[:, :, None], right[:, None, :]]  # [count, kh, kw, channels]
     inside = (in_rows[:, :, None] & in_columns[:, None, :])[..., None]
     return torch.where(inside, windows.float(), 0.0).flatten(1)
+
+
+def _padded(x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """Images ``[batch, C, h, w]``, or one, channels last, with so many zeros before and after their rows and columns."""
+    images = (x if x.ndim == 4 else x[None]).permute(0, 2, 3, 1)
+    batch, height, width, channels = images.shape
+    out = images.new_zeros(batch, height + sum(rows), width + sum(columns), channels)
+    out[:, rows[0] : rows[0] + height, columns[0] : columns[0] + width] = images
+    return out
 
 
 def _windows(layer: nn.Conv2d, x: Tensor) -> list[int]:

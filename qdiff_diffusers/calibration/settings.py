@@ -63,7 +63,8 @@ class Tuning:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        known = {"objective": OBJECTIVES, "assignments": ASSIGNMENTS, "start": STARTS, "codebooks": CODEBOOKS, "precision": PRECISIONS}
+        known = {"objective": OBJECTIVES, "assignments": ASSIGNMENTS, "start": STARTS, "codebooks": CODEBOOKS}
+        known["precision"] = PRECISIONS
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"tuning: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layers.timesteps import NAMES as TIMESTEP_NAMES
+from .relay import NotAChainError, Relay, Run
 from .second_moments import Layout, Triangle, input_count, input_rows, layout_of
 from .store import Store, read_tensors, write_tensors
 from .trajectories import call_model
@@ -116,21 +117,50 @@ class InputStatistics:
 
 @torch.no_grad()
 def collect(
-    model: nn.Module, names: Sequence[str], calls: Store, keep: int = 0, second_moments: bool = True
+    model: nn.Module,
+    names: Sequence[str],
+    calls: Store,
+    keep: int = 0,
+    second_moments: bool = True,
+    relay: Relay | None = None,
+    following: Sequence[str] = (),
 ) -> dict[str, InputStatistics]:
-    """Statistics of the named layers over all calls, and about ``keep`` samples of each layer's inputs."""
+    """Statistics of the named layers over all calls, and about ``keep`` samples of each layer's inputs.
+
+    Args:
+        relay: runs the calls from where it was left, as far as these layers need it.
+        following: layers whose statistics will be collected next.
+    """
     layers = {name: model.get_submodule(name) for name in names}
-    found = {name: InputStatistics(layer) for name, layer in layers.items()}
-    watcher = _Watcher(found, -(-keep // max(1, len(calls))), second_moments)
-    with watcher.watching(layers):
-        for call in logging.tqdm(calls, desc="Collecting statistics", unit="call", total=len(calls), delay=2, leave=False):
-            watcher.begin(timestep_of(call["inputs"]))
-            call_model(model, call["inputs"])
-    return found
+
+    def look(run: Run) -> dict[str, InputStatistics]:
+        found = {name: InputStatistics(layer) for name, layer in layers.items()}
+        watcher = _Watcher(found, -(-keep // max(1, len(calls))), second_moments)
+        with watcher.watching(layers):
+            progress = logging.tqdm(calls, desc="Collecting statistics", unit="call", total=len(calls), delay=2, leave=False)
+            for number, call in enumerate(progress):
+                watcher.begin(timestep_of(call["inputs"]))
+                run(number, call["inputs"])
+        return found
+
+    if relay is not None:
+        try:
+            with relay.leg(names, following) as run:
+                return look(run)
+        except NotAChainError:
+            relay.give_up()
+    return look(lambda _, inputs: call_model(model, inputs))
 
 
 def recall(
-    model: nn.Module, names: Sequence[str], calls: Store, keep: int, folder: Path, second_moments: bool = True
+    model: nn.Module,
+    names: Sequence[str],
+    calls: Store,
+    keep: int,
+    folder: Path,
+    second_moments: bool = True,
+    relay: Relay | None = None,
+    following: Sequence[str] = (),
 ) -> dict[str, InputStatistics]:
     """:func:`collect`, but statistics are read from ``folder`` if it has them, and written there if not. One process at a time.
 
@@ -143,7 +173,7 @@ def recall(
         missing = [name for name in names if not found[name].load(folder / f"{name}.safetensors", second_moments)]
         if missing:
             start = time.perf_counter()
-            found |= collect(model, missing, calls, SAMPLES, second_moments)
+            found |= collect(model, missing, calls, SAMPLES, second_moments, relay, following)
             seconds = (time.perf_counter() - start) / len(missing)
             for name in missing:
                 found[name].save(folder / f"{name}.safetensors", seconds)

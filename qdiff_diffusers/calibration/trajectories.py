@@ -169,19 +169,20 @@ def _first(output: Any) -> Tensor:
 
 def detached(value: Any) -> Any:
     """A nested structure with its tensors on the CPU, without gradients."""
-    return _map(value, lambda t: t.detach().cpu())
+    return map_tensors(value, lambda t: t.detach().cpu())
 
 
 def to_device(value: Any, device: torch.device) -> Any:
     """A nested structure with its tensors on ``device``."""
-    return _map(value, lambda t: t.to(device))
+    return map_tensors(value, lambda t: t.to(device))
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A nested structure with ``function`` of its tensors."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
+        return {key: map_tensors(item, function) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_map(item, function) for item in value)
+        return type(value)(map_tensors(item, function) for item in value)
     return value

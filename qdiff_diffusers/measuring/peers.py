@@ -295,11 +295,10 @@ def _comfy_kitchen() -> list[Contender]:
 
         return Contender(f"comfy-kitchen-{name}", "comfy-kitchen", convert, bits, "comfy-kitchen", ("comfy_kitchen",))
 
-    rotated = {"convrot": True, "convrot_groupsize": 256}
     return [
         row("fp8-a8", 8, "TensorCoreFP8Layout", inputs=True),
         row("int8-a8", 8, "TensorWiseINT8Layout", per_channel=True),
-        row("int8-convrot-a8", 8, "TensorWiseINT8Layout", per_channel=True, **rotated),
+        row("int8-convrot-a8", 8, "TensorWiseINT8Layout", per_channel=True, convrot=True, convrot_groupsize=256),
         row("mxfp8-a8", 8, "TensorCoreMXFP8Layout", inputs=True, decode=True),
         row("nvfp4", 4, "TensorCoreNVFP4Layout", decode=True),
         row("nvfp4-a4", 4, "TensorCoreNVFP4Layout", inputs=True),

@@ -30,9 +30,15 @@ def tuned(config, pipe, folder, **tuning) -> list[dict]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tuning_in_bfloat16_lowers_the_loss_as_far_as_in_float32(name, objective, tmp_path, monkeypatch):
     config, settings = CONFIGS[name]
-    dtypes = set()
-    state = tuning_module.Tuner.state
-    monkeypatch.setattr(tuning_module.Tuner, "state", lambda self: dtypes.update(t.dtype for t in state(self).values()) or state(self))
+    dtypes: set[torch.dtype] = set()
+    original = tuning_module.Tuner.state
+
+    def state(tuner: tuning_module.Tuner) -> dict[str, torch.Tensor]:
+        found = original(tuner)
+        dtypes.update(tensor.dtype for tensor in found.values())
+        return found
+
+    monkeypatch.setattr(tuning_module.Tuner, "state", state)
     logs = [tuned(config, dit(), tmp_path / p, objective=objective, precision=p, **settings) for p in ("float32", "bfloat16")]
     for exact, rough in zip(*logs, strict=True):
         assert (exact["precision"], rough["precision"]) == ("float32", "bfloat16")

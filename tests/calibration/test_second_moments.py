@@ -124,6 +124,17 @@ def test_inputs_of_other_dtypes_are_multiplied_and_added_in_float32(kind, dtype)
     assert all(rows.dtype == torch.float32 for rows in collected(layer, [x], keep=3).rows.values())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_matrix_unit_multiplies_16_bits_without_a_loss(dtype):
+    for layer, shape in ((nn.Linear(300, 2), (5000, 300)), (nn.Conv2d(24, 2, 3, padding=1), (4, 24, 33, 31))):
+        x = torch.randn(shape, dtype=dtype)
+        found = collected(layer.to("cuda", dtype), [x]).hessian.cpu()
+        assert second_moments.product_dtype(x.cuda()) == dtype
+        total, tokens = exact(layer, [x])
+        assert float((found.double() * tokens - total).abs().max()) <= 1e-5 * float(total.diagonal().max())
+
+
 @pytest.mark.parametrize("count", [1, 7, 1000])
 @pytest.mark.parametrize("layer", [nn.Linear(6, 2), nn.Conv2d(3, 2, (3, 2), (2, 1), (1, 2), (1, 2)), nn.Conv2d(3, 2, 1)], ids=str)
 def test_samples_are_evenly_spaced_rows_of_the_unfolded_input(layer, count):
