@@ -36,7 +36,7 @@ class Tuning:
         fraction: share of the vectors whose codes may change in one step.
         candidates: number of nearest entries for each vector (n of VQ4DiT); 1 keeps the nearest.
         start: initial ratios, "uniform" (VQ4DiT's paper) or by "distance" (its released code).
-        code_lr: learning rate of the straight-through weights (relative to their spread), or of ratios' and roundings' logits.
+        codebooks: whether entries learn together with the ratios of "candidates" ("with"), when those have settled ("after"), or
             not at all ("fixed").
         regularizer: weight of the term that pushes ratios to 0 and 1.
         reset_at_wrap: forget momentum where one trajectory ends and another begins (SeMI-PV).
