@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -22,12 +23,14 @@ from safetensors.torch import load_file, save_file
 
 from qdiff_diffusers import (
     AQConfig,
+    Calibration,
     CheckpointError,
     FPConfig,
     RTNConfig,
     SVDQuantConfig,
     VQConfig,
     inspect_checkpoint,
+    quantize,
 )
 from qdiff_diffusers.layers import PackedLayer
 
@@ -241,6 +244,32 @@ def generate_flux(pipe: FluxPipeline) -> torch.Tensor:
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images
+
+
+def test_prompts_embeddings_calibrate_a_pipeline_that_has_no_text_encoders_in_memory(flux_pipeline, tmp_path):
+    """The recipe of docs/calibration.md: what is fitted is what the whole pipeline's embeddings fit, bit for bit."""
+    whole = FluxPipeline.from_pretrained(flux_pipeline, **NO_TOKENIZERS)
+    with torch.no_grad():
+        held = {"prompt_embeds": whole.text_encoder_2(TOKENS)[0], "pooled_prompt_embeds": whole.text_encoder(TOKENS).pooler_output}
+    config = SVDQuantConfig(bits=4, rank=2, rounds=1)
+
+    def fitted(pipe: FluxPipeline, output: Path) -> Any:
+        def run(pipe, samples, generators):
+            embeddings = {name: tensor[[i % len(tensor) for i in samples]] for name, tensor in held.items()}
+            pipe(**embeddings, height=8, width=8, num_inference_steps=2, generator=generators, output_type="latent")
+
+        calibration = Calibration(run=run, run_key="these embeddings", samples=2, batch_size=1)
+        return quantize(pipe, config, output, calibration=calibration, components="transformer")
+
+    alone = FluxPipeline.from_pretrained(flux_pipeline, text_encoder=None, text_encoder_2=None, **NO_TOKENIZERS)
+    fitted(alone, tmp_path / "alone")
+    fitted(whole, tmp_path / "whole")
+    found, expected = (
+        load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors") for name in ("alone", "whole")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key].view(torch.uint8), expected[key].view(torch.uint8)) for key in expected)
+    assert not (tmp_path / "alone" / "text_encoder_2").exists()
 
 
 @pytest.mark.parametrize("method", CONFIGS)
