@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..checkpoint.comfy_pack import PARTS, SOURCES, find_pack
 from ..checkpoint.folders import written_at_once
 from ..errors import ConfigError
-from ..integrations.comfy_pack import PARTS, SOURCES, find_pack
 from .console import stdout
 
 NAME = "qdiff"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.comfy_pack import families, native_family
 from ..checkpoint.folders import check_output
 from ..checkpoint.source_weights import COMFY, MARKER, OF_INPUTS, comfy_settings
 from ..checkpoint.stand_ins import Piece, StandIn
@@ -21,7 +22,6 @@ from ..config import FPConfig, QDiffConfig, SVDQuantConfig
 from ..errors import CheckpointError, ConfigError
 from ..formats import IntegerFormat, LayerSpec, MinifloatFormat, TensorInfo
 from ..formats.layer_table import StoredLayer
-from ..integrations.comfy_pack import families, native_family
 from .comfy_export import MODEL, WEIGHT
 from .comfy_layouts import Float8, Layout, Rows, joined, layout_of
 from .importing import skeleton

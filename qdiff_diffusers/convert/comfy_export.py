@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.comfy_pack import families, native_family
 from ..checkpoint.inspect import inspect_components
 from ..checkpoint.source_weights import COMFY
 from ..checkpoint.stored_model import StoredModel, read_stored_model
 from ..checkpoint.writing import written_file
 from ..errors import CheckpointError, ConfigError
 from ..formats import LayerSpec, TensorInfo
-from ..integrations.comfy_pack import families, native_family
 from .comfy_layouts import LAYOUTS, Layout, Rows, joined, layout_for
 from .importing import skeleton
 from .nunchaku_folder import Advance, counted

@@ -186,8 +186,11 @@ class _CompiledSearch:
         products = count * (count - 1) // 2
         kind = "i2" if products * k * k > CROSSED_FINE and count * math.log2(k) <= FINE_BITS * d else "i4"
         self._search = module.beam_search(kind)
-        most = halves.amax(1).clamp_min_(1e-15).sort(descending=True).values
-        units = CROSSED_UNITS[kind] / (2 * float(most[0] * most[1]) ** 0.5)  # no product of entries of two codebooks is larger
+        largest, second = halves.amax(1).clamp_min_(1e-15).sort(descending=True).values[:2].tolist()
+        # No product of entries of two codebooks is more units than the table holds. What an entry alone adds must not be too far
+        # either: where all codebooks but one are next to nothing, units are those of a second one a few hundredths as large.
+        second = max(second, largest * (1.5 * CROSSED_UNITS[kind] / float(module.FAR)) ** 2)
+        units = CROSSED_UNITS[kind] / (2 * (largest * second) ** 0.5)
         self.matrix = torch.cat([codebooks.reshape(-1, d) * -units, halves.view(-1, 1) * units], 1).T.contiguous()
         self.crossed = torch.empty(products, k, k, dtype=torch.int16 if kind == "i2" else torch.int32)
         scaled, tables, product = codebooks * units, iter(self.crossed), codebooks.new_empty(k, k)

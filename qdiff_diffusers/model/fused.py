@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoint.comfy_pack import families, native_family
 from ..config import QDiffConfig
 from ..errors import ConfigError
-from ..integrations.comfy_pack import families, native_family
 from ..methods.fp import formats_for, power_scale
 from ..methods.targets import POWER
 

@@ -21,11 +21,11 @@ from qdiff_diffusers import (
     quantize,
     target_config,
 )
+from qdiff_diffusers.checkpoint.comfy_pack import families
 from qdiff_diffusers.checkpoint.stored_model import read_stored_model
 from qdiff_diffusers.cli.app import app
 from qdiff_diffusers.convert import export_comfy
 from qdiff_diffusers.convert.comfy_layouts import LAYOUTS, layout_of
-from qdiff_diffusers.integrations.comfy_pack import families
 from qdiff_diffusers.methods.targets import TARGETS
 
 FEW = ["norm", "ff", "mlp", "to_out", "add", "proj_out"]  # layers left out, so that the others take no time

@@ -13,10 +13,10 @@ from scaled_files import description
 from typer.testing import CliRunner
 
 from qdiff_diffusers import CheckpointError, ConfigError, quantize, target_config
+from qdiff_diffusers.checkpoint.comfy_pack import families
 from qdiff_diffusers.checkpoint.stored_model import read_stored_model
 from qdiff_diffusers.cli.app import app
 from qdiff_diffusers.convert import convert_comfy, export_comfy
-from qdiff_diffusers.integrations.comfy_pack import families
 from qdiff_diffusers.layers import PackedLayer
 
 kitchen = pytest.importorskip("comfy_kitchen.tensor")

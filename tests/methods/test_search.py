@@ -129,3 +129,13 @@ def test_that_numba_is_missing_is_told_once(monkeypatch, caplog):
     finally:
         compiled._numba_is_there.cache_clear()
     assert caplog.text.count("numba is not installed") == 1
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 0.02])
+@pytest.mark.parametrize("d", [4, 16])
+def test_a_codebook_that_is_next_to_nothing_does_not_spoil_the_other(size, d):
+    """As where there are fewer points than entries: the first codebook holds them all, and nothing is left for the second."""
+    books = normal(2, 64, d) * torch.tensor([1.0, size])[:, None, None]
+    points = books[0, :40]
+    codes = encode(points, books)
+    assert float((decode(codes, books) - points).square().mean()) <= float(size**2 * 2 * d)
