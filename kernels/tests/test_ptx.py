@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ptx import instructions, machine, text
+from ptx import floats, instructions, machine, text
 
 HEAD = ".visible .entry _k(\n\t.param .u64 .ptr .global .align 1 _k_param_0,\n\t.param .u32 _k_param_1\n)\n.reqntid {threads}\n{{\n"
 DECLARED = "\t.reg .pred %p<9>;\n\t.reg .b16 %rs<99>;\n\t.reg .b32 %r<99>;\n\t.reg .b64 %rd<99>;\n"
@@ -75,18 +75,18 @@ def test_wide_products_keep_their_sign():
 
 def test_bfloat16_rounds_to_the_nearest_even_number():
     values = torch.randn(4096) * torch.logspace(-42, 38, 4096)
-    found = instructions.narrow(values.numpy())
+    found = floats.narrow(values.numpy())
     assert np.array_equal(found, values.bfloat16().view(torch.int16).numpy().view(np.uint16))
     exact = np.array([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8], np.float64)  # rounded twice, the first would be a tie as well
-    assert instructions.widen(instructions.narrow(exact)).tolist() == [1 + 2.0**-7, 1.0]
+    assert floats.widen(floats.narrow(exact)).tolist() == [1 + 2.0**-7, 1.0]
 
 
 def test_e4m3_codes_are_what_torch_says():
     codes = np.arange(256, dtype=np.uint8)
     expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
-    assert np.array_equal(instructions.e4m3(codes), expected, equal_nan=True)
+    assert np.array_equal(floats.e4m3(codes), expected, equal_nan=True)
     numbers = expected[np.isfinite(expected)]
-    assert np.array_equal(instructions.e4m3(instructions.to_e4m3(numbers)), numbers)
+    assert np.array_equal(floats.e4m3(floats.to_e4m3(numbers)), numbers)
     assert calculated("cvt.rn.f16x2.e4m3x2", 0xB840) == 0xBC004000  # -1 and 2
     assert calculated("cvt.rn.satfinite.e4m3x2.f32", *float_operands(1e9, 0.001)) == 0x7E01
 
@@ -104,7 +104,7 @@ def test_fragments_of_the_matrix_unit_are_where_ldmatrix_puts_them(kind, transpo
 
     def stored(matrix: np.ndarray) -> np.ndarray:
         flat = np.ascontiguousarray(matrix)
-        return instructions.narrow(flat.astype(np.float32)).view(np.uint8) if bits == 16 else flat.astype(np.int8).view(np.uint8)
+        return floats.narrow(flat.astype(np.float32)).view(np.uint8) if bits == 16 else flat.astype(np.int8).view(np.uint8)
 
     memory = np.concatenate([stored(a).reshape(-1), stored(stored_b).reshape(-1), np.zeros(16 * 8 * 4, np.uint8)])
     size = depth * bits // 8  # of a row of A, 32 bytes

@@ -174,6 +174,14 @@ def ltx2_native(model: nn.Module, audio_text: Tensor) -> Tensor:
     return torch.cat([part.flatten() for part in out])
 
 
+COSMOS = {
+    "num_attention_heads": 1,
+    "num_layers": 2,
+    "adaln_lora_dim": 32,
+    "max_size": (128, 240, 240),
+    "rope_scale": (1.0, 4.0, 4.0),
+    "extra_pos_embed_type": None,
+}
 RECENT = {
     "ltx2": Tiny(
         "LTX2VideoTransformer3DModel",
@@ -291,29 +299,14 @@ RECENT = {
     ),
     "cosmos2": Tiny(
         "CosmosTransformer3DModel",
-        {
-            "num_attention_heads": 1,
-            "num_layers": 2,
-            "adaln_lora_dim": 32,
-            "max_size": (128, 240, 240),
-            "rope_scale": (1.0, 4.0, 4.0),
-            "extra_pos_embed_type": None,
-        },
+        COSMOS,
         lambda m: m(VIDEO, torch.tensor([0.7]), COSMOS_TEXT, padding_mask=torch.zeros(1, 1, 8, 8), return_dict=False)[0],
         lambda m: m(VIDEO, torch.tensor([0.7]), COSMOS_TEXT),
         {"num_blocks": 2, "num_heads": 1, "adaln_lora_dim": 32},
     ),
     "anima": Tiny(
         "CosmosTransformer3DModel",
-        {
-            "num_attention_heads": 1,
-            "num_layers": 2,
-            "adaln_lora_dim": 32,
-            "max_size": (128, 240, 240),
-            "rope_scale": (1.0, 4.0, 4.0),
-            "extra_pos_embed_type": None,
-            "text_embed_dim": 64,
-        },
+        COSMOS | {"text_embed_dim": 64},
         anima_reference,
         lambda m: m(VIDEO, torch.tensor([0.7]), CONTEXT, t5xxl_ids=ANIMA_TOKENS, t5xxl_weights=torch.ones(1, 6, 1)),
         {"num_blocks": 2, "num_heads": 1, "adaln_lora_dim": 32, "crossattn_emb_channels": 64},

@@ -32,19 +32,6 @@ FEW = ["norm", "ff", "mlp", "to_out", "add", "proj_out"]  # layers left out, so 
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """``dense(name)``: the folder of a tiny model."""
-    root = tmp_path_factory.mktemp("dense")
-
-    def folder(name):
-        if not (root / name).is_dir():
-            tiny_models.make(name).save_pretrained(root / name)
-        return root / name
-
-    return folder
-
-
-@pytest.fixture(scope="module")
 def quantized(dense, tmp_path_factory):
     root = tmp_path_factory.mktemp("quantized")
     made = {}

@@ -37,18 +37,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    root = tmp_path_factory.mktemp("dense")
-
-    def folder(name):
-        if not (root / name).is_dir():
-            tiny_models.make(name).save_pretrained(root / name)
-        return root / name
-
-    return folder
-
-
 def native(name, model):
     """A model's tensors under ComfyUI's names."""
     tensors = model.state_dict()

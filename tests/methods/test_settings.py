@@ -292,7 +292,8 @@ def test_what_a_shape_rules_out_is_said_before_any_weight_is_read(named):
 def test_every_preset_suits_layers_of_every_size(kind):
     for bits, shape in itertools.product(kind.bit_choices, [(32, 32), (3072, 64), (3072, 3072), (18432, 3072), (256000, 4096)]):
         slow = {"effort": 3} if kind is AQConfig else {}
-        select_layers(Model(shape), kind(bits=bits, **slow), [])
+        targets, _ = select_layers(Model(shape), kind(bits=bits, **slow), [])
+        assert list(targets) == ["blocks.0"]
 
 
 def test_a_layer_that_grows_is_told(caplog):
