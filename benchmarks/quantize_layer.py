@@ -6,9 +6,8 @@ Weights have rows of different size and heavy tails; inputs have a falling spect
 moments tell codes something. Seconds are those that the process computes, which other programs on the machine hardly change, with
 the wall clock's beside them; the best of three runs where one is short. Errors are squared and relative: of the weight, and of the
 layer's output, ``tr((W - Q) H (W - Q)^T) / tr(W H W^T)``. Results of "before" and "after" are kept side by side: "before" is commit
-08cab5e. Those committed of 1536 x 1536 were measured one after the other on a machine with little else to do, but for AQ and VQ:
-these, and those of 3072 x 3072, while three to six times as many programs as it has cores kept it busy, which adds about a fifth
-to the seconds of one process too.
+08cab5e. Those committed of 1536 x 1536 were measured one after the other on a machine with little else to do, those of 3072 x 3072
+while several times as many programs as it has cores kept it busy, which adds about a fifth to the seconds of one process too.
 """
 
 from __future__ import annotations
